@@ -1,0 +1,221 @@
+"""The logits path in plain torch, any device: row blocks, no copy of the logits.
+
+Per scored row and logit: read once forward, read once and written once backward, plus temporaries of
+one block that stay in cache. Allocates nothing of size [N, V] but the gradient (not even that in
+place). Rows that are not scored are not read; rows with coefficient 0 are zero-filled unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from topr_kernels.layout import (
+    IGNORE_INDEX,
+    scored_labels,
+    sequence_offsets,
+    to_labels,
+    to_rows,
+)
+from topr_kernels.ops import logits as ops
+from topr_kernels.sequence import sequence_stage
+
+# Elements of a row block. Its few fp32 temporaries (2 MiB each) fit a desktop's last-level cache; a
+# row longer than this is a block of its own.
+BLOCK = 1 << 19
+
+
+def _row_blocks(wanted: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Splits the wanted rows [O, T] into blocks of (o, t) indices."""
+    o, t = wanted.shape
+    if wanted.device.type == "cpu":
+        index = wanted.reshape(-1).nonzero().squeeze(-1)
+    else:
+        # Listing the wanted rows would copy their number to the host; take all of them instead.
+        index = torch.arange(o * t, device=wanted.device)
+    for block in index.split(max(1, BLOCK // vocab)):
+        if block.numel():
+            yield block // t, block % t
+
+
+def _transform(z: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Applies softcap, then temperature, to a block in the accumulation dtype, in place."""
+    if softcap is not None:
+        z = z.div_(softcap).tanh_().mul_(softcap)
+    return z if temperature == 1.0 else z.div_(temperature)
+
+
+def _read(logits: Tensor, block: tuple[Tensor, Tensor]) -> Tensor:
+    # Advanced indexing copies one block out of any strides, so the transform may work in place.
+    return logits.detach()[block].to(ops.accumulate_dtype(logits))
+
+
+def log_prob_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vocab = logits.shape[-1]
+    target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
+    scored = target != IGNORE_INDEX
+    dtype = ops.accumulate_dtype(logits)
+    row_log_prob = logits.new_zeros(labels.shape, dtype=dtype)
+    row_lse, row_entropy = torch.zeros_like(row_log_prob), torch.zeros_like(row_log_prob)
+    for block in _row_blocks(scored, vocab):
+        z = _transform(_read(logits, block), temperature, softcap)
+        label = target[block]
+        z_label = z.gather(-1, label.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1)
+        top = z.amax(-1)
+        # A row of -inf alone must not become -inf - (-inf).
+        top = torch.where(top == -torch.inf, 0.0, top)
+        z.sub_(top.unsqueeze(-1))
+        p = z.exp()
+        total = p.sum(-1)
+        log_total = total.log()
+        lse = top + log_total
+        # (z_y - max) - log sum: no large common offset to lose digits to.
+        log_prob = (z_label - top) - log_total
+        log_prob = torch.where((z_label == -torch.inf) & ~lse.isnan(), -torch.inf, log_prob)
+        invalid = (label != IGNORE_INDEX) & ((label < 0) | (label >= vocab))
+        row_log_prob[block] = log_prob.masked_fill(invalid, torch.nan)
+        row_lse[block] = lse
+        if entropy:
+            # p log p by selection: 0 * (-inf) is NaN.
+            surprise = torch.where(p == 0, 0.0, p * z).sum(-1) / total
+            row_entropy[block] = log_total - surprise
+    out = tuple(
+        to_labels(torch.where(scored, x, 0.0), shift)
+        for x in (row_log_prob, row_lse, row_entropy)
+    )
+    log_prob, lse, ent = out
+    return log_prob, lse, ent if entropy else torch.full_like(ent, torch.nan)
+
+
+def topr_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    normalizer: Tensor | None,
+    log_limits: tuple[float, float, float, float],
+    ratio: str,
+    baseline: float,
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, ...]:
+    log_prob, lse, ent = log_prob_fwd(
+        logits, labels, cu_seqlens, temperature, softcap, entropy, shift
+    )
+    offsets, sound = sequence_offsets(labels, cu_seqlens)
+    stage = sequence_stage(
+        log_prob,
+        scored_labels(labels, cu_seqlens, shift) != IGNORE_INDEX,
+        behavior_log_prob,
+        reward,
+        offsets,
+        sound,
+        normalizer,
+        log_limits,
+        ratio,
+        baseline,
+        reduction,
+    )
+    return (
+        stage.loss,
+        log_prob,
+        lse,
+        ent,
+        stage.token_log_ratio,
+        stage.log_ratio,
+        stage.weight,
+        stage.objective,
+        stage.reward,
+        stage.length,
+        stage.d_log_prob,
+    )
+
+
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    """Writes d_log_prob * (onehot - softmax), chained through temperature and softcap, to ``out``."""
+    vocab = logits.shape[-1]
+    target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
+    coefficient = to_rows(d_log_prob, shift, 0.0).masked_fill(target == IGNORE_INDEX, 0.0)
+    row_lse, row_log_prob = to_rows(lse, shift, 0.0), to_rows(log_prob, shift, 0.0)
+    active = coefficient != 0
+    for block in _row_blocks(~active, vocab):
+        if out.device.type == "cpu":
+            out[block] = 0
+    for block in _row_blocks(active, vocab):
+        z = _transform(_read(logits, block), temperature, softcap)
+        label = target[block].clamp(0, vocab - 1).unsqueeze(-1)
+        c = coefficient[block].unsqueeze(-1)
+        slope = None
+        if softcap is not None:
+            slope = 1 - (z * (temperature / softcap)).square_()
+        p = z.sub_(row_lse[block].unsqueeze(-1)).exp_()
+        # The true class in the accumulation dtype, before any rounding: 1 - p_y = -expm1(log p_y).
+        p_label = -torch.expm1(row_log_prob[block].unsqueeze(-1))
+        d = p.neg_().scatter_(-1, label, p_label).mul_(c / temperature)
+        if slope is not None:
+            d.mul_(slope)
+        if out.device.type != "cpu":
+            d = torch.where(active[block].unsqueeze(-1), d, 0.0)
+        out[block] = d.to(out.dtype)
+
+
+def logits_bwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    _write_gradient(
+        out, logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+    )
+    return out
+
+
+def logits_bwd_(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    _write_gradient(
+        logits, logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+    )
+
+
+ops.register("torch", ops.Kernels(log_prob_fwd, topr_fwd, logits_bwd, logits_bwd_))

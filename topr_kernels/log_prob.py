@@ -1,0 +1,72 @@
+"""Per-token log-probabilities of the labels, differentiable: the scorer of log pi and log mu."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from topr_kernels import kernels, validation
+from topr_kernels.ops import logits as ops
+
+
+class LogProbOutput(NamedTuple):
+    """Token results aligned with ``labels``, in its shape; fp32 (fp64 for fp64 logits).
+
+    Attributes:
+        log_prob: log pi of each label, <= 0, differentiable; 0 where nothing is scored.
+        lse: detached log-sum-exp of the (transformed) row that predicts the label.
+        entropy: detached entropy of that row in nats; NaN unless asked for.
+    """
+
+    log_prob: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+
+def log_prob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    shift: bool = True,
+    impl: str = "auto",
+    debug: bool = False,
+) -> LogProbOutput:
+    """Computes log softmax(logits)[label] per token without an fp32 copy of the logits.
+
+    Equivalent to ``logits.float().log_softmax(-1)`` gathered at the labels. The result has the layout
+    :func:`topr_loss` expects of ``behavior_log_prob``, so under ``no_grad`` this scores log mu.
+
+    Args:
+        logits: [B, T, V], or packed [N, V] / [1, N, V] with ``cu_seqlens``; any strides; fp32, bf16,
+            fp16 or fp64. Never copied; sums and exponentials run in fp32 (fp64 for fp64).
+        labels: [B, T] / [N] int64, unshifted as in Hugging Face; -100 = not scored.
+        cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
+        temperature: logits are divided by it, after ``softcap``.
+        softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
+        entropy: also compute the entropy of every scored row.
+        shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
+        impl: "auto" or the name of an implementation; an explicit one never falls back.
+        debug: check values on the host even where that costs a device sync.
+
+    Returns:
+        LogProbOutput.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: shapes, devices or options that disagree; on eager CPU (or with ``debug``) also
+            labels outside the vocabulary and unsound ``cu_seqlens``. Elsewhere those give NaN.
+    """
+    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens, shift)
+    temperature, softcap = validation.check_transforms(temperature, softcap)
+    if validation.values_readable(x, debug):
+        validation.check_label_values(y, x.shape[-1])
+        if offsets is not None:
+            validation.check_cu_seqlens_values(offsets, y.shape[1])
+    name = kernels.resolve(impl, x.device)
+    out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
+    return LogProbOutput(*(t.view(labels.shape) for t in out))

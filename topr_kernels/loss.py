@@ -1,0 +1,209 @@
+"""The TOPR loss on logits, for any training loop that has ``model(...).logits``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topr_kernels import kernels, validation
+from topr_kernels.limits import TOPR, Limits
+from topr_kernels.metrics import metrics
+from topr_kernels.ops import logits as ops
+
+
+class TOPROutput(NamedTuple):
+    """What a TOPR loss returns; fp32 (fp64 for fp64 inputs), all but ``loss`` detached.
+
+    Attributes:
+        loss: 0-dim, differentiable: -sum_s n_s R_s O_s (Eq. 6).
+        log_prob: shaped like ``labels``; log pi of each label, 0 where nothing is scored.
+        entropy: shaped like ``labels``, nats per token; NaN unless asked for.
+        token_log_ratio: shaped like ``labels``; log pi - log mu, 0 where nothing is scored; NaN when
+            log mu came summed per sequence.
+        log_ratio: [B], log of the full product pi/mu of the sequence, in nats.
+        weight: [B], clipped ratio that multiplies R * grad log pi; mean over tokens for "token".
+        objective: [B], O_s, the tapered ratio.
+        reward: [B], baseline subtracted.
+        length: [B] int64, number of scored tokens.
+        active_share: 0-dim, share of the vocabulary the backward touched; NaN where not measured.
+        left_out: 0-dim, relative gradient energy left out; NaN where not measured.
+    """
+
+    loss: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    token_log_ratio: Tensor
+    log_ratio: Tensor
+    weight: Tensor
+    objective: Tensor
+    reward: Tensor
+    length: Tensor
+    active_share: Tensor
+    left_out: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Device scalars worth logging; keys in :func:`topr_kernels.metrics.metrics`."""
+        return metrics(self)
+
+
+def topr_loss(
+    logits: Tensor,
+    labels: Tensor,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    limits: Limits = TOPR,
+    ratio: str = "sequence",
+    baseline: float = 0.0,
+    reduction: str = "sequence_mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    shift: bool = True,
+    inplace: bool = False,
+    impl: str = "auto",
+    debug: bool = False,
+) -> TOPROutput:
+    """Computes the TOPR objective of a batch as a loss, with its exact gradient.
+
+    ``loss = -sum_s n_s R_s O_s`` with O_s the taper of Eq. 6 (arXiv 2503.14286) of the ratio pi/mu of
+    the completion; its gradient is Eq. 3, ``-sum_s n_s R_s [pi/mu]_a^b sum_t grad log pi_t``.
+
+    Args:
+        logits: [B, T, V], or packed [N, V] / [1, N, V] with ``cu_seqlens``; any strides; fp32, bf16,
+            fp16 or fp64. Never copied; everything after them runs in fp32 (fp64 for fp64).
+        labels: [B, T] / [N] int64, unshifted as in Hugging Face; -100 = not scored.
+        behavior_log_prob: log mu in nats, fp32 or fp64: per token and aligned with ``labels`` (values
+            under -100 are never read), or summed per sequence, [B]. With N = B packed tokens it is
+            taken per token. A sum is best kept in fp64.
+        reward: [B] floating, signed.
+        cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
+        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT.
+        ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO)
+            or "token" (each token clipped alone; needs per-token ``behavior_log_prob``).
+        baseline: subtracted from every reward; the difference also decides the sign.
+        reduction: "sequence_mean" (the paper: n_s = 1 / (B |y_s|), B the non-empty sequences),
+            "token_mean" (1 / total tokens) or "sum".
+        normalizer: denominator that replaces the count of non-empty sequences (or of tokens, for
+            "token_mean"): number or 0-dim tensor. Makes accumulation and data parallelism exact.
+        temperature: logits are divided by it, after ``softcap``.
+        softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
+        entropy: also compute the entropy of every scored row.
+        shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
+        inplace: the backward overwrites the logits with their gradient and allocates nothing. A second
+            backward through the same graph raises.
+        impl: "auto" or the name of an implementation; an explicit one never falls back.
+        debug: check values on the host even where that costs a device sync.
+
+    Returns:
+        TOPROutput.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: shapes, devices or options that disagree; on eager CPU (or with ``debug``) also
+            labels outside the vocabulary, unsound ``cu_seqlens`` and rewards that are not finite.
+            On an accelerator and in compiled graphs those turn the loss into NaN.
+    """
+    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens, shift)
+    behavior, signed_reward, denominator = validation.check_sequences(
+        y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
+    )
+    limits = validation.check_limits(limits)
+    baseline = validation.check_number("baseline", baseline)
+    temperature, softcap = validation.check_transforms(temperature, softcap)
+    if inplace:
+        _check_inplace(x)
+    if validation.values_readable(x, debug):
+        validation.check_label_values(y, x.shape[-1])
+        validation.check_reward_values(signed_reward)
+        if offsets is not None:
+            validation.check_cu_seqlens_values(offsets, y.shape[1])
+    name = kernels.resolve(impl, x.device)
+    loss, log_prob, _, ent, token_log_ratio, *sequence, _ = ops.topr_fwd(
+        x,
+        y,
+        offsets,
+        behavior,
+        signed_reward,
+        denominator,
+        *limits.log(),
+        ratio,
+        baseline,
+        reduction,
+        temperature,
+        softcap,
+        entropy,
+        shift,
+        inplace,
+        name,
+    )
+    not_measured = torch.full_like(loss, torch.nan, requires_grad=False)
+    return TOPROutput(
+        loss,
+        log_prob.view(labels.shape),
+        ent.view(labels.shape),
+        token_log_ratio.view(labels.shape),
+        *sequence,
+        active_share=not_measured,
+        left_out=not_measured,
+    )
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "inplace=True writes into the saved logits, which a compiled graph cannot track; pass "
+            "inplace=False under torch.compile"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            "inplace=True: logits are expanded (a stride is 0), so several rows share memory; pass "
+            "inplace=False or logits.contiguous()"
+        )
+
+
+class TOPRLoss(nn.Module):
+    """Module twin of :func:`topr_loss`: options once, tensors at every call.
+
+    Args:
+        **options: every keyword of :func:`topr_loss` but ``cu_seqlens`` and ``normalizer``.
+
+    Raises:
+        TypeError: on an unknown option.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        allowed = set(topr_loss.__kwdefaults__) - {"cu_seqlens", "normalizer"}
+        if unknown := sorted(set(options) - allowed):
+            raise TypeError(f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}")
+        self.options = options
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        behavior_log_prob: Tensor,
+        reward: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> TOPROutput:
+        """Calls :func:`topr_loss` with the options of the module."""
+        return topr_loss(
+            logits,
+            labels,
+            behavior_log_prob,
+            reward,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, as they were given."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,85 @@
+"""What to log about a step: device scalars from the results of the loss, no sync."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from topr_kernels.loss import TOPROutput
+
+#: A negative whose weight is below this no longer teaches anything.
+DEAD_WEIGHT = 1e-6
+
+
+def metrics(out: TOPROutput) -> dict[str, Tensor]:
+    """Summarises one batch; every value is a 0-dim tensor on the device of the loss.
+
+    Only sequences with a scored token count. Positive means reward minus baseline > 0, negative < 0.
+    A figure without data (no negatives in the batch, say) is NaN. Keys:
+
+    - ``objective``: mean over sequences of R * O / |y|, the Eq. 6 estimate being maximised.
+    - ``reward_mean``; ``length_mean`` in scored tokens; ``entropy`` per token, in nats.
+    - ``positive_share``: p, by count. ``effective_positive_share``: p~ = sum of positive rewards over
+      sum of absolute rewards, both after the baseline (Eq. 7 for rewards of +-1).
+    - ``weight_negative_mean``; ``dead_share``: negatives with weight < 1e-6; ``saturated_share``:
+      negatives with weight exactly 1.
+    - ``ess_negative``: effective number of negatives (sum w)^2 / sum w^2; ``ess_negative_share``: the
+      same over their count.
+    - ``log_ratio_{positive,negative}_{mean,std,min,max}``: of the sequence log-ratio, in nats.
+    - ``kl_k1``, ``kl_k3``: per-token estimates of KL(mu || pi) from samples of mu, mean of -d and of
+      exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
+    - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
+    """
+    counted = out.length > 0
+    tokens = out.length.sum().to(out.loss.dtype)
+    positive, negative = counted & (out.reward > 0), counted & (out.reward < 0)
+    magnitude = torch.where(counted, out.reward.abs(), 0.0)
+    per_token_objective = out.reward * out.objective / out.length.clamp(min=1)
+    objective = torch.where(out.reward == 0, 0.0, per_token_objective)
+    w = torch.where(negative, out.weight, 0.0)
+    negatives = negative.sum()
+    ess = w.sum().square() / w.square().sum()
+    d = out.token_log_ratio
+    result = {
+        "objective": _mean(objective, counted),
+        "reward_mean": _mean(out.reward, counted),
+        "length_mean": tokens / counted.sum(),
+        "entropy": out.entropy.sum() / tokens,
+        "positive_share": _mean(positive.to(w.dtype), counted),
+        "effective_positive_share": torch.where(positive, magnitude, 0.0).sum() / magnitude.sum(),
+        "weight_negative_mean": _mean(out.weight, negative),
+        "dead_share": _mean((out.weight < DEAD_WEIGHT).to(w.dtype), negative),
+        "saturated_share": _mean((out.weight == 1).to(w.dtype), negative),
+        "ess_negative": ess,
+        "ess_negative_share": ess / negatives,
+        "kl_k1": -torch.where(counted, out.log_ratio, 0.0).sum() / tokens,
+        "kl_k3": (torch.expm1(d) - d).sum() / tokens,
+        "weight_overflow": (counted & out.weight.isposinf()).sum().to(w.dtype),
+    }
+    for name, members in (("positive", positive), ("negative", negative)):
+        mean = _mean(out.log_ratio, members)
+        some = members.any()
+        variance = _mean((out.log_ratio - mean).square(), members)
+        result |= {
+            f"log_ratio_{name}_mean": mean,
+            f"log_ratio_{name}_std": variance.sqrt(),
+            f"log_ratio_{name}_min": _or_nan(
+                torch.where(members, out.log_ratio, torch.inf).amin(), some
+            ),
+            f"log_ratio_{name}_max": _or_nan(
+                torch.where(members, out.log_ratio, -torch.inf).amax(), some
+            ),
+        }
+    return result
+
+
+def _mean(x: Tensor, members: Tensor) -> Tensor:
+    # Selected, not multiplied: a non-member may be infinite. No member gives 0 / 0 = NaN.
+    return torch.where(members, x, 0.0).sum() / members.sum()
+
+
+def _or_nan(x: Tensor, defined: Tensor) -> Tensor:
+    return torch.where(defined, x, torch.nan)

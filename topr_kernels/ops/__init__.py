@@ -1,0 +1,1 @@
+"""Operator contracts: schemas, fakes and autograd. Imports torch alone; ``kernels`` implement them."""

@@ -1,0 +1,249 @@
+"""Contracts of the logits path: ``log_prob_fwd``, ``topr_fwd``, ``logits_bwd``, ``logits_bwd_``.
+
+Shapes: logits [O, T, V] with any strides; labels [O, T] int64, label-aligned, -100 = not scored;
+cu_seqlens [B + 1] or None. Packed input has O = 1. Token results are label-aligned [O, T], 0 where
+nothing is scored. Arithmetic dtype: fp64 for fp64 logits, fp32 for all others.
+
+An implementation is a module under ``kernels`` that calls :func:`register` with four functions of the
+same signatures less ``impl``. The gradient of both forwards is the same row kernel: a row of logits
+gets ``d_log_prob * (onehot - softmax)``, times the slope of softcap and temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kernels(NamedTuple):
+    """One implementation of the logits path."""
+
+    log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    topr_fwd: Callable[..., tuple[Tensor, ...]]
+    logits_bwd: Callable[..., Tensor]
+    logits_bwd_: Callable[..., None]
+
+
+_KERNELS: dict[str, Kernels] = {}
+
+
+def register(impl: str, kernels: Kernels) -> None:
+    """Makes an implementation callable as ``impl`` from the operators of this module."""
+    _KERNELS[impl] = kernels
+
+
+def accumulate_dtype(logits: Tensor) -> torch.dtype:
+    """Dtype of everything but the logits and their gradient: fp64 for fp64, fp32 for the rest."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("topr_kernels::log_prob_fwd", mutates_args=())
+def log_prob_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (log_prob, lse, entropy), each [O, T]; entropy is NaN unless asked for."""
+    return _KERNELS[impl].log_prob_fwd(
+        logits, labels, cu_seqlens, temperature, softcap, entropy, shift
+    )
+
+
+@log_prob_fwd.register_fake
+def _log_prob_fwd_fake(
+    logits: Tensor, labels: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    def token() -> Tensor:
+        return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits))
+
+    return token(), token(), token()
+
+
+@torch.library.custom_op("topr_kernels::topr_fwd", mutates_args=())
+def topr_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    normalizer: Tensor | None,
+    log_pos_min: float,
+    log_pos_max: float,
+    log_neg_min: float,
+    log_neg_max: float,
+    ratio: str,
+    baseline: float,
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+    inplace: bool,
+    impl: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """-> (loss, log_prob, lse, entropy, token_log_ratio, log_ratio, weight, objective, reward,
+    length, d_log_prob): 0-dim, four [O, T], five [B] (length int64), [O, T]. The last is the gradient
+    of the loss with respect to each token's log-prob.
+    """
+    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
+        logits,
+        labels,
+        cu_seqlens,
+        behavior_log_prob,
+        reward,
+        normalizer,
+        (log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        ratio,
+        baseline,
+        reduction,
+        temperature,
+        softcap,
+        entropy,
+        shift,
+    )
+
+
+@topr_fwd.register_fake
+def _topr_fwd_fake(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(logits)
+
+    def token() -> Tensor:
+        return logits.new_empty(labels.shape, dtype=dtype)
+
+    def sequence(dtype: torch.dtype = dtype) -> Tensor:
+        return logits.new_empty(reward.shape, dtype=dtype)
+
+    return (
+        logits.new_empty((), dtype=dtype),
+        *(token() for _ in range(4)),
+        *(sequence() for _ in range(4)),
+        sequence(torch.int64),
+        token(),
+    )
+
+
+@torch.library.custom_op("topr_kernels::logits_bwd", mutates_args=())
+def logits_bwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+    impl: str,
+) -> Tensor:
+    """-> d_logits [O, T, V] in the dtype of the logits; rows with coefficient 0 are zero-filled."""
+    return _KERNELS[impl].logits_bwd(
+        logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+    )
+
+
+@logits_bwd.register_fake
+def _logits_bwd_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("topr_kernels::logits_bwd_", mutates_args=("logits",))
+def logits_bwd_(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+    impl: str,
+) -> None:
+    """Like :func:`logits_bwd`, but overwrites the logits with their gradient."""
+    _KERNELS[impl].logits_bwd_(
+        logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+    )
+
+
+def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, cu_seqlens, temperature, softcap, _, shift, impl = inputs
+    log_prob, lse, entropy = output
+    ctx.save_for_backward(logits, labels, cu_seqlens, lse, log_prob)
+    ctx.settings = (temperature, softcap, shift, impl)
+    ctx.mark_non_differentiable(lse, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_log_prob = d[0]
+    if d_log_prob is None or not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    logits, labels, cu_seqlens, lse, log_prob = ctx.saved_tensors
+    d_logits = logits_bwd(
+        logits, labels, cu_seqlens, lse, log_prob, d_log_prob.to(lse.dtype), *ctx.settings
+    )
+    return (d_logits, *(None,) * 7)
+
+
+def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, cu_seqlens = inputs[:3]
+    *_, temperature, softcap, _, shift, inplace, impl = inputs
+    _, log_prob, lse, *_, d_log_prob = output
+    ctx.save_for_backward(logits, labels, cu_seqlens, lse, log_prob, d_log_prob)
+    ctx.settings = (temperature, softcap, shift, impl)
+    ctx.inplace = inplace
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_loss = d[0]
+    if d_loss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 19
+    logits, labels, cu_seqlens, lse, log_prob, d_log_prob = ctx.saved_tensors
+    # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
+    # A coefficient of exactly 0 stays 0 by selection, also under an infinite scale.
+    d_log_prob = torch.where(d_log_prob == 0, 0.0, d_log_prob * d_loss)
+    row_args = (labels, cu_seqlens, lse, log_prob, d_log_prob, *ctx.settings)
+    if ctx.inplace:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace=True overwrites the logits with their gradient and cannot run under "
+                "create_graph=True; pass inplace=False"
+            )
+        # Writing bumps the version counter of the saved logits, so a second backward through the
+        # same graph is refused by autograd rather than wrong.
+        logits_bwd_(logits, *row_args)
+        d_logits = logits.detach()
+    else:
+        d_logits = logits_bwd(logits, *row_args)
+    return (d_logits, *(None,) * 18)
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "the gradient of topr_kernels is not differentiable a second time; for second derivatives "
+        "use topr_kernels.reference"
+    )
+
+
+log_prob_fwd.register_autograd(_log_prob_backward, setup_context=_log_prob_setup)
+topr_fwd.register_autograd(_topr_backward, setup_context=_topr_setup)
+logits_bwd.register_autograd(_refuse_double_backward)

@@ -1,0 +1,134 @@
+"""From token log-probs to log-ratios, tapered weights, the loss and its gradient, in torch.
+
+The sequence stage of every implementation whose kernels stop at the token: small tensors only, no
+vocabulary in sight. Sums of differences run in fp64, so a sum over 32k tokens adds no error of its
+own to the fp32 log-probs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topr_kernels.layout import sequence_index
+from topr_kernels.taper import taper
+
+
+class SequenceStage(NamedTuple):
+    """What the sequence stage returns; B sequences, token tensors shaped like ``log_prob``."""
+
+    loss: Tensor
+    token_log_ratio: Tensor
+    log_ratio: Tensor
+    weight: Tensor
+    objective: Tensor
+    reward: Tensor
+    length: Tensor
+    d_log_prob: Tensor
+
+
+def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    """Sums a flat tensor over segments in index order: [N], [B + 1] -> [B] fp64."""
+    if offsets.numel() == 1:
+        return x.new_zeros(0, dtype=torch.float64)
+    return torch.segment_reduce(
+        x.double(), "sum", offsets=offsets, initial=0.0, unsafe=True, axis=0
+    )
+
+
+def sequence_stage(
+    log_prob: Tensor,
+    scored: Tensor,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    offsets: Tensor,
+    sound: Tensor,
+    normalizer: Tensor | None,
+    log_limits: tuple[float, float, float, float],
+    ratio: str,
+    baseline: float,
+    reduction: str,
+) -> SequenceStage:
+    """Computes the TOPR loss (Eq. 6) and its gradient with respect to the token log-probs.
+
+    Args:
+        log_prob: [O, T] log pi of each label, fp32 or fp64, 0 where not scored.
+        scored: [O, T] bool.
+        behavior_log_prob: log mu, [O, T] per token or [B] summed per sequence, fp32 or fp64.
+        reward: [B] floating.
+        offsets: [B + 1] int64 offsets of the sequences in the flattened positions.
+        sound: 0-dim bool; False poisons the loss with NaN.
+        normalizer: 0-dim denominator in the units of ``reduction``, or None to count here.
+        log_limits: logs of (a+, b+, a-, b-).
+        ratio: "sequence", "geometric" or "token".
+        baseline: subtracted from the reward; the difference decides the sign.
+        reduction: "sequence_mean", "token_mean" or "sum".
+
+    Returns:
+        SequenceStage, in the dtype of ``log_prob`` (``length`` int64).
+    """
+    dtype = log_prob.dtype
+    scored_flat = scored.reshape(-1)
+    length = segment_sum(scored_flat, offsets).to(torch.int64)
+    if behavior_log_prob.dim() == 2:
+        difference = log_prob.double() - behavior_log_prob.double()
+        difference = torch.where(scored, difference, 0.0).reshape(-1)
+        log_ratio64 = segment_sum(difference, offsets)
+        token_log_ratio = difference.to(dtype)
+    else:
+        log_ratio64 = segment_sum(torch.where(scored, log_prob, 0.0).reshape(-1), offsets)
+        # A sequence without a scored token has nothing to subtract from.
+        log_ratio64 = torch.where(length > 0, log_ratio64 - behavior_log_prob.double(), 0.0)
+        token_log_ratio = torch.full_like(log_prob, torch.nan).reshape(-1)
+
+    reward = (reward.double() - baseline).to(dtype)
+    negative = reward < 0  # NaN takes the positive branch and poisons it below
+    pos_min, pos_max, neg_min, neg_max = log_limits
+    log_min = torch.full_like(reward, pos_min).masked_fill(negative, neg_min)
+    log_max = torch.full_like(reward, pos_max).masked_fill(negative, neg_max)
+
+    sequence = sequence_index(offsets, scored_flat.numel())
+    tokens = length.clamp(min=1).to(dtype)
+    if ratio == "token":
+        value, token_weight = taper(token_log_ratio, log_min[sequence], log_max[sequence])
+        objective = segment_sum(torch.where(scored_flat, value, 0.0), offsets).to(dtype)
+        token_weight = torch.where(scored_flat, token_weight, 0.0)
+        weight = (segment_sum(token_weight, offsets) / tokens).to(dtype)
+    else:
+        scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
+        value, weight = taper((log_ratio64 / scale).to(dtype), log_min, log_max)
+        objective = (value.double() * scale).to(dtype)
+        token_weight = weight[sequence]
+    log_ratio = log_ratio64.to(dtype)
+    weight = torch.where(reward.isnan(), torch.nan, weight)
+
+    counted = length > 0
+    if reduction == "sum":
+        share = torch.ones_like(reward)
+    else:
+        units = counted.sum() if reduction == "sequence_mean" else length.sum()
+        denominator = units.clamp(min=1) if normalizer is None else normalizer
+        share = 1 / denominator.to(dtype).expand_as(reward)
+        if reduction == "sequence_mean":
+            share = share / tokens
+
+    # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
+    silent = ~counted | ((reward == 0) & ~objective.isnan())
+    contribution = torch.where(silent, 0.0, -share * reward * objective)
+    loss = contribution.double().sum().to(dtype)
+    token_share = (-share * reward)[sequence] * token_weight
+    token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
+    d_log_prob = torch.where(token_silent, 0.0, token_share)
+    zero_or_nan = torch.where(sound, 0.0, torch.nan)
+    return SequenceStage(
+        loss=loss + zero_or_nan,
+        token_log_ratio=token_log_ratio.view_as(log_prob),
+        log_ratio=log_ratio,
+        weight=torch.where(counted, weight, 0.0),
+        objective=torch.where(counted, objective, 0.0),
+        reward=reward,
+        length=length,
+        d_log_prob=(d_log_prob + zero_or_nan).view_as(log_prob).contiguous(),
+    )
