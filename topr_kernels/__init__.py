@@ -1,11 +1,10 @@
 """TOPR (Tapered Off-Policy REINFORCE, arXiv 2503.14286) as exact, fused loss kernels."""
 
+from topr_kernels._version import __version__
 from topr_kernels.baseline import baseline_for_positive_share, effective_positive_share
 from topr_kernels.limits import IS, PRESETS, REINFORCE, SFT, TIS, TOPR, Limits
 from topr_kernels.log_prob import LogProbOutput, log_prob
 from topr_kernels.loss import TOPRLoss, TOPROutput, topr_loss
-
-__version__ = "0.1.0"
 
 __all__ = [
     "IS",
@@ -18,6 +17,7 @@ __all__ = [
     "LogProbOutput",
     "TOPRLoss",
     "TOPROutput",
+    "__version__",
     "baseline_for_positive_share",
     "effective_positive_share",
     "log_prob",

@@ -123,7 +123,7 @@ def topr_loss(
         if offsets is not None:
             validation.check_cu_seqlens_values(offsets, y.shape[1])
     name = kernels.resolve(impl, x.device)
-    loss, log_prob, _, ent, token_log_ratio, *sequence, _ = ops.topr_fwd(
+    out = ops.topr_fwd(
         x,
         y,
         offsets,
@@ -141,13 +141,20 @@ def topr_loss(
         inplace,
         name,
     )
+    loss, log_prob, _, ent, token_log_ratio, log_ratio, weight, objective, effective, length, _ = (
+        out
+    )
     not_measured = torch.full_like(loss, torch.nan, requires_grad=False)
     return TOPROutput(
-        loss,
-        log_prob.view(labels.shape),
-        ent.view(labels.shape),
-        token_log_ratio.view(labels.shape),
-        *sequence,
+        loss=loss,
+        log_prob=log_prob.view(labels.shape),
+        entropy=ent.view(labels.shape),
+        token_log_ratio=token_log_ratio.view(labels.shape),
+        log_ratio=log_ratio,
+        weight=weight,
+        objective=objective,
+        reward=effective,
+        length=length,
         active_share=not_measured,
         left_out=not_measured,
     )
@@ -159,7 +166,9 @@ def _check_inplace(logits: Tensor) -> None:
             "inplace=True writes into the saved logits, which a compiled graph cannot track; pass "
             "inplace=False under torch.compile"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
         raise ValueError(
             "inplace=True: logits are expanded (a stride is 0), so several rows share memory; pass "
             "inplace=False or logits.contiguous()"
@@ -178,9 +187,11 @@ class TOPRLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        allowed = set(topr_loss.__kwdefaults__) - {"cu_seqlens", "normalizer"}
+        allowed = set(topr_loss.__kwdefaults__ or {}) - {"cu_seqlens", "normalizer"}
         if unknown := sorted(set(options) - allowed):
-            raise TypeError(f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}")
+            raise TypeError(
+                f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}"
+            )
         self.options = options
 
     def forward(

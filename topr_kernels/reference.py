@@ -7,6 +7,7 @@ computes imports it. Equations are those of arXiv 2503.14286.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def topr_loss(
         logits = logits.reshape(-1, logits.shape[-1])
         labels = labels.reshape(-1)
         bounds = cu_seqlens.tolist()
-        spans = list(zip(bounds, bounds[1:], strict=False))
+        spans = list(pairwise(bounds))
         per_token = behavior_log_prob.numel() == labels.numel()
         behavior = behavior_log_prob.reshape(-1)
         sequences = [
@@ -113,15 +114,10 @@ def topr_loss(
         count, tokens = count + 1, tokens + length
         log_pi = token_log_probs(z[scored], y[scored], temperature, softcap)
         token_log_ratio = log_pi - mu[scored] if mu.dim() else None
-        if token_log_ratio is not None:
-            log_ratio = token_log_ratio.sum()
-        else:
-            log_ratio = log_pi.sum() - mu
+        log_ratio = log_pi.sum() - mu if token_log_ratio is None else token_log_ratio.sum()
         advantage = float(reward[s]) - baseline
         positive = not advantage < 0
-        a, b = (
-            (limits.pos_min, limits.pos_max) if positive else (limits.neg_min, limits.neg_max)
-        )
+        a, b = (limits.pos_min, limits.pos_max) if positive else (limits.neg_min, limits.neg_max)
         if ratio == "sequence":
             objective, weight = rho(log_ratio, a, b), clipped(log_ratio, a, b)
         elif ratio == "geometric":

@@ -9,6 +9,7 @@ bounds.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,13 +107,9 @@ def check_rows(
                 "[B + 1] offsets of the sequences, or [B, T, V] logits for padded input"
             )
         return logits, labels, None
-    cu_seqlens = check_tensor(
-        "cu_seqlens", cu_seqlens, (torch.int32, torch.int64), logits.device
-    )
+    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), logits.device)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if logits.dim() == 3 and logits.shape[0] != 1:
         raise ValueError(
             f"logits: with cu_seqlens expected [N, V] or [1, N, V], got {tuple(logits.shape)}; "
@@ -242,7 +239,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, n: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {offsets[0]}")
-    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(offsets)):
         if b < a:
             raise ValueError(
                 f"cu_seqlens: not increasing: entry {i + 1} is {b} after {a}; pass cumulative "

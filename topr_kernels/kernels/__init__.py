@@ -21,9 +21,7 @@ def resolve(impl: str, device: torch.device) -> str:
         ValueError: if ``impl`` is unknown.
     """
     if impl != "auto" and impl not in MODULES:
-        raise ValueError(
-            f"impl: expected 'auto' or one of {sorted(MODULES)}, got {impl!r}"
-        )
+        raise ValueError(f"impl: expected 'auto' or one of {sorted(MODULES)}, got {impl!r}")
     name = "torch" if impl == "auto" else impl
     load(name)
     return name

@@ -35,7 +35,7 @@ def _row_blocks(wanted: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
     else:
         # Listing the wanted rows would copy their number to the host; take all of them instead.
         index = torch.arange(o * t, device=wanted.device)
-    for block in index.split(max(1, BLOCK // vocab)):
+    for block in torch.split(index, max(1, BLOCK // vocab)):
         if block.numel():
             yield block // t, block % t
 
@@ -90,8 +90,7 @@ def log_prob_fwd(
             surprise = torch.where(p == 0, 0.0, p * z).sum(-1) / total
             row_entropy[block] = log_total - surprise
     out = tuple(
-        to_labels(torch.where(scored, x, 0.0), shift)
-        for x in (row_log_prob, row_lse, row_entropy)
+        to_labels(torch.where(scored, x, 0.0), shift) for x in (row_log_prob, row_lse, row_entropy)
     )
     log_prob, lse, ent = out
     return log_prob, lse, ent if entropy else torch.full_like(ent, torch.nan)

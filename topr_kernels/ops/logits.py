@@ -58,9 +58,7 @@ def log_prob_fwd(
 
 
 @log_prob_fwd.register_fake
-def _log_prob_fwd_fake(
-    logits: Tensor, labels: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_prob_fwd_fake(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     def token() -> Tensor:
         return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits))
 
@@ -88,12 +86,11 @@ def topr_fwd(
     shift: bool,
     inplace: bool,
     impl: str,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
-    """-> (loss, log_prob, lse, entropy, token_log_ratio, log_ratio, weight, objective, reward,
-    length, d_log_prob): 0-dim, four [O, T], five [B] (length int64), [O, T]. The last is the gradient
-    of the loss with respect to each token's log-prob.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (loss, four of tokens, five of sequences, gradient of tokens).
+
+    0-dim loss; log_prob, lse, entropy, token_log_ratio [O, T]; log_ratio, weight, objective, reward,
+    length [B], the last int64; d_log_prob [O, T], the gradient of the loss by each log-prob.
     """
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         logits,

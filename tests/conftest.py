@@ -1,0 +1,40 @@
+"""Shared settings of the tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Two workers share two cores; more threads than cores would only slow both.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# Derandomised, so that a red run on one machine is red on all of them.
+settings.register_profile(
+    "topr",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("topr")
+
+NEEDS_GPU = "needs a GPU"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    stats = terminalreporter.stats
+    ran = sum(len(stats.get(outcome, [])) for outcome in ("passed", "failed", "xfailed", "xpassed"))
+    waiting = sum(NEEDS_GPU in str(r.longrepr) for r in stats.get("skipped", []))
+    terminalreporter.write_line(f"tests run: {ran}; not run because they need a GPU: {waiting}")

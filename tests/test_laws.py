@@ -1,0 +1,118 @@
+"""The import laws of CONTRIBUTING, read from the source, and a start with torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "topr_kernels"
+LEAVES = {"_version", "baseline", "layout", "limits", "taper"}
+OUTSIDE = {
+    # module prefix -> top-level packages, beyond torch and the standard library, it may import
+    "kernels": {"triton"},
+    "hf": {"transformers", "accelerate", "trl", "tqdm"},
+    "recipe": {
+        "accelerate",
+        "gguf",
+        "matplotlib",
+        "numpy",
+        "pyarrow",
+        "reasoning_gym",
+        "tqdm",
+        "transformers",
+    },
+}
+LAYERS = {"recipe": 3, "hf": 2}  # everything else is 1 or below
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    modules = {module_name(p) for p in PACKAGE.rglob("*.py")}
+    prefix = "topr_kernels."
+    return {n.removeprefix(prefix) for n in names if n.startswith(prefix)} & modules
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_follow_the_laws(path: Path) -> None:
+    name, names = module_name(path), imports(path)
+    top = name.split(".")[0]
+    third_party = {
+        n.split(".")[0] for n in names if n.split(".")[0] not in sys.stdlib_module_names
+    } - {"topr_kernels", "torch"}
+    assert third_party <= OUTSIDE.get(top, set()), "law 1: imports outside their layer"
+
+    for target in own(names):
+        target_top = target.split(".")[0]
+        assert LAYERS.get(target_top, 1) <= LAYERS.get(top, 1), f"law 2: {name} -> {target}"
+        if target_top == "reference":
+            assert name == "reference", "law 2: nothing that computes imports the reference"
+        if top == "kernels" and name != "kernels":
+            assert target_top not in {"loss", "log_prob"}, f"law 2: {name} -> {target}"
+            assert not target.startswith("kernels."), f"law 2: {name} -> {target}"
+        if top == "ops":
+            assert target_top == "ops", f"law 2: ops import torch alone, not {target}"
+        if name in {"taper", "limits", "baseline", "_version"}:
+            raise AssertionError(f"law 2: the leaf {name} imports {target}")
+
+
+def test_leaves_import_only_leaves() -> None:
+    for name in LEAVES | {"validation", "sequence"}:
+        assert own(imports(PACKAGE / f"{name}.py")) <= LEAVES, name
+
+
+def test_package_imports_and_runs_with_torch_alone() -> None:
+    script = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'triton', 'transformers', 'trl', 'accelerate', 'datasets'}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import topr_kernels
+assert not any(m.startswith('topr_kernels.kernels.') for m in sys.modules), 'kernels loaded at import'
+import torch
+out = topr_kernels.topr_loss(
+    torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]), torch.zeros(1, 3), torch.ones(1)
+)
+print(out.loss.item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # Eq. 6 at weight 1: -(1 + log_ratio) / |y| with log_ratio = 2 log(1/5).
+    assert float(done.stdout) == pytest.approx(-(1 - 2 * 1.6094379124341003) / 2, rel=1e-6)
+
+
+def test_every_public_name_is_documented() -> None:
+    import topr_kernels
+
+    for name in topr_kernels.__all__:
+        thing = getattr(topr_kernels, name)
+        if callable(thing):
+            assert thing.__doc__, name
