@@ -51,7 +51,8 @@ def baseline_for_positive_share(positive_share: float, target: float) -> float:
             f"positive_share: got {p}, but no baseline changes the effective share of a data set "
             "with a single sign of reward; sample until both signs occur"
         )
-    return (p - q) / (p + q - 2 * p * q)
+    # Rounding may step over -1 or 1 by an ulp.
+    return min(1.0, max(-1.0, (p - q) / (p + q - 2 * p * q)))
 
 
 def _share(name: str, value: float) -> float:

@@ -69,4 +69,5 @@ def log_prob(
             validation.check_cu_seqlens_values(offsets, y.shape[1])
     name = kernels.resolve(impl, x.device)
     out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
-    return LogProbOutput(*(t.view(labels.shape) for t in out))
+    log_prob, lse, _, ent = (t.view(labels.shape) for t in out)
+    return LogProbOutput(log_prob, lse, ent)

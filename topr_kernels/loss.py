@@ -120,6 +120,8 @@ def topr_loss(
     if validation.values_readable(x, debug):
         validation.check_label_values(y, x.shape[-1])
         validation.check_reward_values(signed_reward)
+        if isinstance(normalizer, Tensor):
+            validation.check_normalizer_value(normalizer, bool((y != -100).any()))
         if offsets is not None:
             validation.check_cu_seqlens_values(offsets, y.shape[1])
     name = kernels.resolve(impl, x.device)
@@ -141,9 +143,8 @@ def topr_loss(
         inplace,
         name,
     )
-    loss, log_prob, _, ent, token_log_ratio, log_ratio, weight, objective, effective, length, _ = (
-        out
-    )
+    loss, _, log_prob, _, _, ent, token_log_ratio, log_ratio, *sequence, _ = out
+    weight, objective, effective_reward, length = sequence
     not_measured = torch.full_like(loss, torch.nan, requires_grad=False)
     return TOPROutput(
         loss=loss,
@@ -153,7 +154,7 @@ def topr_loss(
         log_ratio=log_ratio,
         weight=weight,
         objective=objective,
-        reward=effective,
+        reward=effective_reward,
         length=length,
         active_share=not_measured,
         left_out=not_measured,

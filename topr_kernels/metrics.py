@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,9 @@ def metrics(out: TOPROutput) -> dict[str, Tensor]:
     objective = torch.where(out.reward == 0, 0.0, per_token_objective)
     w = torch.where(negative, out.weight, 0.0)
     negatives = negative.sum()
-    ess = w.sum().square() / w.square().sum()
+    # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
+    scaled = w / _extreme(w, negative, torch.amax)
+    ess = scaled.sum().square() / scaled.square().sum()
     d = out.token_log_ratio
     result = {
         "objective": _mean(objective, counted),
@@ -61,17 +64,12 @@ def metrics(out: TOPROutput) -> dict[str, Tensor]:
     }
     for name, members in (("positive", positive), ("negative", negative)):
         mean = _mean(out.log_ratio, members)
-        some = members.any()
         variance = _mean((out.log_ratio - mean).square(), members)
         result |= {
             f"log_ratio_{name}_mean": mean,
             f"log_ratio_{name}_std": variance.sqrt(),
-            f"log_ratio_{name}_min": _or_nan(
-                torch.where(members, out.log_ratio, torch.inf).amin(), some
-            ),
-            f"log_ratio_{name}_max": _or_nan(
-                torch.where(members, out.log_ratio, -torch.inf).amax(), some
-            ),
+            f"log_ratio_{name}_min": _extreme(out.log_ratio, members, torch.amin),
+            f"log_ratio_{name}_max": _extreme(out.log_ratio, members, torch.amax),
         }
     return result
 
@@ -81,5 +79,8 @@ def _mean(x: Tensor, members: Tensor) -> Tensor:
     return torch.where(members, x, 0.0).sum() / members.sum()
 
 
-def _or_nan(x: Tensor, defined: Tensor) -> Tensor:
-    return torch.where(defined, x, torch.nan)
+def _extreme(x: Tensor, members: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    # The appended neutral element makes the reduction of an empty batch legal.
+    neutral = torch.inf if reduce is torch.amin else -torch.inf
+    padded = torch.cat([torch.where(members, x, neutral), x.new_full((1,), neutral)])
+    return torch.where(members.any(), reduce(padded, dim=0), torch.nan)

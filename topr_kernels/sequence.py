@@ -17,9 +17,13 @@ from topr_kernels.taper import taper
 
 
 class SequenceStage(NamedTuple):
-    """What the sequence stage returns; B sequences, token tensors shaped like ``log_prob``."""
+    """What the sequence stage returns; B sequences, token tensors shaped like ``log_prob``.
+
+    ``d_log_prob / denominator`` is the gradient of the loss with respect to the token log-probs.
+    """
 
     loss: Tensor
+    denominator: Tensor
     token_log_ratio: Tensor
     log_ratio: Tensor
     weight: Tensor
@@ -105,30 +109,31 @@ def sequence_stage(
     weight = torch.where(reward.isnan(), torch.nan, weight)
 
     counted = length > 0
-    if reduction == "sum":
-        share = torch.ones_like(reward)
+    if normalizer is not None:
+        denominator = normalizer
+    elif reduction == "sum":
+        denominator = torch.ones_like(sound)
     else:
-        units = counted.sum() if reduction == "sequence_mean" else length.sum()
-        denominator = units.clamp(min=1) if normalizer is None else normalizer
-        share = 1 / denominator.to(dtype).expand_as(reward)
-        if reduction == "sequence_mean":
-            share = share / tokens
+        denominator = (counted if reduction == "sequence_mean" else length).sum().clamp(min=1)
+    # Unsound offsets poison both the loss and every coefficient.
+    denominator = torch.where(sound, denominator.to(dtype), torch.nan)
+    share = -reward / tokens if reduction == "sequence_mean" else -reward
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
     silent = ~counted | ((reward == 0) & ~objective.isnan())
-    contribution = torch.where(silent, 0.0, -share * reward * objective)
-    loss = contribution.double().sum().to(dtype)
-    token_share = (-share * reward)[sequence] * token_weight
+    contribution = torch.where(silent, 0.0, share * objective)
     token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
-    d_log_prob = torch.where(token_silent, 0.0, token_share)
-    zero_or_nan = torch.where(sound, 0.0, torch.nan)
+    d_log_prob = torch.where(token_silent, 0.0, share[sequence] * token_weight)
+    loss = (contribution.double().sum() / denominator.double()).to(dtype)
     return SequenceStage(
-        loss=loss + zero_or_nan,
+        # A counted denominator is 0 when nothing is scored anywhere: that loss is a plain 0.
+        loss=torch.where(sound & ~counted.any(), 0.0, loss),
+        denominator=denominator,
         token_log_ratio=token_log_ratio.view_as(log_prob),
         log_ratio=log_ratio,
         weight=torch.where(counted, weight, 0.0),
         objective=torch.where(counted, objective, 0.0),
         reward=reward,
         length=length,
-        d_log_prob=(d_log_prob + zero_or_nan).view_as(log_prob).contiguous(),
+        d_log_prob=d_log_prob.view_as(log_prob),
     )

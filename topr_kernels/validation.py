@@ -50,7 +50,8 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """Checks that an option is a finite Python number (and > 0 if asked); returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons rather than math.isfinite, which a compiled graph with symbolic floats cannot trace.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         kind = "a finite number > 0" if positive else "a finite number"
         raise ValueError(f"{name}: expected {kind}, got {value}")
     return float(value)
@@ -210,6 +211,16 @@ def _normalizer(normalizer: object, reduction: str, device: torch.device) -> Ten
         return normalizer
     number = check_number("normalizer", normalizer, positive=True)
     return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def check_normalizer_value(normalizer: Tensor, anything_scored: bool) -> None:
+    """Raises when a denominator on the device is NaN, negative, or 0 with something to divide."""
+    value = normalizer.item()
+    if not (0 < value < math.inf or (value == 0 and not anything_scored)):
+        raise ValueError(
+            f"normalizer: expected a finite number > 0, got {value}; pass the count of non-empty "
+            "sequences (or of scored tokens, for 'token_mean') over all parts of the batch"
+        )
 
 
 def values_readable(x: Tensor, debug: bool) -> bool:

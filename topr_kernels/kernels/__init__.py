@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
+from importlib.util import find_spec
 
 import torch
 
 #: Name of an implementation -> the module that registers it when imported.
-MODULES = {"torch": "portable"}
+MODULES = {
+    "torch": "portable",
+    "triton": "triton_logits",
+    "triton_staged": "triton_logits",
+}
 
 
 def resolve(impl: str, device: torch.device) -> str:
@@ -18,13 +24,24 @@ def resolve(impl: str, device: torch.device) -> str:
         device: device of the logits.
 
     Raises:
-        ValueError: if ``impl`` is unknown.
+        ValueError: if ``impl`` is unknown, or needs a device the tensors are not on.
+        ImportError: if the package behind an explicit ``impl`` is not installed.
     """
     if impl != "auto" and impl not in MODULES:
         raise ValueError(f"impl: expected 'auto' or one of {sorted(MODULES)}, got {impl!r}")
-    name = "torch" if impl == "auto" else impl
-    load(name)
-    return name
+    if impl == "auto":
+        impl = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+    if impl.startswith("triton") and device.type == "cpu" and not _interpreted():
+        raise ValueError(
+            f"impl: {impl!r} needs tensors on a GPU, got {device}; move them, use impl='torch', or set "
+            "TRITON_INTERPRET=1 before the first import of triton to run it in the interpreter"
+        )
+    load(impl)
+    return impl
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -8,6 +8,7 @@ place). Rows that are not scored are not read; rows with coefficient 0 are zero-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,13 @@ def log_prob_fwd(
     softcap: float | None,
     entropy: bool,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vocab = logits.shape[-1]
     target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
     scored = target != IGNORE_INDEX
     dtype = ops.accumulate_dtype(logits)
     row_log_prob = logits.new_zeros(labels.shape, dtype=dtype)
-    row_lse, row_entropy = torch.zeros_like(row_log_prob), torch.zeros_like(row_log_prob)
+    row_lse, row_low, row_entropy = (torch.zeros_like(row_log_prob) for _ in range(3))
     for block in _row_blocks(scored, vocab):
         z = _transform(_read(logits, block), temperature, softcap)
         label = target[block]
@@ -85,15 +86,20 @@ def log_prob_fwd(
         invalid = (label != IGNORE_INDEX) & ((label < 0) | (label >= vocab))
         row_log_prob[block] = log_prob.masked_fill(invalid, torch.nan)
         row_lse[block] = lse
+        # What rounding took from top + log_total (Knuth's two-sum); nothing where it is not finite.
+        rest = lse - top
+        low = (top - (lse - rest)) + (log_total - rest)
+        row_low[block] = torch.where(lse.isfinite(), low, 0.0)
         if entropy:
             # p log p by selection: 0 * (-inf) is NaN.
             surprise = torch.where(p == 0, 0.0, p * z).sum(-1) / total
             row_entropy[block] = log_total - surprise
     out = tuple(
-        to_labels(torch.where(scored, x, 0.0), shift) for x in (row_log_prob, row_lse, row_entropy)
+        to_labels(torch.where(scored, x, 0.0), shift)
+        for x in (row_log_prob, row_lse, row_low, row_entropy)
     )
-    log_prob, lse, ent = out
-    return log_prob, lse, ent if entropy else torch.full_like(ent, torch.nan)
+    log_prob, lse, low, ent = out
+    return log_prob, lse, low, ent if entropy else torch.full_like(ent, torch.nan)
 
 
 def topr_fwd(
@@ -112,7 +118,7 @@ def topr_fwd(
     entropy: bool,
     shift: bool,
 ) -> tuple[Tensor, ...]:
-    log_prob, lse, ent = log_prob_fwd(
+    log_prob, lse, low, ent = log_prob_fwd(
         logits, labels, cu_seqlens, temperature, softcap, entropy, shift
     )
     offsets, sound = sequence_offsets(labels, cu_seqlens)
@@ -131,8 +137,10 @@ def topr_fwd(
     )
     return (
         stage.loss,
+        stage.denominator,
         log_prob,
         lse,
+        low,
         ent,
         stage.token_log_ratio,
         stage.log_ratio,
@@ -150,8 +158,11 @@ def _write_gradient(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     log_prob: Tensor,
     d_log_prob: Tensor,
+    d_loss: Tensor | None,
+    denominator: Tensor | None,
     temperature: float,
     softcap: float | None,
     shift: bool,
@@ -159,8 +170,13 @@ def _write_gradient(
     """Writes d_log_prob * (onehot - softmax), chained through temperature and softcap, to ``out``."""
     vocab = logits.shape[-1]
     target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
+    if d_loss is not None and denominator is not None:
+        # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale; a NaN
+        # scale (unsound offsets) reaches every row.
+        scale = d_loss / denominator
+        d_log_prob = torch.where((d_log_prob == 0) & ~scale.isnan(), 0.0, d_log_prob * scale)
     coefficient = to_rows(d_log_prob, shift, 0.0).masked_fill(target == IGNORE_INDEX, 0.0)
-    row_lse, row_log_prob = to_rows(lse, shift, 0.0), to_rows(log_prob, shift, 0.0)
+    row_lse, row_low, row_log_prob = (to_rows(x, shift, 0.0) for x in (lse, lse_low, log_prob))
     active = coefficient != 0
     for block in _row_blocks(~active, vocab):
         if out.device.type == "cpu":
@@ -172,7 +188,7 @@ def _write_gradient(
         slope = None
         if softcap is not None:
             slope = 1 - (z * (temperature / softcap)).square_()
-        p = z.sub_(row_lse[block].unsqueeze(-1)).exp_()
+        p = z.sub_(row_lse[block].unsqueeze(-1)).sub_(row_low[block].unsqueeze(-1)).exp_()
         # The true class in the accumulation dtype, before any rounding: 1 - p_y = -expm1(log p_y).
         p_label = -torch.expm1(row_log_prob[block].unsqueeze(-1))
         d = p.neg_().scatter_(-1, label, p_label).mul_(c / temperature)
@@ -183,38 +199,14 @@ def _write_gradient(
         out[block] = d.to(out.dtype)
 
 
-def logits_bwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    lse: Tensor,
-    log_prob: Tensor,
-    d_log_prob: Tensor,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
-) -> Tensor:
+def logits_bwd(logits: Tensor, *args: Any) -> Tensor:
     out = logits.new_empty(logits.shape)
-    _write_gradient(
-        out, logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
-    )
+    _write_gradient(out, logits, *args)
     return out
 
 
-def logits_bwd_(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    lse: Tensor,
-    log_prob: Tensor,
-    d_log_prob: Tensor,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
-) -> None:
-    _write_gradient(
-        logits, logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
-    )
+def logits_bwd_(logits: Tensor, *args: Any) -> None:
+    _write_gradient(logits, logits, *args)
 
 
 ops.register("torch", ops.Kernels(log_prob_fwd, topr_fwd, logits_bwd, logits_bwd_))

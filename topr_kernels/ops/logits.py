@@ -21,7 +21,7 @@ from torch import Tensor
 class Kernels(NamedTuple):
     """One implementation of the logits path."""
 
-    log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     topr_fwd: Callable[..., tuple[Tensor, ...]]
     logits_bwd: Callable[..., Tensor]
     logits_bwd_: Callable[..., None]
@@ -50,19 +50,23 @@ def log_prob_fwd(
     entropy: bool,
     shift: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (log_prob, lse, entropy), each [O, T]; entropy is NaN unless asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (log_prob, lse, lse_low, entropy), each [O, T]; entropy is NaN unless asked for.
+
+    lse + lse_low is the log-sum-exp to twice the digits: under a large common offset of the logits lse
+    alone would cost the gradient its precision.
+    """
     return _KERNELS[impl].log_prob_fwd(
         logits, labels, cu_seqlens, temperature, softcap, entropy, shift
     )
 
 
 @log_prob_fwd.register_fake
-def _log_prob_fwd_fake(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _log_prob_fwd_fake(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
     def token() -> Tensor:
         return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits))
 
-    return token(), token(), token()
+    return token(), token(), token(), token()
 
 
 @torch.library.custom_op("topr_kernels::topr_fwd", mutates_args=())
@@ -86,11 +90,26 @@ def topr_fwd(
     shift: bool,
     inplace: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> (loss, four of tokens, five of sequences, gradient of tokens).
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """-> (two of the batch, five of tokens, five of sequences, gradient of tokens).
 
-    0-dim loss; log_prob, lse, entropy, token_log_ratio [O, T]; log_ratio, weight, objective, reward,
-    length [B], the last int64; d_log_prob [O, T], the gradient of the loss by each log-prob.
+    loss, denominator: 0-dim. log_prob, lse, lse_low, entropy, token_log_ratio: [O, T]. log_ratio,
+    weight, objective, reward, length: [B], the last int64. d_log_prob: [O, T]; over the denominator it
+    is the gradient of the loss by each log-prob.
     """
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         logits,
@@ -128,8 +147,8 @@ def _topr_fwd_fake(
         return logits.new_empty(reward.shape, dtype=dtype)
 
     return (
-        logits.new_empty((), dtype=dtype),
-        *(token() for _ in range(4)),
+        *(logits.new_empty((), dtype=dtype) for _ in range(2)),
+        *(token() for _ in range(5)),
         *(sequence() for _ in range(4)),
         sequence(torch.int64),
         token(),
@@ -142,16 +161,34 @@ def logits_bwd(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     log_prob: Tensor,
     d_log_prob: Tensor,
+    d_loss: Tensor | None,
+    denominator: Tensor | None,
     temperature: float,
     softcap: float | None,
     shift: bool,
     impl: str,
 ) -> Tensor:
-    """-> d_logits [O, T, V] in the dtype of the logits; rows with coefficient 0 are zero-filled."""
+    """-> d_logits [O, T, V] in the dtype of the logits; rows with coefficient 0 are zero-filled.
+
+    The coefficient of a token is ``d_log_prob``, times ``d_loss / denominator`` where those 0-dim
+    tensors are given: the upstream gradient is applied on the device.
+    """
     return _KERNELS[impl].logits_bwd(
-        logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+        logits,
+        labels,
+        cu_seqlens,
+        lse,
+        lse_low,
+        log_prob,
+        d_log_prob,
+        d_loss,
+        denominator,
+        temperature,
+        softcap,
+        shift,
     )
 
 
@@ -166,8 +203,11 @@ def logits_bwd_(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     log_prob: Tensor,
     d_log_prob: Tensor,
+    d_loss: Tensor | None,
+    denominator: Tensor | None,
     temperature: float,
     softcap: float | None,
     shift: bool,
@@ -175,16 +215,27 @@ def logits_bwd_(
 ) -> None:
     """Like :func:`logits_bwd`, but overwrites the logits with their gradient."""
     _KERNELS[impl].logits_bwd_(
-        logits, labels, cu_seqlens, lse, log_prob, d_log_prob, temperature, softcap, shift
+        logits,
+        labels,
+        cu_seqlens,
+        lse,
+        lse_low,
+        log_prob,
+        d_log_prob,
+        d_loss,
+        denominator,
+        temperature,
+        softcap,
+        shift,
     )
 
 
 def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, cu_seqlens, temperature, softcap, _, shift, impl = inputs
-    log_prob, lse, entropy = output
-    ctx.save_for_backward(logits, labels, cu_seqlens, lse, log_prob)
+    log_prob, lse, lse_low, entropy = output
+    ctx.save_for_backward(logits, labels, cu_seqlens, lse, lse_low, log_prob)
     ctx.settings = (temperature, softcap, shift, impl)
-    ctx.mark_non_differentiable(lse, entropy)
+    ctx.mark_non_differentiable(lse, lse_low, entropy)
     ctx.set_materialize_grads(False)
 
 
@@ -192,9 +243,18 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
     d_log_prob = d[0]
     if d_log_prob is None or not ctx.needs_input_grad[0]:
         return (None,) * 8
-    logits, labels, cu_seqlens, lse, log_prob = ctx.saved_tensors
+    logits, labels, cu_seqlens, lse, lse_low, log_prob = ctx.saved_tensors
     d_logits = logits_bwd(
-        logits, labels, cu_seqlens, lse, log_prob, d_log_prob.to(lse.dtype), *ctx.settings
+        logits,
+        labels,
+        cu_seqlens,
+        lse,
+        lse_low,
+        log_prob,
+        d_log_prob.to(lse.dtype),
+        None,
+        None,
+        *ctx.settings,
     )
     return (d_logits, *(None,) * 7)
 
@@ -202,8 +262,10 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
 def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, cu_seqlens = inputs[:3]
     *_, temperature, softcap, _, shift, inplace, impl = inputs
-    _, log_prob, lse, *_, d_log_prob = output
-    ctx.save_for_backward(logits, labels, cu_seqlens, lse, log_prob, d_log_prob)
+    _, denominator, log_prob, lse, lse_low, *_, d_log_prob = output
+    ctx.save_for_backward(
+        logits, labels, cu_seqlens, lse, lse_low, log_prob, d_log_prob, denominator
+    )
     ctx.settings = (temperature, softcap, shift, impl)
     ctx.inplace = inplace
     ctx.mark_non_differentiable(*output[1:])
@@ -214,11 +276,19 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     if d_loss is None or not ctx.needs_input_grad[0]:
         return (None,) * 19
-    logits, labels, cu_seqlens, lse, log_prob, d_log_prob = ctx.saved_tensors
+    logits, labels, cu_seqlens, lse, lse_low, log_prob, d_log_prob, denominator = ctx.saved_tensors
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
-    # A coefficient of exactly 0 stays 0 by selection, also under an infinite scale.
-    d_log_prob = torch.where(d_log_prob == 0, 0.0, d_log_prob * d_loss)
-    row_args = (labels, cu_seqlens, lse, log_prob, d_log_prob, *ctx.settings)
+    row_args = (
+        labels,
+        cu_seqlens,
+        lse,
+        lse_low,
+        log_prob,
+        d_log_prob,
+        d_loss,
+        denominator,
+        *ctx.settings,
+    )
     if ctx.inplace:
         if torch.is_grad_enabled():
             raise RuntimeError(
