@@ -22,6 +22,10 @@ settings.register_profile(
 )
 settings.load_profile("topr")
 
+# Triton kernels run in its interpreter where there is no GPU; set before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 NEEDS_GPU = "needs a GPU"
 
 

@@ -1,0 +1,424 @@
+"""The Triton kernels of the logits path, run by the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import golden
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topr_kernels import IS, PRESETS, SFT, TOPR, Limits, log_prob, reference, topr_loss
+from topr_kernels.testing import Batch, assert_within_budget, make_batch, pack
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from topr_kernels.kernels import triton_logits, triton_taper
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABS = [2, 11, 193, 1024, 4097, 50257]
+RATIOS = ["sequence", "geometric", "token"]
+LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 1)]
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # The interpreter reduces lane by lane; a short step also makes several of them per sequence.
+    monkeypatch.setattr(triton_logits, "BT", 4)
+    yield
+
+
+def to_device(batch: Batch) -> Batch:
+    return Batch(*(x.to(DEVICE) for x in batch))
+
+
+def run(batch: Batch, impl: str = "triton", **kw: Any) -> tuple[Any, Tensor]:
+    batch = to_device(batch)
+    logits = batch.logits.detach().requires_grad_()
+    out = topr_loss(logits, *batch[1:], impl=impl, **kw)
+    out.loss.backward()
+    assert logits.grad is not None
+    return out, logits.grad
+
+
+def check_against_reference(batch: Batch, **kw: Any) -> None:
+    out, grad = run(batch, **kw)
+    exact = Batch(*(x.double() if x.is_floating_point() else x for x in batch))
+    results = []
+    for source in (exact, batch):
+        logits = source.logits.detach().requires_grad_()
+        wide = logits if source is exact else logits.float()
+        ref = reference.topr_loss(wide, *source[1:], **kw)
+        ref.loss.backward()
+        results.append((ref, logits.grad))
+    (ref, ref_grad), (plain, plain_grad) = results
+    assert out.loss.dtype == torch.float32 and grad.dtype == batch.logits.dtype
+    assert (out.log_prob <= 0).all()
+    nats = max(out.log_prob.abs().max().item(), 1.0)
+    pairs = [
+        ("log_ratio", out.log_ratio, plain.log_ratio, ref.log_ratio, nats),
+        ("weight", out.weight, plain.weight, ref.weight, nats * ref.weight.max().item()),
+        ("gradient", grad, plain_grad, ref_grad, nats * ref_grad.abs().max().item()),
+    ]
+    for name, got, torch_got, want, operand in pairs:
+        assert_within_budget(name, got.cpu(), torch_got, want, operand=operand)
+    torch.testing.assert_close(out.loss.cpu().double(), ref.loss, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_equals_the_reference_at_every_vocabulary(vocab: int, ratio: str) -> None:
+    batch = make_batch(LENGTHS, vocab, dtype=torch.float32, seed=vocab)
+    batch = batch._replace(reward=torch.tensor([1.0, -1.0, 0.5, -0.25]))
+    check_against_reference(batch, ratio=ratio, baseline=0.1)
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(0, 9)), min_size=1, max_size=4
+    ).filter(lambda ls: sum(c for _, c in ls) > 0),
+    preset=st.sampled_from([*PRESETS.values(), Limits(0.2, 1.7, 0.05, 0.9)]),
+    ratio=st.sampled_from(RATIOS),
+    reduction=st.sampled_from(["sequence_mean", "token_mean", "sum"]),
+    temperature=st.sampled_from([1.0, 0.7]),
+    softcap=st.sampled_from([None, 4.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_batch_equals_the_reference(
+    lengths: list[tuple[int, int]],
+    preset: Limits,
+    ratio: str,
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    seed: int,
+) -> None:
+    batch = make_batch(lengths, 37, dtype=torch.float32, seed=seed)
+    check_against_reference(
+        batch,
+        limits=preset,
+        ratio=ratio,
+        reduction=reduction,
+        temperature=temperature,
+        softcap=softcap,
+    )
+
+
+@pytest.mark.parametrize("reward", [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0], [0.0] * 4])
+def test_all_of_one_sign(reward: list[float]) -> None:
+    batch = make_batch(LENGTHS, 61, dtype=torch.float32)._replace(reward=torch.tensor(reward))
+    out, grad = run(batch)
+    plain, plain_grad = run(batch, impl="torch")
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad, plain_grad, rtol=1e-5, atol=1e-8)
+    assert (grad.abs().sum() > 0) == any(reward)
+
+
+def test_dead_negatives_are_zero_filled_without_being_read() -> None:
+    batch = make_batch([(1, 5), (1, 5)], 61, dtype=torch.float32)
+    mu = batch.behavior_log_prob.clone()
+    mu[1, 1:] += 60  # pi has abandoned the second sequence: exp(-300) is 0 in fp32
+    batch = batch._replace(behavior_log_prob=mu, reward=torch.tensor([1.0, -1.0]))
+    out, _ = run(batch)
+    assert out.weight[1] == 0
+    # The kernel itself, with the abandoned rows turned to NaN: whoever reads them shows it.
+    logits = batch.logits.clone().to(DEVICE)
+    logits[1] = torch.nan
+    d = torch.zeros(2, 6, device=DEVICE)
+    d[0, 1:] = -0.1
+    ones = torch.ones((), device=DEVICE)
+    grad = triton_logits.logits_bwd(
+        logits,
+        batch.labels.to(DEVICE),
+        None,
+        torch.zeros_like(d),
+        torch.zeros_like(d),
+        torch.full_like(d, -2.0),
+        d,
+        ones,
+        ones,
+        1.0,
+        None,
+        True,
+    )
+    assert grad[0].abs().sum() > 0 and grad[1].abs().sum() == 0
+
+
+def test_all_masked_batch_is_zero() -> None:
+    batch = make_batch([(4, 0), (2, 0)], 61, dtype=torch.float32)
+    out, grad = run(batch)
+    assert out.loss == 0 and grad.abs().sum() == 0 and out.length.sum() == 0
+    out, _ = run(batch, normalizer=torch.tensor(0.0, device=DEVICE) if DEVICE == "cuda" else None)
+    assert out.loss == 0
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_masked_is_never_read(poison: float) -> None:
+    batch = make_batch(LENGTHS, 61, dtype=torch.float32, padding=2)
+    clean, clean_grad = run(batch)
+    dirty = Batch(*(x.clone() for x in batch))
+    unscored = dirty.labels == -100
+    rows = torch.ones_like(unscored)
+    rows[:, :-1] = unscored[:, 1:]
+    dirty.logits[rows] = poison
+    dirty.behavior_log_prob[unscored] = poison
+    out, grad = run(dirty)
+    assert torch.equal(out.loss, clean.loss) and torch.equal(grad, clean_grad)
+
+
+def test_banned_tokens_and_rows_of_minus_infinity() -> None:
+    batch = make_batch([(1, 3), (1, 3)], 61, dtype=torch.float32)
+    batch.logits[:, :, 40:] = -torch.inf
+    batch.labels[batch.labels >= 40] = 3
+    batch = batch._replace(reward=torch.tensor([1.0, -1.0]))
+    check_against_reference(batch)
+    batch.logits[1, 0, batch.labels[1, 1]] = -torch.inf  # a banned label in a negative sequence
+    out, grad = run(batch)
+    assert out.weight[1] == 0 and grad[1].abs().sum() == 0 and out.loss.isfinite()
+    batch.logits[1, 0] = -torch.inf
+    out, grad = run(batch)
+    assert out.log_prob[1, 1] == -torch.inf and grad[1].abs().sum() == 0 and out.loss.isfinite()
+    batch.logits[1, 0, 5] = torch.nan
+    out, _ = run(batch)
+    assert out.loss.isnan() and out.weight[1].isnan()
+
+
+def test_strided_sliced_and_expanded_input() -> None:
+    batch = make_batch(LENGTHS, 32, dtype=torch.float32)
+    batch = batch._replace(labels=batch.labels[:1].expand(4, -1))
+    expected, expected_grad = run(Batch(*(x.contiguous() for x in batch)))
+    b, t, v = batch.logits.shape
+    room = torch.full((b, t + 2, 2 * v + 3), torch.nan)
+    views = [room[:, 1 : t + 1, 3 : v + 3], room[:, :t, : 2 * v : 2]]
+    views.append(torch.full((t, b, v), torch.nan).transpose(0, 1))
+    for view in views:
+        view.copy_(batch.logits)
+        out, grad = run(batch._replace(logits=view))
+        assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_one_launch_equals_the_staged_launches_bitwise(ratio: str) -> None:
+    batch = make_batch(LENGTHS, 193, dtype=torch.float32)
+    for kw in ({}, {"limits": IS, "reduction": "token_mean", "entropy": True, "softcap": 9.0}):
+        a, a_grad = run(batch, ratio=ratio, **kw)
+        b, b_grad = run(batch, impl="triton_staged", ratio=ratio, **kw)
+        for name, x, y in zip(a._fields, a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert torch.equal(a_grad, b_grad)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_packed_equals_padded_bitwise(ratio: str) -> None:
+    batch = make_batch(LENGTHS, 61, dtype=torch.float32, padding=1)
+    packed = pack(batch, LENGTHS)
+    out, grad = run(batch, ratio=ratio)
+    for impl in ("triton", "triton_staged"):
+        logits = packed.logits.clone().to(DEVICE).requires_grad_()
+        args = [x.to(DEVICE) for x in packed[1:]]
+        got = topr_loss(logits, *args[:3], cu_seqlens=args[3], ratio=ratio, impl=impl)
+        got.loss.backward()
+        assert torch.equal(got.loss, out.loss) and torch.equal(got.log_ratio, out.log_ratio)
+        rows = torch.cat([grad[i, : p + c] for i, (p, c) in enumerate(LENGTHS)])
+        assert logits.grad is not None and torch.equal(logits.grad, rows)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 9, 6], [0, -3, 9], [1, 3, 9], [0, 3, 8], [0, 3, 1 << 30], [0, 0, 9]]
+)
+def test_unsound_offsets_poison_loss_and_gradient(offsets: list[int]) -> None:
+    lengths = [(2, 3), (1, 3)]
+    packed = pack(make_batch(lengths, 61, dtype=torch.float32), lengths)
+    sound = offsets == [0, 0, 9]
+    kw = {"temperature": 1.0, "softcap": None, "entropy": False, "shift": True}
+    for forward in (triton_logits.topr_fwd, triton_logits.topr_fwd_staged):
+        out = forward(
+            packed.logits[None].to(DEVICE),
+            packed.labels[None].to(DEVICE),
+            torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
+            packed.behavior_log_prob[None].to(DEVICE),
+            packed.reward.to(DEVICE),
+            None,
+            TOPR.log(),
+            "sequence",
+            0.0,
+            "sequence_mean",
+            *kw.values(),
+        )
+        assert out[0].isnan() != sound
+    if sound:  # an empty sequence is legal and not counted
+        assert out[11].tolist()[0] == 0 and out[1] == 1
+
+
+def test_same_bits_on_every_run_and_for_any_order_of_sequences() -> None:
+    batch = make_batch([(2, 4), (1, 6), (3, 0), (2, 9), (1, 1)], 61, dtype=torch.float32)
+    first, first_grad = run(batch)
+    again, again_grad = run(batch)
+    assert torch.equal(first.loss, again.loss) and torch.equal(first_grad, again_grad)
+    order = [3, 0, 4, 2, 1]
+    out, grad = run(Batch(*(x[order] for x in batch)))
+    assert torch.equal(out.weight, first.weight[order])
+    assert torch.equal(grad, first_grad[order])
+
+
+def test_split_rows_equal_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(LENGTHS, 4097, dtype=torch.float32)
+    whole, whole_grad = run(batch, entropy=True)
+    small = triton_logits.Settings(BV=128, U=2, tiles_per_program=3, split=8, num_warps=4)
+    monkeypatch.setattr(triton_logits, "settings", lambda *_: small)
+    for impl in ("triton", "triton_staged"):
+        out, grad = run(batch, impl=impl, entropy=True)
+        torch.testing.assert_close(out.log_prob, whole.log_prob, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out.entropy, whole.entropy, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, whole_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inplace_equals_not_inplace_bitwise(dtype: torch.dtype) -> None:
+    batch = to_device(make_batch(LENGTHS, 193, dtype=dtype))
+    _, expected = run(batch)
+    leaf = batch.logits.detach().requires_grad_()
+    logits = leaf * 1
+    seen: list[Tensor] = []
+    logits.register_hook(seen.append)
+    loss = topr_loss(logits, *batch[1:], inplace=True, impl="triton").loss
+    loss.backward(retain_graph=True)
+    assert torch.equal(seen[0], expected) and seen[0].data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits(dtype: torch.dtype) -> None:
+    check_against_reference(make_batch(LENGTHS, 193, dtype=dtype), softcap=9.0, temperature=0.8)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_log_prob_with_any_upstream_gradient(layout: str) -> None:
+    batch = make_batch(LENGTHS, 61, dtype=torch.float32)
+    data: Any = batch if layout == "padded" else pack(batch, LENGTHS)
+    cu = None if layout == "padded" else data.cu_seqlens.to(DEVICE)
+    g = torch.randn(data.labels.shape).to(DEVICE)
+    results = []
+    for impl in ("triton", "torch"):
+        logits = data.logits.clone().to(DEVICE).requires_grad_()
+        out = log_prob(
+            logits, data.labels.to(DEVICE), cu_seqlens=cu, entropy=True, impl=impl, softcap=7.0
+        )
+        out.log_prob.backward(g)
+        assert logits.grad is not None and logits.grad.abs().sum() > 0
+        results.append((out.log_prob.detach(), out.lse, out.entropy, logits.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "geometric"])
+def test_summed_behavior_log_prob(ratio: str) -> None:
+    batch = make_batch(LENGTHS, 61, dtype=torch.float32)
+    summed = batch._replace(behavior_log_prob=batch.behavior_log_prob.double().sum(1))
+    a, a_grad = run(batch, ratio=ratio)
+    b, b_grad = run(summed, ratio=ratio)
+    torch.testing.assert_close(a.log_ratio, b.log_ratio, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a_grad, b_grad, rtol=1e-4, atol=1e-7)
+    assert b.token_log_ratio.isnan().all()
+
+
+def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
+    # The reduction alone, against fp64 over the kernel's own token log-probs.
+    torch.manual_seed(0)
+    n = 32768
+    lp, mu = -torch.rand(n) * 3, -torch.rand(n) * 3
+    outputs = [torch.empty(n), torch.empty(1), torch.empty(1), torch.empty(1), torch.empty(1)]
+    length, d = torch.empty(1, dtype=torch.int64), torch.empty(n)
+    args = [x.to(DEVICE) for x in (torch.zeros(n, dtype=torch.int64), lp, mu, torch.ones(1))]
+    labels, lp_d, mu_d, reward = args
+    outputs = [x.to(DEVICE) for x in outputs]
+    triton_logits.sequences_fwd_kernel[(1,)](
+        labels,
+        labels,
+        n,
+        1,
+        lp_d,
+        mu_d,
+        mu_d,
+        reward,
+        *outputs,
+        length.to(DEVICE),
+        d.to(DEVICE),
+        *TOPR.log(),
+        0.0,
+        PACKED=False,
+        SHIFT=False,
+        RATIO=0,
+        REDUCTION=0,
+        BEHAVIOR_PER_TOKEN=True,
+        BT=512,
+    )
+    exact = (lp - mu).double().sum()
+    assert abs(outputs[1].item() - exact.item()) < 1e-4
+
+
+@triton.jit
+def taper_kernel(p_x, p_low, p_high, p_value, p_weight, n, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    m = o < n
+    x, low, high = tl.load(p_x + o, m), tl.load(p_low + o, m), tl.load(p_high + o, m)
+    value, weight = triton_taper.taper(x, low, high)
+    tl.store(p_value + o, value, m)
+    tl.store(p_weight + o, weight, m)
+
+
+def test_golden_table() -> None:
+    cases = golden.cases()
+    bounds = [PRESETS[p].log()[:2] if r > 0 else PRESETS[p].log()[2:] for p, r, *_ in cases]
+    x = torch.tensor([c[2] for c in cases], device=DEVICE)
+    low, high = (torch.tensor(b, device=DEVICE) for b in zip(*bounds, strict=True))
+    value, weight = torch.empty_like(x), torch.empty_like(x)
+    taper_kernel[(1,)](x, low, high, value, weight, len(cases), BLOCK=128)
+    for got, column in ((value, 3), (weight, 4)):
+        want = torch.tensor([c[column] for c in cases])
+        torch.testing.assert_close(got.cpu(), want, rtol=5e-7, atol=0, equal_nan=True)
+
+
+def test_offsets_pass_two_to_the_thirty_first() -> None:
+    # Two sequences whose rows lie more than 2^31 elements apart in a buffer that is barely touched.
+    batch = make_batch([(1, 2), (1, 2)], 48, dtype=torch.float16)
+    expected, expected_grad = run(batch)
+    far = (1 << 31) + 48
+    buffer = torch.empty(far + 3 * 48, dtype=torch.float16, device=DEVICE)
+    logits = buffer.as_strided((2, 3, 48), (far, 48, 1))
+    logits.copy_(batch.logits)
+    out, grad = run(batch._replace(logits=logits))
+    assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)
+
+
+def test_grids_have_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA allows 2^31 - 1 blocks along x, but only 65535 along y and z.
+    grids = []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kw: None
+
+    for name in ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel"):
+        monkeypatch.setattr(triton_logits, name, Spy())
+    logits, labels = torch.zeros(1, 70_000, 2), torch.zeros(1, 70_000, dtype=torch.int64)
+    mu, reward = torch.zeros(1, 70_000), torch.ones(1)
+    tail = (None, SFT.log(), "sequence", 0.0, "sum", 1.0, None, False, True)
+    triton_logits.topr_fwd(logits, labels, None, mu, reward, *tail)
+    triton_logits.topr_fwd_staged(logits, labels, None, mu, reward, *tail)
+    triton_logits.logits_bwd(logits, labels, None, mu, mu, mu, mu, None, None, 1.0, None, True)
+    assert grids and all(len(g) == 1 for g in grids) and grids[0][0] >= 70_000
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"impl='triton'.*float64"):
+        run(make_batch(LENGTHS, 11))
