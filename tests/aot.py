@@ -1,0 +1,130 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what came of it as JSON lines.
+
+Run by ``test_triton_aot.py`` in a process of its own, because the interpreter is chosen at import.
+Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from topr_kernels.kernels import triton_logits as tk
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FULL = {"SOFTCAP": True, "TEMPERATURE": True, "ENTROPY": True}
+
+
+def cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
+    """(name, kernel, dtype of the logits, constants), with the constants of real launches."""
+    found = []
+    for dtype, size in SIZES.items():
+        s = tk.settings(128256, size, 1 << 20, 132)
+        rows = dict(FUSED=True, PACKED=True, SHIFT=True, ALIGNED=True, SOFTCAP=False)
+        rows |= dict(TEMPERATURE=False, ENTROPY=False, RATIO=0, REDUCTION=0, SPLIT=1)
+        rows |= dict(BEHAVIOR_PER_TOKEN=True, U=s.U, BV=s.BV, BT=tk.BT, p_normalizer=None)
+        backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False)
+        backward |= dict(TILES=s.tiles_per_program, BV=s.BV)
+        narrow = {"ALIGNED": False}
+        found += [
+            ("forward", tk.rows_fwd_kernel, dtype, rows),
+            ("forward, all options", tk.rows_fwd_kernel, dtype, rows | FULL | {"RATIO": 2}),
+            ("forward, narrow", tk.rows_fwd_kernel, dtype, rows | narrow),
+            ("forward, split", tk.rows_fwd_kernel, dtype, rows | {"SPLIT": tk.SPLIT}),
+            ("log_prob", tk.rows_fwd_kernel, dtype, rows | {"FUSED": False}),
+            ("backward", tk.logits_bwd_kernel, dtype, backward),
+            (
+                "backward, all options",
+                tk.logits_bwd_kernel,
+                dtype,
+                backward | narrow | {"SOFTCAP": True, "TEMPERATURE": True},
+            ),
+        ]
+    stage = dict(PACKED=True, SHIFT=True, RATIO=2, REDUCTION=0, BEHAVIOR_PER_TOKEN=True, BT=tk.BT)
+    found.append(("sequences", tk.sequences_fwd_kernel, "fp32", stage))
+    loss = dict(REDUCTION=0, BT=tk.BT, p_normalizer=None)
+    found.append(("loss", tk.loss_fwd_kernel, "fp32", loss))
+    return found
+
+
+def argument_type(name: str, dtype: str) -> str:
+    if name in ("p_logits", "p_out"):
+        return f"*{dtype}"
+    if name in ("p_labels", "p_length"):
+        return "*i64"
+    if name == "p_cu_seqlens" or "counter" in name:
+        return "*i32"
+    if name.startswith("p_"):
+        return "*fp32"
+    if name.startswith(("stride_", "out_")):
+        return "i64"
+    return "fp32" if name.startswith("log_") or name in FLOATS else "i32"
+
+
+FLOATS = ("softcap", "inv_temperature", "baseline")
+
+
+def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPUTarget) -> Any:
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    # Allocations are aligned to 16 bytes; nothing else is known at run time.
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+    }
+    constexprs = {(names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=target, options={"num_warps": 4})
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
+        )
+    text = done.stdout + done.stderr
+    keys = {"registers": "REG", "stack": "STACK", "local": "LOCAL", "shared": "SHARED"}
+    return {k: int(re.findall(rf"{v}:(\d+)", text)[-1]) for k, v in keys.items()}
+
+
+def main() -> None:
+    arch = sys.argv[1]
+    for name, kernel, dtype, constants in cases():
+        asm = compile_case(kernel, dtype, constants, TARGETS[arch]).asm
+        report: dict[str, Any] = {"arch": arch, "kernel": name, "dtype": dtype}
+        if "ptx" in asm:
+            ptx = asm["ptx"]
+            report |= {
+                "f64": len(re.findall(r"\.f64", ptx)),
+                "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+                "acq_rel": len(re.findall(r"atom\.global\.gpu\.acq_rel", ptx)),
+                "uncached_loads": len(re.findall(r"ld\.global\.cg", ptx)),
+            }
+            report |= resources(asm["cubin"])
+        else:
+            text = asm["amdgcn"]
+            report["spills"] = sum(map(int, re.findall(r"_spill_count:\s*(\d+)", text)))
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
