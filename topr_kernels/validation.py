@@ -111,6 +111,11 @@ def check_rows(
     cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), logits.device)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and labels.numel() > 0:
+        raise ValueError(
+            f"cu_seqlens: a single entry holds no sequence, but there are {labels.numel()} tokens; "
+            "pass [B + 1] offsets from 0 to N"
+        )
     if logits.dim() == 3 and logits.shape[0] != 1:
         raise ValueError(
             f"logits: with cu_seqlens expected [N, V] or [1, N, V], got {tuple(logits.shape)}; "
