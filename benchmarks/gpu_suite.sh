@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes: the tests, then the benchmarks beside the peers that
+# are installed. Numbers go to the folder given. Needs torch with CUDA, triton, pytest and hypothesis; runs
+# from a checkout, without installing the package.
+#
+#   benchmarks/gpu_suite.sh OUT
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu_suite.sh OUT}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+python - <<'PY' || exit 2
+import torch
+if not torch.cuda.is_available():
+    raise SystemExit("gpu_suite.sh: torch sees no CUDA device; nothing was run")
+print(torch.cuda.get_device_name(), torch.__version__)
+PY
+timeout 240 python -m pytest -p no:cacheprovider tests/test_triton.py tests/test_gpu.py \
+    2>&1 | tee "$out/tests.log"
+tests=${PIPESTATUS[0]}
+if [ "$tests" -ne 0 ]; then
+    echo "tests are red (status $tests): no benchmark is run" | tee -a "$out/tests.log"
+    exit "$tests"
+fi
+timeout 270 python benchmarks/logits_throughput.py --out "$out" 2>&1 | tee "$out/logits_throughput.log"
+exit "${PIPESTATUS[0]}"
