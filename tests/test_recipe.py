@@ -1,0 +1,462 @@
+"""Records, tasks, generation, scoring and evaluation of the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from tiny import random_model, tiny_config, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM
+
+from topr_kernels.recipe import (
+    Record,
+    RecordError,
+    Sampling,
+    Task,
+    TrainSettings,
+    complete,
+    evaluate,
+    generate,
+    held_out_split,
+    load_model,
+    max_log_ratio,
+    read_records,
+    score,
+    subsample_negatives,
+    train,
+    wilson_interval,
+    write_records,
+)
+from topr_kernels.recipe import generate as generate_function
+from topr_kernels.recipe.files import atomic_folder, write_json
+from topr_kernels.recipe.generate import stop_token_ids
+
+DIGITS = Task(
+    "chain_sum",
+    {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    examples=(("2 + 3 =", "5"), ("4 + 4 =", "8")),
+)
+SAMPLING = Sampling("tiny", 1.0, 0, 1.0, 6, 7)
+
+
+def record(**changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "group": 3,
+        "prompt": "1 + 1 =",
+        "completion": " 2\n",
+        "prompt_token_ids": [5, 6, 7],
+        "completion_token_ids": [8, 9],
+        "reward": 1.0,
+        "finish_reason": "stop",
+        "sampling": SAMPLING,
+        # Exactly representable in fp32, which Parquet stores.
+        "behavior_log_prob": [-0.5, -1.25],
+    }
+    return Record(**{**values, **changes})
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_records_survive_a_round_trip(tmp_path: Path, suffix: str):
+    records = [
+        record(),
+        record(behavior_log_prob=None, completion="été, 7\n", reward=-1.0),
+        record(completion_token_ids=[], behavior_log_prob=[], finish_reason="length"),
+    ]
+    path = tmp_path / f"records.{suffix}"
+    write_records(path, records)
+    assert read_records(path) == records
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_scored_log_probs_are_stored_exactly(tmp_path: Path, suffix: str):
+    values = (-torch.rand(2)).tolist()
+    path = tmp_path / f"records.{suffix}"
+    write_records(path, [record(behavior_log_prob=values)])
+    assert read_records(path)[0].behavior_log_prob == values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reward", None),
+        ("reward", float("nan")),
+        ("reward", "1"),
+        ("group", -1),
+        ("group", True),
+        ("prompt", 3),
+        ("prompt_token_ids", []),
+        ("prompt_token_ids", [1.5]),
+        ("completion_token_ids", "abc"),
+        ("finish_reason", "eos"),
+        ("behavior_log_prob", [-1.0]),
+        ("behavior_log_prob", [-1.0, float("nan")]),
+        ("behavior_log_prob", [-1.0, float("-inf")]),
+        ("behavior_log_prob", [-1.0, 0.5]),
+        ("sampling", None),
+        ("sampling", {"model": "tiny"}),
+    ],
+)
+def test_bad_records_are_refused_by_record_and_field(tmp_path: Path, field: str, value: Any):
+    rows = [record().to_dict(), {**record().to_dict(), field: value}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecordError, match=rf"data\.jsonl, record 1, field '{field}"):
+        read_records(path)
+
+
+def test_missing_unknown_and_half_written_are_refused(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    row = record().to_dict()
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "reward"}))
+    with pytest.raises(RecordError, match=r"record 0, field 'reward': missing"):
+        read_records(path)
+    path.write_text(json.dumps({**row, "rewards": 1}))
+    with pytest.raises(RecordError, match=r"record 0, field 'rewards': unknown"):
+        read_records(path)
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:40])
+    with pytest.raises(RecordError, match=r"data\.jsonl, record 1: not a line of JSON"):
+        read_records(path)
+    damaged = tmp_path / "data.parquet"
+    write_records(damaged, [record()])
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(RecordError, match=r"data\.parquet: not a Parquet file"):
+        read_records(damaged)
+    with pytest.raises(ValueError, match=r"path: got 'data.csv'"):
+        read_records(tmp_path / "data.csv")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    write_records(path, [record()])
+    with pytest.raises(RecordError, match="record 1, field 'reward'"):
+        write_records(path, [record(), record(reward=float("inf"))])
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("half")
+        raise RuntimeError
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "new.json", {"x": float("nan")})
+    assert read_records(path) == [record()]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_unscored_records_do_not_train(tmp_path: Path):
+    records = [record(), record(behavior_log_prob=None)]
+    with pytest.raises(RecordError, match=r"record 1, field 'behavior_log_prob'.*run score"):
+        train(random_model(), tiny_tokenizer(), records, TrainSettings(), checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "share", "kept"),
+    [(3, 17, 0.5, 6), (3, 17, 0.25, 12), (3, 17, 1.0, 3), (3, 3, 0.25, 6), (0, 5, 0.5, 5)],
+)
+def test_subsampling_keeps_every_positive(positives: int, negatives: int, share: float, kept: int):
+    records = [
+        record(group=i, reward=1.0 if i < positives else -1.0) for i in range(positives + negatives)
+    ]
+    chosen = subsample_negatives(records, share, seed=0)
+    assert len(chosen) == kept
+    assert sum(r.reward > 0 for r in chosen) == positives
+    assert [r.group for r in chosen] == sorted({r.group for r in chosen})
+    assert chosen == subsample_negatives(records, share, seed=0)
+    with pytest.raises(ValueError, match="positive_share: got 0"):
+        subsample_negatives(records, 0, seed=0)
+
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
+def test_the_scorer_is_the_data_sets_own():
+    question = DIGITS.questions(1, seed=0)[0]
+    answer = str(question.entry["answer"])
+    assert DIGITS.reward(answer, question) == 1.0
+    assert DIGITS.reward(str(int(answer) + 1), question) == -1.0
+    assert DIGITS.reward(None, question) == -1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason", "answer"),
+    [
+        (" 12\n", "stop", "12"),
+        ("-3", "stop", "-3"),
+        (" 12", "length", None),
+        ("\n", "stop", None),
+        (" twelve\n", "stop", None),
+        (" 12 = 12\n", "stop", None),
+    ],
+)
+def test_unreadable_answers_are_none(completion: str, reason: str, answer: str | None):
+    question = DIGITS.questions(1, seed=0)[0]
+    assert DIGITS.parse(completion, reason, question) == answer
+
+
+def test_prompts_are_the_examples_and_the_bare_problem():
+    question = DIGITS.questions(1, seed=0)[0]
+    assert question.prompt == "2 + 3 = 5\n4 + 4 = 8\n" + question.text
+    assert question.text.endswith("=") and "State" not in question.text
+
+
+def test_held_out_questions_are_disjoint_distinct_and_independent_of_the_training_set():
+    for seed in range(3):
+        train_set, test = held_out_split(DIGITS, 60, 40, seed)
+        texts = [q.text for q in train_set + test]
+        assert len(set(texts)) == 100
+        assert not {"2 + 3 =", "4 + 4 ="} & set(texts)
+        assert held_out_split(DIGITS, 10, 40, seed)[1] == test
+    assert held_out_split(DIGITS, 5, 5, 0) != held_out_split(DIGITS, 5, 5, 1)
+
+
+def test_too_many_questions_are_refused():
+    with pytest.raises(ValueError, match=r"count: chain_sum gave only 1\d\d distinct"):
+        DIGITS.questions(1000, seed=0)
+
+
+def test_any_reasoning_gym_data_set_will_do():
+    task = Task("fraction_simplification")
+    question = task.questions(3, seed=1)[2]
+    assert question.prompt.count("Question: ") == 4 and question.prompt.endswith("Answer:")
+    answer = task.parse(f" {question.entry['answer']}\n", "stop", question)
+    assert task.reward(answer, question) == 1.0
+    with pytest.raises(ValueError, match="refused 'no_such_task'"):
+        Task("no_such_task")
+
+
+# --- generation ------------------------------------------------------------------------------
+
+
+def sampled(shards: Path | None = None, seed: int = 0, model: Any = None) -> list[Record]:
+    return generate(
+        tiny_model() if model is None else model,
+        tiny_tokenizer(),
+        DIGITS,
+        DIGITS.questions(12, seed=5),
+        model_name="tiny",
+        samples=4,
+        max_new_tokens=6,
+        batch_size=16,
+        seed=seed,
+        shards=shards,
+    )
+
+
+def test_generation_is_seeded_and_leaves_the_callers_random_numbers_alone():
+    model = tiny_model()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    records = sampled(model=model)
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(1)
+    assert sampled() == records
+    assert sampled(seed=1) != records
+    assert len(records) == 48
+    assert [r.group for r in records] == [i // 4 for i in range(48)]
+    assert {r.reward for r in records} == {1.0, -1.0}
+
+
+def test_an_interrupted_generation_resumes_with_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = sampled()
+    module = __import__(generate_function.__module__, fromlist=["complete"])
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["seed"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return complete(*args, **kwargs)
+
+    monkeypatch.setattr(module, "complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["batch-00000.parquet"]
+    assert sampled(tmp_path) == whole
+    # The first batch was not sampled again.
+    assert len(calls) == 4 and calls[0] not in calls[1:]
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path):
+    sampled(tmp_path)
+    (tmp_path / "batch-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RecordError, match=r"batch-00001\.parquet: not a Parquet file"):
+        sampled(tmp_path)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 6])
+def test_a_stop_token_ends_a_completion_only_where_it_was_sampled(max_new_tokens: int):
+    """PITFALLS 32."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    stops = set(stop_token_ids(tokenizer))
+    assert stops == {tokenizer.eos_token_id, *tokenizer("\n")["input_ids"]}
+    completions = complete(
+        model,
+        tokenizer,
+        [q.prompt for q in DIGITS.questions(32, seed=5)],
+        max_new_tokens=max_new_tokens,
+        temperature=2.0,
+        seed=0,
+        stop_ids=sorted(stops),
+    )
+    for completion in completions:
+        *body, last = completion.token_ids
+        assert not stops & set(body)
+        assert (last in stops) == (completion.finish_reason == "stop")
+        assert len(completion.token_ids) == max_new_tokens or last in stops
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    reasons = {completion.finish_reason for completion in completions}
+    assert reasons == ({"stop", "length"} if max_new_tokens == 6 else reasons)
+
+
+def test_prompts_of_different_lengths_complete_as_they_do_alone():
+    """Left padding and the shared prefix change nothing: greedy completions are those of one."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    prompts = ["2 + 3 = 5\n1 + 1 =", "2 + 3 = 5\n4 - 1 = 3\n2 + 2 =", "2 + 3 = 5\n9"]
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0}
+    options["stop_ids"] = stop_token_ids(tokenizer)
+    alone = [complete(model, tokenizer, [p], **options)[0] for p in prompts]
+    assert complete(model, tokenizer, prompts, **options) == alone
+    model.config.layer_types = ["sliding_attention"] * 2
+    unshared = LlamaForCausalLM(tiny_config()).eval()
+    unshared.load_state_dict(model.state_dict())
+    assert complete(unshared, tokenizer, prompts, **options) == alone
+
+
+# --- scoring ---------------------------------------------------------------------------------
+
+
+def test_scores_are_the_log_probs_of_the_full_softmax():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    records = sampled(model=model)
+    scored = score(model, records, pad_token_id=tokenizer.pad_token_id, batch_size=5)
+    for r in scored:
+        row = torch.tensor([r.prompt_token_ids + r.completion_token_ids])
+        with torch.no_grad():
+            logits = model(row).logits[0, len(r.prompt_token_ids) - 1 : -1].double()
+        tokens = torch.tensor(r.completion_token_ids)
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(r.behavior_log_prob).double(), expected, rtol=0, atol=1e-5
+        )
+    assert [dataclasses.replace(r, behavior_log_prob=None) for r in scored] == records
+
+
+def test_log_ratio_is_zero_before_the_first_update_and_not_after():
+    model, pad = tiny_model(), tiny_tokenizer().pad_token_id
+    scored = score(model, sampled(model=model), pad_token_id=pad, batch_size=8)
+    assert max_log_ratio(model, scored, pad_token_id=pad, batch_size=8) == 0
+    assert max_log_ratio(model, scored[::-1], pad_token_id=pad, batch_size=3) < 1e-5
+    assert max_log_ratio(random_model(), scored, pad_token_id=pad, batch_size=8) > 0.1
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored() -> list[Record]:
+    model, pad = tiny_model(), tiny_tokenizer().pad_token_id
+    return score(model, sampled(model=model), pad_token_id=pad, batch_size=8)
+
+
+SETTINGS = TrainSettings(learning_rate=1e-3, batch_size=8, epochs=2, save_steps=4)
+
+
+def test_training_starts_on_policy_and_moves_both_signs(scored: list[Record], tmp_path: Path):
+    model = tiny_model()
+    settings = TrainSettings(learning_rate=1e-3, batch_size=48, epochs=6, baseline=-0.7)
+    history = train(model, tiny_tokenizer(), scored, settings, checkpoints=tmp_path)
+    assert len(history) == 6
+    assert history[0]["weight_negative_mean"] == pytest.approx(1, abs=1e-4)
+    assert abs(history[0]["log_ratio_negative_min"]) < 1e-5
+    assert history[-1]["weight_negative_mean"] < 0.999
+    pad = tiny_tokenizer().pad_token_id
+    gain = {1.0: 0.0, -1.0: 0.0}
+    for before, after in zip(
+        scored, score(model, scored, pad_token_id=pad, batch_size=8), strict=True
+    ):
+        gain[before.reward] += sum(after.behavior_log_prob) - sum(before.behavior_log_prob)
+    assert gain[1.0] > 0 > gain[-1.0]
+
+
+def test_a_killed_training_resumes_to_the_same_weights(
+    scored: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = tiny_tokenizer()
+    whole = tiny_model()
+    history = train(whole, tokenizer, scored, SETTINGS, checkpoints=tmp_path / "whole")
+    from topr_kernels.hf import TOPRTrainer
+
+    training_step = TOPRTrainer.training_step
+
+    def killed(self: TOPRTrainer, *args: Any) -> Any:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return training_step(self, *args)
+
+    monkeypatch.setattr(TOPRTrainer, "training_step", killed)
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), tokenizer, scored, SETTINGS, checkpoints=folder)
+    monkeypatch.undo()
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    # A second kill, in the middle of writing a checkpoint: the Trainer writes its state last.
+    (folder / "checkpoint-8").mkdir()
+    resumed = tiny_model()
+    again = train(resumed, tokenizer, scored, SETTINGS, checkpoints=folder)
+    assert [e["objective"] for e in again] == [e["objective"] for e in history]
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+def test_wilson_interval():
+    # Textbook values, and the ends stay inside [0, 1].
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    with pytest.raises(ValueError, match="got 3 of 2"):
+        wilson_interval(3, 2)
+
+
+def test_evaluation_counts_right_wrong_and_unreadable():
+    questions = DIGITS.questions(20, seed=9)
+    tokenizer = tiny_tokenizer()
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 7, "seed": 0}
+    found = evaluate(tiny_model(), tokenizer, DIGITS, questions, **options)
+    assert found == evaluate(tiny_model(), tokenizer, DIGITS, questions, **options)
+    assert found.greedy.questions == found.sampled.questions == 20
+    assert found.greedy.low <= found.greedy.accuracy <= found.greedy.high
+    assert 2 <= found.greedy.mean_length <= 6
+    babble = evaluate(random_model(), tokenizer, DIGITS, questions, **options)
+    assert babble.sampled.invalid_share > 0.9 and babble.sampled.correct == 0
+    with pytest.raises(ValueError, match="questions: got none"):
+        evaluate(random_model(), tokenizer, DIGITS, [], **options)
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def test_a_local_folder_loads_by_its_name(tmp_path: Path):
+    folder = tmp_path / "my-model"
+    random_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert loaded.name == "my-model" and loaded.remark == ""
+    assert loaded.tokenizer("1 + 1 =\n")["input_ids"] == tiny_tokenizer()("1 + 1 =\n")["input_ids"]
+    assert not loaded.model.training
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json and 0 GGUF files"):
+        load_model(str(tmp_path / "empty"))

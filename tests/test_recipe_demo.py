@@ -1,0 +1,278 @@
+"""``topr demo`` end to end on a tiny model: results, resuming, refusals, exit status."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from tiny import tiny_model, tiny_tokenizer
+
+from topr_kernels.recipe import Evaluation, Task, read_records, wilson_interval
+from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.evaluate import Accuracy
+
+demo = importlib.import_module("topr_kernels.recipe.demo")
+FLAGS = ["--quick", "--held-out", "6", "--questions", "4", "--lr", "1e-3", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an unbroken run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(model, out) == 0
+    return out
+
+
+def run(model: Path, out: Path, *flags: str) -> int:
+    return main(["demo", "--model", str(model), "--out", str(out), *FLAGS, *flags])
+
+
+def figures(out: Path) -> dict[str, Any]:
+    """The report without what differs between equal runs."""
+    report = json.loads((out / "report.json").read_text())
+    del report["seconds"], report["environment"]
+    for entry in [e for history in report["history"].values() for e in history]:
+        for name in [n for n in entry if "runtime" in n or "per_second" in n]:
+            del entry[name]
+    return report
+
+
+def test_the_demo_runs_end_to_end(whole: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    report = json.loads((whole / "report.json").read_text())
+    assert set(report["accuracy"]) == {"base", "TOPR", "SFT"}
+    assert report["accuracy"]["TOPR"]["greedy"]["questions"] == 6
+    assert report["settings"]["model"] == "tiny" and report["settings"]["lr"] == 1e-3
+    assert len(report["history"]["TOPR"]) == len(report["history"]["SFT"]) == 2
+    assert set(report["seconds"]) >= {"generate", "score", "train TOPR", "total"}
+    assert report["data"]["max_log_ratio_same_packing"] == 0
+    assert report["data"]["max_log_ratio_other_packing"] < 1e-4
+    assert report["environment"]["versions"]["torch"]
+    assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
+    for file in whole.glob("*.json"):
+        assert str(whole.parent) not in file.read_text()
+        assert str(model.parent) not in file.read_text()
+    assert len(read_records(whole / "records.parquet")) == 16
+    # Checkpoints are gone, the trained model is there and loads.
+    assert not list(whole.rglob("checkpoint*"))
+    assert (whole / "topr" / "model" / "model.safetensors").exists()
+    # A second start has nothing to do and prints the same table.
+    assert run(model, whole) == 0
+    printed = capsys.readouterr()
+    assert "positives only (SFT)" in printed.out and "sampled" in printed.out
+    assert "generate" not in printed.err
+
+
+@pytest.mark.parametrize("balance", ["subsample", "baseline"])
+def test_the_wanted_share_of_positives_is_made(balance: str, model: Path, tmp_path: Path):
+    one_digit = Task(
+        "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    )
+    settings = demo.DemoSettings(
+        model=str(model), questions=20, samples=4, held_out=4, epochs=1, balance=balance
+    )
+    demo.run_demo(settings, tmp_path, task=one_digit)
+    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert data["sampled"] == 80 and 0 < data["sampled_positive_share"] < 0.5
+    assert data["effective_positive_share"] == pytest.approx(0.5)
+    if balance == "subsample":
+        assert data["positive_share"] == 0.5 and data["baseline"] == 0
+        assert data["records"] == 2 * round(80 * data["sampled_positive_share"])
+    else:
+        assert data["records"] == 80 and data["baseline"] < 0
+
+
+@pytest.mark.parametrize("victim", ["evaluate", "generate", "score", "train"])
+def test_an_interrupted_run_resumes_to_the_same_figures(
+    victim: str,
+    model: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    original = getattr(demo, victim)
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(victim)
+        # For evaluate and train: the second call, after the first one's result was written.
+        if victim in ("generate", "score") or len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(demo, victim, interrupted)
+    assert run(model, tmp_path) == 130
+    assert "same command resumes" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(model, tmp_path) == 0
+    assert figures(tmp_path) == figures(whole)
+    for name in ("samples.parquet", "records.parquet"):
+        assert read_records(tmp_path / name) == read_records(whole / name)
+
+
+def test_a_killed_run_resumes_to_the_same_records(model: Path, whole: Path, tmp_path: Path):
+    """kill -9 at whatever it is doing once the first result is there."""
+    command = [sys.executable, "-m", "topr_kernels.recipe.cli", "demo", "--model", str(model)]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path), *FLAGS],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "base" / "evaluation.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.json").exists()
+    assert run(model, tmp_path) == 0
+    assert read_records(tmp_path / "samples.parquet") == read_records(whole / "samples.parquet")
+    assert figures(tmp_path)["data"] == figures(whole)["data"]
+
+
+def test_other_settings_are_refused_and_restart_starts_anew(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "mine.txt").write_text("keep")
+    settings = demo.DemoSettings(model=str(model), seed=1)
+    demo._claim(tmp_path, settings)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "evaluation.json").write_text("{}")
+    assert run(model, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "--seed: 1 there, 0 now" in message and "--restart" in message and "--out" in message
+    demo.restart(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_restart_deletes_nothing_in_a_folder_of_another_kind(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "precious.txt").write_text("keep")
+    assert run(model, tmp_path, "--restart") == 2
+    assert "nothing was deleted" in capsys.readouterr().err
+    assert (tmp_path / "base" / "precious.txt").exists()
+
+
+def test_restart_tells_another_tools_settings_from_its_own(tmp_path: Path):
+    (tmp_path / "settings.json").write_text('{"seed": 0}')
+    with pytest.raises(demo.SettingsError, match="nothing was deleted"):
+        demo.restart(tmp_path)
+    assert (tmp_path / "settings.json").exists()
+
+
+def test_infinite_figures_of_a_diverged_run_are_stored_as_null(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("settings.json", "samples.json", "records.json", "records.parquet"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    (tmp_path / "base").mkdir()
+    evaluation = (whole / "base" / "evaluation.json").read_bytes()
+    (tmp_path / "base" / "evaluation.json").write_bytes(evaluation)
+    entry = {"step": 1, "objective": float("-inf"), "weight_negative_mean": 0.5}
+    monkeypatch.setattr(demo, "train", lambda *args, **kwargs: [entry, {**entry, "step": 2}])
+    run(model, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["history"]["TOPR"][0] == {**entry, "objective": None}
+
+
+def test_impossible_questions_do_not_claim_the_folder(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    assert main(["demo", "--model", str(model), "--out", str(out), "--questions", "20000"]) == 2
+    assert "count: chain_sum gave only" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("greedy", "sampled", "status"), [(4, 4, 0), (5, 4, 0), (3, 4, 1), (4, 3, 1), (5, 3, 1)]
+)
+def test_exit_status_says_whether_topr_got_worse(
+    greedy: int, sampled: int, status: int, whole: Path, model: Path, tmp_path: Path
+):
+    def outcome(correct: int) -> Accuracy:
+        return Accuracy(correct, 6, *wilson_interval(correct, 6), 0.0, 3.0)
+
+    for name in ("settings.json", "samples.json", "records.json"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    for name, evaluation in (
+        ("base", Evaluation(outcome(4), outcome(4))),
+        ("topr", Evaluation(outcome(greedy), outcome(sampled))),
+        ("sft", Evaluation(outcome(6), outcome(6))),
+    ):
+        (tmp_path / name).mkdir()
+        raw = json.loads((whole / name / "evaluation.json").read_text())
+        raw |= demo.report.accuracy_json(evaluation)
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(raw))
+        if name != "base":
+            history = (whole / name / "history.json").read_bytes()
+            (tmp_path / name / "history.json").write_bytes(history)
+    assert run(model, tmp_path) == status
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--questions", "0"], "questions: got 0"),
+        (["--lr", "-1"], "lr: got -1.0"),
+        (["--positive-share", "1.5"], "positive_share: got 1.5"),
+        (["--seed", "-1"], "seed: got -1"),
+    ],
+)
+def test_senseless_settings_are_refused(
+    flags: list[str],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert run(model, tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "--model" in message and "no config.json" in message
+
+
+def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as status:
+        main(["demo", "--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("dequantised", "resumes", "default: 2e-05", "exit status", "p~"):
+        assert word in text
+
+
+def test_flags_have_the_defaults_of_the_settings():
+    from topr_kernels.recipe.cli import _parser
+
+    args = vars(_parser().parse_args(["demo"]))
+    settings = vars(demo.DemoSettings())
+    assert {name: args[name] for name in settings} == settings

@@ -1,0 +1,401 @@
+"""TOPRTrainer, TOPRConfig and the collator."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tiny import random_model, tiny_config, tiny_tokenizer
+from transformers import LlamaForCausalLM, PrinterCallback
+
+from topr_kernels import SFT, TOPR, Limits, log_prob, topr_loss
+from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits
+from topr_kernels.hf.collator import common_prefix_length, prefix_sharing_problem
+from topr_kernels.hf.trainer import MetricMean, warn_if_never_negative
+
+Row = dict[str, Any]
+
+
+def rows(count: int = 8, *, lengths: list[int] | None = None, seed: int = 0) -> list[Row]:
+    """Records with prompts and completions of different lengths; alternating signs of reward."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(2, 90, (n,), generator=generator).tolist()
+
+    header = tokens(5)
+    result = []
+    for i in range(count):
+        length = lengths[i] if lengths else 1 + i % 4
+        result.append(
+            {
+                "prompt_token_ids": header + tokens(2 + i % 3),
+                "completion_token_ids": tokens(length),
+                "behavior_log_prob": (-3 - torch.rand(length, generator=generator)).tolist(),
+                "reward": 1.0 if i % 3 == 0 else -1.0,
+            }
+        )
+    return result
+
+
+def config(folder: Path, **changes: Any) -> TOPRConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_grad_norm": 1e9,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+    }
+    return TOPRConfig(**{**settings, **changes})
+
+
+def trainer(folder: Path, data: list[Row], model: Any = None, **changes: Any) -> TOPRTrainer:
+    result = TOPRTrainer(
+        model=random_model() if model is None else model,
+        args=config(folder, **changes),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+    result.remove_callback(PrinterCallback)
+    return result
+
+
+def plain_loss(model: Any, data: list[Row], **options: Any) -> torch.Tensor:
+    """The loss from one full forward pass over right-padded rows."""
+    width = max(len(r["prompt_token_ids"]) + len(r["completion_token_ids"]) for r in data)
+    ids = torch.zeros(len(data), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    behavior = torch.zeros(len(data), width)
+    for i, r in enumerate(data):
+        p, row = len(r["prompt_token_ids"]), r["prompt_token_ids"] + r["completion_token_ids"]
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        labels[i, p : len(row)] = torch.tensor(r["completion_token_ids"], dtype=torch.int64)
+        behavior[i, p : len(row)] = torch.tensor(r["behavior_log_prob"])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    reward = torch.tensor([r["reward"] for r in data])
+    return topr_loss(logits, labels, behavior, reward, **options).loss
+
+
+# --- collator --------------------------------------------------------------------------------
+
+
+def test_labels_cover_the_completion_only_even_where_pad_is_eos():
+    """PITFALLS 32: a mask made by comparing ids with the pad id would lose the EOS."""
+    eos = tiny_tokenizer().eos_token_id
+    data = rows(2, lengths=[3, 1])
+    data[0]["completion_token_ids"][-1] = eos
+    data[1]["completion_token_ids"] = [eos]
+    data[1]["prompt_token_ids"] += [eos, eos]
+    batch = CompletionCollator(pad_token_id=eos)(data)
+    assert batch["labels"][0, -3:].tolist() == data[0]["completion_token_ids"]
+    assert batch["labels"].ne(-100).sum(1).tolist() == [3, 1]
+    lengths = [len(r["prompt_token_ids"]) + len(r["completion_token_ids"]) for r in data]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["labels"][1, -1] == eos
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_batch_is_right_aligned_with_positions_of_real_tokens(share_prefix: bool):
+    data = rows(5)
+    batch = CompletionCollator(0, share_prefix)(data)
+    assert batch["prefix_length"] == (5 if share_prefix else 0)
+    assert batch["logits_to_keep"] == 5
+    assert batch["reward"].tolist() == [r["reward"] for r in data]
+    for i, r in enumerate(data):
+        row = r["prompt_token_ids"] + r["completion_token_ids"]
+        real = batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i][real].tolist() == row
+        assert batch["position_ids"][i][real].tolist() == list(range(len(row)))
+        n = len(r["completion_token_ids"])
+        torch.testing.assert_close(
+            batch["behavior_log_prob"][i, -n:], torch.tensor(r["behavior_log_prob"])
+        )
+        assert batch["behavior_log_prob"][i, :-n].eq(0).all()
+
+
+def test_common_prefix_leaves_each_prompt_a_token():
+    assert common_prefix_length([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_prefix_length([[1, 2, 3], [1, 4]]) == 1
+    assert common_prefix_length([[1], [1, 2]]) == 0
+    assert common_prefix_length([[5, 1], [6, 1]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("reward", None, "record 1 .* no 'reward'"),
+        ("prompt_token_ids", [], "record 1 .*prompt_token_ids is empty"),
+        ("behavior_log_prob", [-1.0] * 9, "record 1 .*9 entries for 2"),
+    ],
+)
+def test_collator_names_a_bad_record(field: str, value: Any, message: str):
+    data = rows(2)
+    data[1][field] = value
+    with pytest.raises(ValueError, match=message):
+        CompletionCollator(0)(data)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_kept_logits_equal_those_of_each_sequence_alone(share_prefix: bool):
+    """Neither padding, nor logits_to_keep, nor a prefix that is run once changes a logit."""
+    model, data = random_model(), rows(6)
+    batch = CompletionCollator(0, share_prefix)(data)
+    with torch.no_grad():
+        kept = completion_logits(model, batch)
+        for i, r in enumerate(data):
+            row = torch.tensor([r["prompt_token_ids"] + r["completion_token_ids"]])
+            n = len(r["completion_token_ids"])
+            alone = model(row).logits[0, -n - 1 :]
+            assert alone.abs().max() > 0.1
+            torch.testing.assert_close(kept[i, -n - 1 :], alone, rtol=1e-5, atol=1e-6)
+    assert kept.shape[1] == batch["logits_to_keep"] < batch["input_ids"].shape[1]
+
+
+def test_log_probs_of_kept_logits_equal_those_of_all_logits():
+    model, data = random_model(), rows(6)
+    batch = CompletionCollator(0)(data)
+    keep = batch["logits_to_keep"]
+    with torch.no_grad():
+        kept = log_prob(completion_logits(model, batch), batch["labels"][:, -keep:]).log_prob
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")}
+        full = log_prob(model(**inputs).logits, batch["labels"]).log_prob
+    assert kept.abs().max() > 1
+    torch.testing.assert_close(kept, full[:, -keep:], rtol=0, atol=2e-6)
+    assert full[:, :-keep].eq(0).all()
+
+
+def test_a_model_without_logits_to_keep_gives_the_same():
+    class Old(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+            return super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
+
+    model = random_model()
+    old = Old(tiny_config()).eval()
+    old.load_state_dict(model.state_dict())
+    batch = CompletionCollator(0)(rows(4))
+    with torch.no_grad():
+        expected = completion_logits(model, batch)
+        torch.testing.assert_close(completion_logits(old, batch), expected, rtol=0, atol=1e-6)
+    assert "forward does not take" in str(prefix_sharing_problem(old))
+
+
+def test_prefix_sharing_is_refused_where_it_would_not_be_exact():
+    model = random_model()
+    assert prefix_sharing_problem(model) is None
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    batch = CompletionCollator(0, share_prefix=True)(rows(4))
+    with pytest.raises(ValueError, match=r"sliding_attention.*share_prefix=False"):
+        completion_logits(model, batch)
+    model.config.layer_types = None
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert "gradient checkpointing" in str(prefix_sharing_problem(model))
+
+
+# --- configuration ---------------------------------------------------------------------------
+
+
+def test_config_takes_a_preset_or_limits_and_writes_json(tmp_path: Path):
+    assert config(tmp_path).limits == TOPR
+    assert config(tmp_path, limits="sft").limits == SFT
+    mine = Limits(0.5, 2.0, 0.0, 1.0)
+    restored = json.loads(config(tmp_path, limits=mine).to_json_string())
+    assert Limits(**restored["limits"]) == mine
+    assert config(tmp_path).remove_unused_columns is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limits": "ppo"}, r"limits: got 'ppo'.*'sft'"),
+        ({"limits": 3}, r"limits: got 3"),
+        ({"reduction": "mean"}, r"reduction: got 'mean'.*sequence_mean"),
+        ({"remove_unused_columns": True}, r"remove_unused_columns: got True"),
+    ],
+)
+def test_config_refuses(tmp_path: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_trainer_without_a_pad_id_says_what_to_pass(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"processing_class.*data_collator=CompletionCollator"):
+        TOPRTrainer(model=random_model(), args=config(tmp_path), train_dataset=rows())
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+SPLITS = [(8, 1), (4, 2), (2, 4), (3, 3)]
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_gradients_do_not_depend_on_accumulation(
+    tmp_path: Path, reduction: str, share_prefix: bool
+):
+    """PITFALLS 28: accumulation 1, 2, 4 and the ragged 3 + 3 + 2, one sequence being empty."""
+    data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
+    model = random_model()
+    loss = plain_loss(model, data, baseline=-0.4, reduction=reduction)
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert expected > 0.05
+    for size, steps in SPLITS:
+        run = trainer(
+            tmp_path,
+            data,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            reduction=reduction,
+            baseline=-0.4,
+            share_prefix=share_prefix,
+        )
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        run.train()
+        entry = run.state.log_history[0]
+        assert entry["grad_norm"] == pytest.approx(expected, rel=1e-5), (size, steps)
+        assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5), (size, steps)
+        for (name, p), q in zip(run.model.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(
+                p.detach(), before[name] - 0.1 * q.grad, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_a_normaliser_per_micro_batch_would_be_noticed(tmp_path: Path):
+    """The test above can fail: counting one micro-batch only multiplies the gradient."""
+
+    class Wrong(TOPRTrainer):
+        def _get_num_items_in_batch(self, batch_samples: list[Row], device: torch.device) -> Any:
+            return super()._get_num_items_in_batch(batch_samples[:1], device)
+
+    norms = []
+    for size, steps in ((8, 1), (2, 4)):
+        args = config(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        run = Wrong(random_model(), args, train_dataset=rows(), processing_class=tiny_tokenizer())
+        run.train()
+        norms.append(run.state.log_history[0]["grad_norm"])
+    assert norms[1] > 2 * norms[0]
+
+
+def test_an_all_empty_batch_trains_to_nothing(tmp_path: Path):
+    """PITFALLS 29."""
+    run = trainer(tmp_path, rows(4, lengths=[0] * 4), per_device_train_batch_size=4)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    run.train()
+    assert run.state.log_history[0]["loss"] == 0
+    assert run.state.log_history[0]["grad_norm"] == 0
+    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "geometric", "token"])
+def test_options_reach_the_loss(tmp_path: Path, ratio: str):
+    data = rows(4)
+    options = {"ratio": ratio, "temperature": 0.7, "baseline": 0.2, "limits": Limits(0.5, 2, 0, 1)}
+    expected = plain_loss(random_model(), data, **options).item()
+    run = trainer(tmp_path, data, per_device_train_batch_size=4, entropy=True, **options)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < run.state.log_history[0]["entropy"] < 10
+
+
+def test_resuming_from_a_checkpoint_gives_the_same_weights(tmp_path: Path):
+    changes = {"max_steps": 4, "per_device_train_batch_size": 2, "optim": "adamw_torch"}
+    changes |= {"learning_rate": 1e-3}
+    whole = trainer(tmp_path / "a", rows(), **changes)
+    whole.train()
+    half = trainer(tmp_path / "b", rows(), save_strategy="steps", save_steps=2, **changes)
+    half.train()
+    resumed = trainer(tmp_path / "b", rows(), model=random_model(seed=1), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def test_metrics_are_logged_for_training_and_evaluation(tmp_path: Path):
+    run = trainer(
+        tmp_path, rows(8), per_device_train_batch_size=4, num_train_epochs=1, max_steps=-1
+    )
+    run.train()
+    entries = [e for e in run.state.log_history if "loss" in e]
+    assert len(entries) == 2
+    for name in ("objective", "weight_negative_mean", "ess_negative", "positive_share", "kl_k3"):
+        assert all(name in e for e in entries), name
+    assert "entropy" not in entries[0]
+    figures = run.evaluate()
+    assert figures["eval_positive_share"] == pytest.approx(3 / 8)
+    expected = plain_loss(run.model, rows(8)).item()
+    assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert figures["eval_objective"] == pytest.approx(-expected, rel=1e-5)
+    json.dumps(run.state.log_history, allow_nan=False)
+
+
+def test_ragged_evaluation_is_exact(tmp_path: Path):
+    run = trainer(tmp_path, rows(8), per_device_eval_batch_size=3)
+    figures = run.evaluate()
+    expected = plain_loss(run.model, rows(8)).item()
+    assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert figures["eval_objective"] == pytest.approx(-expected, rel=1e-5)
+
+
+def test_metrics_average_over_the_steps_between_logs(tmp_path: Path):
+    fine = trainer(tmp_path, rows(8), per_device_train_batch_size=2, max_steps=4)
+    coarse = trainer(tmp_path, rows(8), per_device_train_batch_size=2, max_steps=4, logging_steps=4)
+    fine.train()
+    coarse.train()
+    each = [e for e in fine.state.log_history if "loss" in e]
+    (mean,) = [e for e in coarse.state.log_history if "loss" in e]
+    for name, reduce in (
+        ("objective", lambda x: sum(x) / len(x)),
+        ("log_ratio_negative_min", min),
+        ("log_ratio_positive_max", max),
+    ):
+        values = [e[name] for e in each if name in e]
+        assert mean[name] == pytest.approx(reduce(values), rel=1e-5), name
+
+
+def test_metric_mean_skips_the_undefined():
+    mean = MetricMean()
+    nan = torch.tensor(float("nan"))
+    mean.add({"a": torch.tensor(1.0), "b": nan, "c_min": nan, "d": nan}, 1)
+    mean.add(
+        {"a": torch.tensor(4.0), "b": torch.tensor(2.0), "c_min": torch.tensor(3.0), "d": nan}, 2
+    )
+    assert mean.result() == {"a": 3.0, "b": 2.0, "c_min": 3.0}
+
+
+# --- warning ---------------------------------------------------------------------------------
+
+
+def test_warns_once_where_no_reward_is_negative(tmp_path: Path):
+    data = [{**r, "reward": max(r["reward"], 0.0)} for r in rows(4)]
+    with pytest.warns(UserWarning, match="positives only") as caught:
+        trainer(tmp_path, data, per_device_train_batch_size=2, max_steps=2).train()
+    assert sum("positives only" in str(w.message) for w in caught) == 1
+
+
+def test_does_not_warn_without_reason():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not warn_if_never_negative([1.0, -1.0], 0.0, TOPR)
+        assert not warn_if_never_negative([1.0, 0.0], 0.5, TOPR)
+        assert not warn_if_never_negative([1.0, 1.0], 0.0, SFT)

@@ -1,0 +1,235 @@
+"""From prompt + completion records to a batch, and the forward pass that fits its layout.
+
+A batch is right-aligned: every row ends with its completion, so all logits that are scored lie in
+the last ``K + 1`` columns (K: the longest completion) and the prompts' logits are never computed::
+
+    [ padding | prompt | completion ]
+                      ^ last K + 1 columns
+
+With ``share_prefix=True`` the tokens that all prompts of the batch begin with (a few-shot prompt,
+a system message) come first and are run through the model once instead of once per row::
+
+    [ common prefix | padding | rest of the prompt | completion ]
+
+Attention never sees the padding and the position ids do not count it, so both layouts give every
+token the log-probability it has alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Label of a token that is not scored: the convention of Hugging Face and of ``topr_loss``.
+IGNORE_INDEX = -100
+
+
+@dataclass
+class CompletionCollator:
+    """Pads prompt + completion records to a batch for ``TOPRTrainer``.
+
+    Each record is a mapping with ``prompt_token_ids`` (P int, P >= 1), ``completion_token_ids``
+    (C int, may be empty: such a sequence is not counted), ``behavior_log_prob`` (C float, the
+    log-probability of each completion token under the policy that sampled it) and ``reward``
+    (float, signed). Token ids are used as they are: re-tokenising a completion drifts.
+
+    The batch holds, for B records and T columns:
+
+    - ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64, ``position_ids`` [B, T] int64;
+    - ``labels`` [B, T] int64, unshifted, -100 on prompt and padding. They come from the lengths of
+      the records, never from comparing ids with the pad id: where pad and EOS are the same token
+      the completion's EOS stays scored;
+    - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
+    - ``reward`` [B] fp32;
+    - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
+
+    Args:
+        pad_token_id: id that fills the padding; any id of the vocabulary will do.
+        share_prefix: lay the common prefix of the prompts out in the first columns, to be computed
+            once per batch. Exact for models whose attention reaches all earlier tokens.
+
+    Raises:
+        ValueError: on a call, if a record lacks a field, has an empty prompt, or its
+            ``behavior_log_prob`` is not as long as its completion.
+    """
+
+    pad_token_id: int
+    share_prefix: bool = False
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pads B records to one batch; see the class for its fields."""
+        for i, record in enumerate(features):
+            _check(record, i)
+        prompts = [list(record["prompt_token_ids"]) for record in features]
+        completions = [list(record["completion_token_ids"]) for record in features]
+        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        prefix = common_prefix_length(prompts) if self.share_prefix else 0
+        batch: dict[str, Any] = dict(pad_left(rows, self.pad_token_id, prefix))
+        width = batch["input_ids"].shape[1]
+        labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
+        behavior = torch.zeros(len(rows), width, dtype=torch.float32)
+        for i, (record, completion) in enumerate(zip(features, completions, strict=True)):
+            if completion:
+                labels[i, -len(completion) :] = torch.tensor(completion)
+                behavior[i, -len(completion) :] = torch.tensor(
+                    record["behavior_log_prob"], dtype=torch.float32
+                )
+        batch["labels"] = labels
+        batch["behavior_log_prob"] = behavior
+        batch["reward"] = torch.tensor([float(r["reward"]) for r in features])
+        batch["logits_to_keep"] = max(map(len, completions)) + 1
+        batch["prefix_length"] = prefix
+        return batch
+
+
+def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens that all prompts begin with, leaving each at least one token of its own."""
+    length = min(map(len, prompts)) - 1
+    first = prompts[0]
+    for prompt in prompts[1:]:
+        length = next((i for i in range(length) if prompt[i] != first[i]), length)
+    return length
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0
+) -> dict[str, Tensor]:
+    """Right-aligns token rows, with padding after their first ``prefix`` common tokens.
+
+    Args:
+        rows: B rows of token ids, each longer than ``prefix``.
+        pad_token_id: id that fills the padding.
+        prefix: number of leading tokens that all rows share.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``position_ids``, each [B, T] int64 with T the longest
+        row. Position ids count real tokens only, so padding does not move a token.
+    """
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row, dtype=torch.int64)
+        start = width - (len(row) - prefix)
+        input_ids[i, :prefix], input_ids[i, start:] = tokens[:prefix], tokens[prefix:]
+        attention_mask[i, :prefix], attention_mask[i, start:] = 1, 1
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+
+
+def completion_logits(
+    model: torch.nn.Module, batch: Mapping[str, Any], *, signature_of: torch.nn.Module | None = None
+) -> Tensor:
+    """Logits of the last ``logits_to_keep`` columns of a batch, and of no others.
+
+    Equal to ``model(...).logits[:, -logits_to_keep:]`` of a forward pass over whole rows. Models
+    whose forward takes no ``logits_to_keep`` compute all logits, which are then sliced.
+
+    Args:
+        model: a Hugging Face causal language model, wrapped or not.
+        batch: what ``CompletionCollator`` returned, on the model's device. Without
+            ``logits_to_keep`` all columns are kept.
+        signature_of: the unwrapped model, to be asked which arguments its forward takes.
+
+    Returns:
+        [B, logits_to_keep, V] in the model's dtype.
+
+    Raises:
+        ValueError: if the batch has a shared prefix and the model cannot share it (see
+            ``check_prefix_sharing``).
+    """
+    keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
+    prefix = int(batch.get("prefix_length", 0))
+    base = model if signature_of is None else signature_of
+    accepted = inspect.signature(base.forward).parameters
+    inputs: dict[str, Any] = {"attention_mask": batch["attention_mask"]}
+    # Without explicit positions most models number the padding too, which moves every token.
+    if "position_ids" in accepted:
+        inputs["position_ids"] = batch["position_ids"][:, prefix:]
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = keep
+    if prefix:
+        check_prefix_sharing(base)
+        inputs["past_key_values"] = prefix_cache(model, batch["input_ids"], prefix)
+    logits: Tensor = model(
+        input_ids=batch["input_ids"][:, prefix:], use_cache=bool(prefix), **inputs
+    ).logits
+    return logits[:, -keep:]
+
+
+def prefix_cache(model: torch.nn.Module, input_ids: Tensor, prefix: int) -> Any:
+    """Keys and values of the first ``prefix`` columns, computed once and repeated for every row.
+
+    Gradients flow back through the repetition: the prefix gets the sum over the rows.
+    """
+    first = input_ids[:1, :prefix]
+    # The prefix's own logits are not needed; one is the least that models offer.
+    cache = model(
+        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    cache.batch_repeat_interleave(input_ids.shape[0])
+    return cache
+
+
+def check_prefix_sharing(model: torch.nn.Module) -> None:
+    """Raises ``ValueError`` where running a common prefix once would not be exact."""
+    problem = prefix_sharing_problem(model)
+    if problem:
+        raise ValueError(
+            f"share_prefix=True, but {problem}: the padding after a shared prefix would not be "
+            "exact; use share_prefix=False"
+        )
+
+
+def prefix_sharing_problem(model: torch.nn.Module) -> str | None:
+    """Says why this model cannot run a common prefix once, or None if it can."""
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"the model has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"the model attends to a window of {config.sliding_window} tokens only"
+    accepted = inspect.signature(model.forward).parameters
+    missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(accepted)
+    if missing:
+        return f"the model's forward does not take {', '.join(sorted(missing))}"
+    if model.training and _recomputes_activations(model):
+        return "gradient checkpointing keeps no keys and values"
+    return None
+
+
+def _recomputes_activations(model: Any) -> bool:
+    # transformers renames is_gradient_checkpointing; the old name warns where the new one exists.
+    name = "is_activation_checkpointing"
+    if not hasattr(model, name):
+        name = "is_gradient_checkpointing"
+    return bool(getattr(model, name, False))
+
+
+def _check(record: Mapping[str, Any], i: int) -> None:
+    for name in ("prompt_token_ids", "completion_token_ids", "behavior_log_prob", "reward"):
+        if record.get(name) is None:
+            raise ValueError(
+                f"record {i} of the batch has no {name!r}; it has {sorted(record)}. Score the "
+                "records first, and keep remove_unused_columns=False"
+            )
+    if len(record["prompt_token_ids"]) == 0:
+        raise ValueError(
+            f"record {i} of the batch: prompt_token_ids is empty, so nothing predicts the first "
+            "token of the completion; give the prompt at least a BOS token"
+        )
+    scored, tokens = len(record["behavior_log_prob"]), len(record["completion_token_ids"])
+    if scored != tokens:
+        raise ValueError(
+            f"record {i} of the batch: behavior_log_prob has {scored} entries for {tokens} "
+            "completion tokens; one per token is expected"
+        )

@@ -1,0 +1,289 @@
+"""TOPR in ``transformers.Trainer``: settings, exact normalisation, and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from topr_kernels import PRESETS, Limits, TOPROutput, topr_loss
+from topr_kernels.hf.collator import IGNORE_INDEX, CompletionCollator, completion_logits
+
+_REDUCTIONS = ("sequence_mean", "token_mean")
+
+
+@dataclass
+class TOPRConfig(TrainingArguments):
+    """Settings of ``TOPRTrainer``: those of ``TrainingArguments`` and the loss's.
+
+    Args:
+        limits: name of a preset ("topr", "tis", "is", "reinforce", "sft") or a ``Limits``.
+        ratio: "sequence" (the paper's), "geometric" or "token".
+        baseline: subtracted from every reward before the sign is taken; see
+            ``baseline_for_positive_share``.
+        reduction: "sequence_mean" (the paper's: 1/B of 1/|y|) or "token_mean".
+        temperature: divides the logits, as in sampling.
+        entropy: also log the mean entropy of the policy; costs a little.
+        impl: implementation of the loss, as in ``topr_loss``.
+        share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
+            most of the time with few-shot prompts; needs plain full attention.
+
+    Raises:
+        ValueError: on an unknown preset or reduction, or ``remove_unused_columns=True``.
+    """
+
+    limits: Any = field(default="topr", metadata={"help": "Preset name or Limits."})
+    ratio: str = field(default="sequence", metadata={"help": "sequence, geometric or token."})
+    baseline: float = field(default=0.0, metadata={"help": "Subtracted from every reward."})
+    reduction: str = field(
+        default="sequence_mean", metadata={"help": "sequence_mean or token_mean."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits."})
+    entropy: bool = field(default=False, metadata={"help": "Log the policy's entropy."})
+    impl: str = field(default="auto", metadata={"help": "Implementation of the loss."})
+    share_prefix: bool = field(
+        default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
+    )
+    # The Trainer would drop reward and behavior_log_prob: no model's forward takes them.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the loss needs the extra columns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if isinstance(self.limits, str) and self.limits in PRESETS:
+            self.limits = PRESETS[self.limits]
+        elif isinstance(self.limits, Mapping):
+            self.limits = Limits(**self.limits)
+        if not isinstance(self.limits, Limits):
+            raise ValueError(
+                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)}"
+            )
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: got True, which would drop reward and behavior_log_prob "
+                "from the data set; leave it False"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        settings["limits"] = dataclasses.asdict(self.limits)
+        return settings
+
+
+class TOPRTrainer(Trainer):
+    """``transformers.Trainer`` with the TOPR loss, for any Hugging Face causal language model.
+
+    Takes the arguments of ``Trainer``. The data set holds records as ``CompletionCollator``
+    describes them; that collator is the default and needs ``processing_class`` (the tokenizer) for
+    a pad id. Gradients do not depend on how a batch is split: the loss is normalised by the
+    non-empty sequences (or tokens) of the whole accumulated batch over all processes.
+
+    ``log`` carries the metrics of ``TOPROutput.metrics()``, averaged over the micro-batches since
+    the last log where they are defined (keys that end in ``_min`` or ``_max``: the extreme).
+    ``evaluate`` reports the loss and the same metrics.
+
+    Raises:
+        ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given.
+
+    Warns:
+        UserWarning: once per training set, if no reward is below the baseline although the limits
+            give negatives a weight: TOPR is then positives only.
+    """
+
+    # The loss is normalised over the whole accumulated batch: the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    args: TOPRConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TOPRConfig,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is None:
+            data_collator = CompletionCollator(_pad_token_id(processing_class), args.share_prefix)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
+        self.model_accepts_loss_kwargs = True
+        self._train_metrics = MetricMean()
+        self._eval_metrics = MetricMean()
+        if train_dataset is not None and hasattr(train_dataset, "__len__"):
+            warn_if_never_negative(
+                (record["reward"] for record in train_dataset), args.baseline, args.limits
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch, normalised by the items of the whole accumulated batch."""
+        output = self._topr(model, inputs, num_items_in_batch)
+        metrics = self._train_metrics if model.training else self._eval_metrics
+        metrics.add(output.metrics(), inputs["reward"].numel())
+        # Data-parallel wrappers average gradients over processes; our normaliser is global already.
+        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        loss = output.loss * processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _topr(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> TOPROutput:
+        keep = int(inputs.get("logits_to_keep", inputs["input_ids"].shape[1]))
+        logits = completion_logits(model, inputs, signature_of=self.accelerator.unwrap_model(model))
+        behavior = inputs["behavior_log_prob"]
+        return topr_loss(
+            logits,
+            inputs["labels"][:, -keep:],
+            behavior[:, -keep:] if behavior.dim() == 2 else behavior,
+            inputs["reward"],
+            limits=self.args.limits,
+            ratio=self.args.ratio,
+            baseline=self.args.baseline,
+            reduction=self.args.reduction,
+            normalizer=items,
+            temperature=self.args.temperature,
+            entropy=self.args.entropy,
+            impl=self.args.impl,
+        )
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | None:
+        """Non-empty sequences (or scored tokens) of an accumulated batch, over all processes.
+
+        Trainer counts tokens here; the paper's loss is a mean over sequences.
+        """
+        if not batch_samples:
+            return None
+        # The first column is never predicted.
+        scored = [batch["labels"][:, 1:].ne(IGNORE_INDEX) for batch in batch_samples]
+        if self.args.reduction == "sequence_mean":
+            scored = [mask.any(dim=1) for mask in scored]
+        items = torch.stack([mask.sum() for mask in scored]).sum().to(device)
+        if self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        # A batch without anything to learn from has loss 0, not 0 / 0.
+        return items.clamp(min=1)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss of one evaluation batch; logits are not kept."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s evaluation, with the loss's metrics added to its figures."""
+        self._eval_metrics = MetricMean()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = {f"{prefix}_{k}": v for k, v in self._eval_metrics.result().items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics since the last log to a training log."""
+        if "loss" in logs:
+            logs = {**logs, **self._train_metrics.result()}
+            self._train_metrics = MetricMean()
+        super().log(logs, start_time)
+
+
+class MetricMean:
+    """Means of device scalars over batches, each weighted by its size; NaN means "undefined here".
+
+    Keys that end in ``_min`` or ``_max`` keep the extreme instead. Nothing is copied to the host
+    before ``result``.
+    """
+
+    def __init__(self) -> None:
+        self._total: dict[str, Tensor] = {}
+        self._weight: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor], size: int) -> None:
+        """Adds one batch's metrics (scalars of any dtype) with ``size`` as their weight."""
+        for name, value in metrics.items():
+            x = value.detach().double()
+            undefined = x.isnan()
+            if name.endswith(("_min", "_max")):
+                known = self._total.get(name, x)
+                extreme = torch.fmin if name.endswith("_min") else torch.fmax
+                self._total[name] = extreme(known, x)
+                continue
+            zero = torch.zeros_like(x)
+            weight = torch.where(undefined, zero, zero + size)
+            # Select, don't multiply: 0 * NaN is NaN.
+            total = torch.where(undefined, zero, x * size)
+            self._total[name] = self._total.get(name, zero) + total
+            self._weight[name] = self._weight.get(name, zero) + weight
+
+    def result(self) -> dict[str, float]:
+        """The means so far; metrics that were never defined are left out."""
+        means = {
+            name: float(total) / weight
+            if (weight := float(self._weight.get(name, 1.0)))
+            else math.nan
+            for name, total in self._total.items()
+        }
+        return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Limits) -> bool:
+    """Warns if no reward lies below the baseline although negatives would have a weight.
+
+    TOPR then only ever imitates: with 0/1 rewards and no baseline it is positives only.
+
+    Returns:
+        Whether it warned.
+    """
+    if limits.neg_max == 0 or any(float(reward) - baseline < 0 for reward in rewards):
+        return False
+    warnings.warn(
+        f"No reward of this data set is below the baseline of {baseline:g}: TOPR degenerates to "
+        "training on positives only. Use signed rewards (for instance +1 and -1), or a baseline "
+        "between the lowest and the highest reward; limits='sft' if positives only is the intent.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return True
+
+
+def _pad_token_id(processing_class: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        token = getattr(processing_class, name, None)
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        "processing_class: expected a tokenizer with a pad or EOS token to pad batches with, got "
+        f"{type(processing_class).__name__}; pass it, or data_collator=CompletionCollator(pad_id)"
+    )

@@ -1,0 +1,420 @@
+"""The whole pipeline on one small model: evaluate, generate, score, train, evaluate, report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from topr_kernels import (
+    __version__,
+    baseline_for_positive_share,
+    effective_positive_share,
+)
+from topr_kernels.recipe import report
+from topr_kernels.recipe.curate import subsample_negatives
+from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
+from topr_kernels.recipe.files import atomic_folder, read_json, write_json
+from topr_kernels.recipe.generate import generate
+from topr_kernels.recipe.models import LoadedModel, load_model
+from topr_kernels.recipe.records import Record, read_records, write_records
+from topr_kernels.recipe.score import max_log_ratio, score
+from topr_kernels.recipe.tasks import Task, held_out_split
+from topr_kernels.recipe.train import TrainSettings, train
+
+#: Sums and differences of two two-digit numbers, after three worked lines.
+ARITHMETIC = Task(
+    "chain_sum",
+    {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+    examples=(("23 + 45 =", "68"), ("71 - 38 =", "33"), ("56 + 87 =", "143")),
+)
+#: Scored batches whose log-ratios are measured before the first update.
+_CHECKED_BATCHES = 2
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be run, or that are not those of the results in the folder."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that a demo's figures depend on.
+
+    Args:
+        model: as in ``load_model``.
+        seed: of the questions, the sampling and the order of training.
+        questions: training questions.
+        samples: completions sampled per training question.
+        held_out: held-out questions, answered before and after.
+        epochs: passes over the samples.
+        lr: learning rate of AdamW.
+        batch_size: sequences per optimizer step.
+        positive_share: share of positives to make, p~ of the paper's Eq. 7, in (0, 1); 0 to leave
+            the samples as they are.
+        balance: how to make it: "subsample" leaves out negatives at random, "baseline" keeps all
+            samples and subtracts a baseline from the rewards of the TOPR run.
+        limits: preset of the TOPR run.
+        ratio: level of the ratio of the TOPR run.
+        max_new_tokens: length at which a completion is cut.
+
+    Raises:
+        SettingsError: if a number is outside its range.
+    """
+
+    model: str = "smollm2"
+    seed: int = 0
+    questions: int = 192
+    samples: int = 8
+    held_out: int = 200
+    epochs: int = 2
+    lr: float = 2e-5
+    batch_size: int = 32
+    positive_share: float = 0.5
+    balance: str = "subsample"
+    limits: str = "topr"
+    ratio: str = "sequence"
+    max_new_tokens: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "samples", "held_out", "epochs", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: got {getattr(self, name)}; expected at least 1")
+        if self.lr <= 0:
+            raise SettingsError(f"lr: got {self.lr}; expected a number above 0")
+        if not 0 <= self.positive_share < 1:
+            raise SettingsError(
+                f"positive_share: got {self.positive_share}; expected a share in [0, 1), 0 to leave "
+                "the samples as they are"
+            )
+        if self.balance not in ("subsample", "baseline"):
+            raise SettingsError(
+                f"balance: got {self.balance!r}; expected 'subsample' or 'baseline'"
+            )
+        if self.seed < 0:
+            raise SettingsError(f"seed: got {self.seed}; expected 0 or more")
+
+
+def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> bool:
+    """Runs what is not yet in ``out`` and reports.
+
+    Every step leaves its result in ``out``, whole or not at all; a second call with the same
+    settings continues after the last finished step (inside generation: batch; inside training:
+    checkpoint).
+
+    Args:
+        settings: see ``DemoSettings``.
+        out: folder of this run.
+        task: where the questions come from.
+
+    Returns:
+        Whether TOPR ended at least as accurate as the base model, greedy and sampled.
+
+    Raises:
+        SettingsError: if ``out`` holds results of other settings, or the task or the model cannot
+            be had as asked.
+    """
+    # Questions first: settings that cannot be met must not claim the folder.
+    run = _Run(settings, out, task)
+    _claim(out, settings)
+    seconds: dict[str, float] = {}
+
+    def step(name: str, file: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = out / file
+        if not path.exists():
+            start = time.perf_counter()
+            result = compute()
+            write_json(path, {**result, "seconds": round(time.perf_counter() - start, 1)})
+        value: dict[str, Any] = read_json(path)
+        seconds[name] = value["seconds"]
+        return value
+
+    base = step("evaluate base", "base/evaluation.json", run.evaluate_base)
+    data = step("generate", "samples.json", run.sample)
+    data |= step("score", "records.json", run.score)
+    _say_data(data)
+    evaluations = {"base": _evaluation(base)}
+    histories = {}
+    for name, limits in (("TOPR", settings.limits), ("SFT", "sft")):
+        folder = name.lower()
+        baseline = data["baseline"] if name == "TOPR" else 0.0
+        trained = step(
+            f"train {name}",
+            f"{folder}/history.json",
+            partial(run.train, name, limits, baseline),
+        )
+        # Only now: until the history was written, a killed run still needed them.
+        shutil.rmtree(out / folder / "checkpoints", ignore_errors=True)
+        histories[name] = trained["history"]
+        evaluated = step(
+            f"evaluate {name}",
+            f"{folder}/evaluation.json",
+            partial(run.evaluate_trained, name),
+        )
+        evaluations[name] = _evaluation(evaluated)
+    return _report(settings, out, base, data, evaluations, histories, seconds)
+
+
+def restart(out: Path) -> None:
+    """Deletes what a demo left in ``out``, and nothing else.
+
+    Raises:
+        SettingsError: if ``out`` has files but was not made by a demo.
+    """
+    path = out / "settings.json"
+    if not out.exists() or not any(out.iterdir()):
+        return
+    fields = {field.name for field in dataclasses.fields(DemoSettings)}
+    if not path.exists() or not fields <= set(read_json(path)):
+        raise SettingsError(
+            f"--restart: {out} does not hold a demo's settings.json, so it is not a demo's folder; "
+            "nothing was deleted. Choose another --out"
+        )
+    for name in ("base", "generated", "topr", "sft"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (
+        "samples.parquet",
+        "records.parquet",
+        "samples.json",
+        "records.json",
+        "report.json",
+    ):
+        (out / name).unlink(missing_ok=True)
+    (out / "report.png").unlink(missing_ok=True)
+    # Last: whatever is left after a kill in here is still recognised as a demo's.
+    path.unlink()
+
+
+class _Run:
+    """The steps of one demo; models and questions are made when a step first needs them."""
+
+    def __init__(self, settings: DemoSettings, out: Path, task: Task) -> None:
+        self.settings = settings
+        self.out = out
+        self.task = task
+        self.trained: dict[str, Any] = {}
+        try:
+            self.train_questions, self.test_questions = held_out_split(
+                task, settings.questions, settings.held_out, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"questions and held_out: {error}") from error
+
+    @cached_property
+    def base(self) -> LoadedModel:
+        try:
+            return load_model(self.settings.model)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            raise SettingsError(f"--model {self.settings.model}: {error}") from error
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return read_records(self.out / "records.parquet")
+
+    def evaluate_base(self) -> dict[str, Any]:
+        evaluation = self.evaluate(self.base.model, "base")
+        return {
+            "model": self.base.name,
+            "remark": self.base.remark,
+            **report.accuracy_json(evaluation),
+        }
+
+    def evaluate(self, model: Any, label: str) -> Evaluation:
+        return evaluate(
+            model,
+            self.base.tokenizer,
+            self.task,
+            self.test_questions,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=100,
+            seed=self.settings.seed,
+            label=label,
+        )
+
+    def sample(self) -> dict[str, Any]:
+        """Samples and rewards; says what the data are like."""
+        records = generate(
+            self.base.model,
+            self.base.tokenizer,
+            self.task,
+            self.train_questions,
+            model_name=self.base.name,
+            samples=self.settings.samples,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=128,
+            seed=self.settings.seed,
+            shards=self.out / "generated",
+        )
+        write_records(self.out / "samples.parquet", records)
+        return {
+            "sampled": len(records),
+            "sampled_positive_share": _positive_share(records),
+            "truncated_share": sum(r.finish_reason == "length" for r in records) / len(records),
+            "mean_length": sum(len(r.completion_token_ids) for r in records) / len(records),
+        }
+
+    def score(self) -> dict[str, Any]:
+        """Chooses and scores the samples; says how far pi is from mu before the first update."""
+        model, pad = self.base.model, self.base.tokenizer.pad_token_id
+        size = self.settings.batch_size
+        samples = read_records(self.out / "samples.parquet")
+        if self.settings.positive_share and self.settings.balance == "subsample":
+            samples = subsample_negatives(samples, self.settings.positive_share, self.settings.seed)
+        records = score(model, samples, pad_token_id=pad, batch_size=size)
+        write_records(self.out / "records.parquet", records)
+        checked = records[: _CHECKED_BATCHES * size]
+        other = size // 3 + 1
+        positive_share = _positive_share(records)
+        baseline = self.baseline(positive_share)
+        return {
+            "records": len(records),
+            "positive_share": positive_share,
+            "baseline": baseline,
+            "effective_positive_share": effective_positive_share(positive_share, baseline),
+            "max_log_ratio_same_packing": max_log_ratio(
+                model, checked, pad_token_id=pad, batch_size=size
+            ),
+            "max_log_ratio_other_packing": max_log_ratio(
+                model, checked[::-1], pad_token_id=pad, batch_size=other
+            ),
+        }
+
+    def baseline(self, positive_share: float) -> float:
+        # No baseline changes the share of positives where there is only one kind.
+        wanted = self.settings.balance == "baseline" and self.settings.positive_share > 0
+        if not wanted or positive_share in (0.0, 1.0):
+            return 0.0
+        return baseline_for_positive_share(positive_share, self.settings.positive_share)
+
+    def train(self, name: str, limits: str, baseline: float) -> dict[str, Any]:
+        settings = TrainSettings(
+            limits=limits,
+            ratio=self.settings.ratio,
+            baseline=baseline,
+            learning_rate=self.settings.lr,
+            batch_size=self.settings.batch_size,
+            epochs=self.settings.epochs,
+            seed=self.settings.seed,
+        )
+        folder = self.out / name.lower()
+        model = copy.deepcopy(self.base.model)
+        history = train(
+            model,
+            self.base.tokenizer,
+            self.records,
+            settings,
+            checkpoints=folder / "checkpoints",
+            label=name,
+        )
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        with atomic_folder(folder / "model") as temporary:
+            model.save_pretrained(temporary)
+            self.base.tokenizer.save_pretrained(temporary)
+        self.trained[name] = model
+        # A diverged run (limits without a taper, say) logs infinities, which JSON does not have.
+        finite = [{k: v if math.isfinite(v) else None for k, v in e.items()} for e in history]
+        return {"history": finite}
+
+    def evaluate_trained(self, name: str) -> dict[str, Any]:
+        model = self.trained.pop(name, None)
+        if model is None:
+            model = load_model(str(self.out / name.lower() / "model")).model
+        return dict(report.accuracy_json(self.evaluate(model, name)))
+
+
+def _claim(out: Path, settings: DemoSettings) -> None:
+    """Writes the settings into a new folder, or checks that the folder's are the same."""
+    path = out / "settings.json"
+    wanted = dataclasses.asdict(settings)
+    wanted["model"] = _model_key(settings.model)
+    wanted["version"] = __version__
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    found = read_json(path)
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        lines = "".join(
+            f"\n  --{name.replace('_', '-')}: {found.get(name)!r} there, {wanted[name]!r} now"
+            for name in differing
+        )
+        raise SettingsError(
+            f"{out} holds a run with other settings:{lines}\nGive the same settings to resume it, "
+            "--restart to delete it and start anew, or another --out"
+        )
+
+
+def _model_key(model: str) -> str:
+    """The model as settings name it: a local folder by its name, without this machine's path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _evaluation(raw: dict[str, Any]) -> Evaluation:
+    fields = [field.name for field in dataclasses.fields(Accuracy)]
+    greedy, sampled = (
+        Accuracy(**{name: raw[kind][name] for name in fields}) for kind in ("greedy", "sampled")
+    )
+    return Evaluation(greedy, sampled)
+
+
+def _say_data(data: dict[str, Any]) -> None:
+    print(
+        f"\n{data['sampled']} samples, {100 * data['sampled_positive_share']:.1f} % right; trained "
+        f"on: {data['records']}, {100 * data['positive_share']:.1f} % right, which weigh as "
+        f"{100 * data['effective_positive_share']:.1f} % (baseline {data['baseline']:+.3f})\n"
+        "largest |log_ratio| before the first update: "
+        f"{data['max_log_ratio_same_packing']:.1e} nats in the batches that were scored, "
+        f"{data['max_log_ratio_other_packing']:.1e} in others\n"
+    )
+
+
+def _positive_share(records: list[Record]) -> float:
+    return sum(record.reward > 0 for record in records) / len(records)
+
+
+def _report(
+    settings: DemoSettings,
+    out: Path,
+    base: dict[str, Any],
+    data: dict[str, Any],
+    evaluations: dict[str, Evaluation],
+    histories: dict[str, list[dict[str, float | None]]],
+    seconds: dict[str, float],
+) -> bool:
+    before, after = evaluations["base"], evaluations["TOPR"]
+    passed = (
+        after.greedy.correct >= before.greedy.correct
+        and after.sampled.correct >= before.sampled.correct
+    )
+    remark = f" ({base['remark']})" if base["remark"] else ""
+    title = (
+        f"{base['model']}{remark}\n{settings.questions} questions x {settings.samples} samples, "
+        f"{settings.epochs} epoch(s), seed {settings.seed}"
+    )
+    report.plot(out / "report.png", evaluations, histories, title)
+    shown = {**dataclasses.asdict(settings), "model": _model_key(settings.model)}
+    write_json(
+        out / "report.json",
+        {
+            "settings": shown,
+            "model": {"name": base["model"], "remark": base["remark"]},
+            "environment": report.environment(),
+            "data": {name: value for name, value in data.items() if name != "seconds"},
+            "accuracy": {name: report.accuracy_json(e) for name, e in evaluations.items()},
+            "history": histories,
+            "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+            "topr_not_worse_than_base": passed,
+        },
+    )
+    print(f"\n{base['model']}{remark}\n\n{report.table(evaluations)}\n")
+    print(
+        f"{sum(seconds.values()):.0f} s in all; picture and figures: {out / 'report.png'}, ", end=""
+    )
+    print(f"{out / 'report.json'}; trained model: {out / 'topr' / 'model'}")
+    return passed

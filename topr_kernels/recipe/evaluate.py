@@ -1,0 +1,122 @@
+"""Accuracy on held-out questions, greedy and sampled, with an interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from topr_kernels.recipe.generate import complete, stop_token_ids
+from topr_kernels.recipe.tasks import Question, Task
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Outcome of one way of answering the held-out questions, one answer each.
+
+    Args:
+        correct: number of right answers.
+        questions: number of questions.
+        low: lower end of the 95 % Wilson interval of the accuracy.
+        high: upper end.
+        invalid_share: share of completions without a parsable answer.
+        mean_length: mean completion length in tokens, stop token included.
+    """
+
+    correct: int
+    questions: int
+    low: float
+    high: float
+    invalid_share: float
+    mean_length: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.questions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of a model: ``greedy`` decoding, and ``sampled`` at temperature 1."""
+
+    greedy: Accuracy
+    sampled: Accuracy
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a proportion; 95 % by default.
+
+    Raises:
+        ValueError: unless 0 <= correct <= count and count > 0.
+    """
+    if count <= 0 or not 0 <= correct <= count:
+        raise ValueError(
+            f"wilson_interval: got {correct} of {count}; expected 0 <= correct <= count"
+        )
+    p = correct / count
+    scale = 1 + z * z / count
+    centre = (p + z * z / (2 * count)) / scale
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    label: str = "",
+) -> Evaluation:
+    """Answers every question once greedily and once by sampling at temperature 1.
+
+    Args:
+        model: a causal language model; it is put in eval mode.
+        tokenizer: its tokenizer.
+        task: parses and scores the answers.
+        questions: held-out questions, at least one.
+        max_new_tokens: length at which an answer is cut (and counts as invalid).
+        batch_size: questions answered together.
+        seed: of the sampled answers.
+        label: named on the progress bar.
+
+    Raises:
+        ValueError: if there are no questions.
+    """
+    if not questions:
+        raise ValueError("questions: got none; expected at least one held-out question")
+    model.eval()
+    stop_ids = stop_token_ids(tokenizer)
+    with tqdm(total=2 * len(questions), desc=f"evaluate {label}".strip(), unit="answer") as bar:
+
+        def accuracy(temperature: float) -> Accuracy:
+            correct = invalid = tokens = 0
+            for start in range(0, len(questions), batch_size):
+                part = questions[start : start + batch_size]
+                completions = complete(
+                    model,
+                    tokenizer,
+                    [question.prompt for question in part],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed * 1_000_003 + start,
+                    stop_ids=stop_ids,
+                )
+                for question, completion in zip(part, completions, strict=True):
+                    answer = task.parse(completion.text, completion.finish_reason, question)
+                    invalid += answer is None
+                    correct += task.reward(answer, question) > 0
+                    tokens += len(completion.token_ids)
+                bar.update(len(part))
+            count = len(questions)
+            low, high = wilson_interval(correct, count)
+            return Accuracy(correct, count, low, high, invalid / count, tokens / count)
+
+        return Evaluation(greedy=accuracy(0.0), sampled=accuracy(1.0))

@@ -1,0 +1,295 @@
+"""Records of the offline pipeline: what was asked, what was sampled, how, and what it was worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from topr_kernels.recipe.files import atomic_path
+
+FinishReason = Literal["stop", "length"]
+
+
+class RecordError(ValueError):
+    """A record that cannot be trained on; the message names the record and the field."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion was sampled.
+
+    Args:
+        model: name of the sampling model (no path of the machine it ran on).
+        temperature: 0 for greedy.
+        top_k: 0 for the full softmax.
+        top_p: 1 for the full softmax.
+        max_new_tokens: length at which generation was cut.
+        seed: seed of the batch that the completion came from.
+    """
+
+    model: str
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sampled completion.
+
+    Args:
+        group: number of the question; samples of one question share it.
+        prompt: text that was completed.
+        completion: text that was sampled, without special tokens.
+        prompt_token_ids: ids of the prompt as the model saw them, at least one.
+        completion_token_ids: sampled ids, the stop token included where generation stopped itself.
+        reward: signed; +1 or -1 from the tasks here.
+        finish_reason: "stop" if the model ended the completion, "length" if it was cut.
+        sampling: settings of the sampler.
+        behavior_log_prob: log-probability of each completion token under the full softmax of the
+            sampling model, one per completion token; None before ``score``.
+    """
+
+    group: int
+    prompt: str
+    completion: str
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    reward: float
+    finish_reason: FinishReason
+    sampling: Sampling
+    behavior_log_prob: list[float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, as it is stored."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any], where: str) -> Record:
+        """Checks plain values and builds the record.
+
+        Args:
+            raw: field name to value.
+            where: names the record in messages, for instance "data.jsonl, record 3".
+
+        Raises:
+            RecordError: if a field is missing, unknown, of the wrong type, NaN or of the wrong
+                length.
+        """
+        _check_names(raw, Record, where)
+        sampling = raw["sampling"]
+        if not isinstance(sampling, Mapping):
+            raise _error(where, "sampling", sampling, "a mapping of the sampler's settings")
+        _check_names(sampling, Sampling, f"{where}, field 'sampling'")
+        checked = {name: _CHECKS[name](raw[name], where, name) for name in _CHECKS if name in raw}
+        checked["sampling"] = Sampling(
+            **{
+                name: check(sampling[name], where, f"sampling.{name}")
+                for name, check in _SAMPLING_CHECKS.items()
+            }
+        )
+        record = Record(**checked)
+        _check_lengths(record, where)
+        return record
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Writes records as Parquet (``.parquet``) or JSONL (``.jsonl``), atomically.
+
+    Raises:
+        RecordError: if a record is not valid; nothing is written then.
+        ValueError: if the suffix is another.
+    """
+    _check_suffix(path)
+    rows = [record.to_dict() for record in records]
+    for i, row in enumerate(rows):
+        Record.from_dict(row, f"record {i}")
+    with atomic_path(path) as temporary:
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+        else:
+            lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads and checks records from Parquet or JSONL.
+
+    Raises:
+        RecordError: naming the file, the record and the field, if a record is not valid or the
+            file is not readable.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the suffix is neither ``.parquet`` nor ``.jsonl``.
+    """
+    _check_suffix(path)
+    if path.suffix == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            raise RecordError(f"{path.name}: not a Parquet file ({error}); make it anew") from error
+        return [Record.from_dict(row, f"{path.name}, record {i}") for i, row in enumerate(rows)]
+    with path.open(encoding="utf-8") as lines:
+        return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(lines)]
+
+
+def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """The fields of records that ``CompletionCollator`` takes.
+
+    Raises:
+        RecordError: if a record has not been scored.
+    """
+    rows = []
+    for i, record in enumerate(records):
+        if record.behavior_log_prob is None:
+            raise RecordError(f"record {i}, field 'behavior_log_prob': missing; run score first")
+        rows.append(
+            {
+                "prompt_token_ids": record.prompt_token_ids,
+                "completion_token_ids": record.completion_token_ids,
+                "behavior_log_prob": record.behavior_log_prob,
+                "reward": record.reward,
+            }
+        )
+    return rows
+
+
+def _from_json(line: str, where: str) -> Record:
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not a line of JSON ({error}); half-written?") from error
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+    return Record.from_dict(raw, where)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(
+            f"path: got {path.name!r}; expected a name that ends in .parquet or .jsonl"
+        )
+
+
+def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
+    fields = dataclasses.fields(kind)
+    required = {f.name for f in fields if f.default is dataclasses.MISSING}
+    missing = sorted(required - raw.keys())
+    if missing:
+        raise RecordError(f"{where}, field {missing[0]!r}: missing")
+    unknown = sorted(raw.keys() - {f.name for f in fields})
+    if unknown:
+        raise RecordError(f"{where}, field {unknown[0]!r}: unknown; remove it")
+
+
+def _check_lengths(record: Record, where: str) -> None:
+    if not record.prompt_token_ids:
+        raise _error(where, "prompt_token_ids", [], "at least one token")
+    scored = record.behavior_log_prob
+    if scored is not None and len(scored) != len(record.completion_token_ids):
+        raise RecordError(
+            f"{where}, field 'behavior_log_prob': {len(scored)} entries for "
+            f"{len(record.completion_token_ids)} completion tokens; one per token is expected"
+        )
+
+
+def _error(where: str, name: str, value: Any, expected: str) -> RecordError:
+    return RecordError(f"{where}, field {name!r}: expected {expected}, got {value!r}")
+
+
+def _text(value: Any, where: str, name: str) -> str:
+    if not isinstance(value, str):
+        raise _error(where, name, value, "a text")
+    return value
+
+
+def _integer(value: Any, where: str, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _error(where, name, value, "a whole number >= 0")
+    return value
+
+
+def _number(value: Any, where: str, name: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise _error(where, name, value, "a finite number")
+    return float(value)
+
+
+def _token_ids(value: Any, where: str, name: str) -> list[int]:
+    if not isinstance(value, list):
+        raise _error(where, name, value, "a list of token ids")
+    return [_integer(token, where, f"{name}[{i}]") for i, token in enumerate(value)]
+
+
+def _log_probs(value: Any, where: str, name: str) -> list[float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise _error(where, name, value, "a list of log-probabilities, or nothing")
+    for i, x in enumerate(value):
+        # A sampled token had a probability above 0, so -inf is as wrong as NaN.
+        if _number(x, where, f"{name}[{i}]") > 0:
+            raise _error(where, f"{name}[{i}]", x, "a log-probability <= 0")
+    return [float(x) for x in value]
+
+
+def _finish_reason(value: Any, where: str, name: str) -> FinishReason:
+    if value == "stop":
+        return "stop"
+    if value == "length":
+        return "length"
+    raise _error(where, name, value, "'stop' or 'length'")
+
+
+_CHECKS: dict[str, Any] = {
+    "group": _integer,
+    "prompt": _text,
+    "completion": _text,
+    "prompt_token_ids": _token_ids,
+    "completion_token_ids": _token_ids,
+    "reward": _number,
+    "finish_reason": _finish_reason,
+    "behavior_log_prob": _log_probs,
+}
+_SAMPLING_CHECKS: dict[str, Any] = {
+    "model": _text,
+    "temperature": _number,
+    "top_k": _integer,
+    "top_p": _number,
+    "max_new_tokens": _integer,
+    "seed": _integer,
+}
+_SCHEMA = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.int32())),
+        ("reward", pa.float64()),
+        ("finish_reason", pa.string()),
+        (
+            "sampling",
+            pa.struct(
+                [
+                    ("model", pa.string()),
+                    ("temperature", pa.float64()),
+                    ("top_k", pa.int64()),
+                    ("top_p", pa.float64()),
+                    ("max_new_tokens", pa.int64()),
+                    ("seed", pa.int64()),
+                ]
+            ),
+        ),
+        ("behavior_log_prob", pa.list_(pa.float32())),
+    ]
+)

@@ -1,0 +1,97 @@
+"""Scores log mu with the very kernel that training uses, so that pi and mu agree at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from topr_kernels import log_prob
+from topr_kernels.hf.collator import (
+    IGNORE_INDEX,
+    CompletionCollator,
+    completion_logits,
+    prefix_sharing_problem,
+)
+from topr_kernels.recipe.records import Record
+
+
+def score(
+    model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
+) -> list[Record]:
+    """Fills in ``behavior_log_prob``: log-probabilities under the model's full softmax.
+
+    Sampled with another temperature than 1, the policy that is scored (and then trained) is still
+    the model at temperature 1.
+
+    Args:
+        model: the policy that sampled the records, in eval mode.
+        records: with or without ``behavior_log_prob``.
+        pad_token_id: fills the padding.
+        batch_size: records scored together; use the training batch's.
+
+    Returns:
+        The records with one fp32 log-probability per completion token.
+    """
+    scored: list[Record] = []
+    with tqdm(total=len(records), desc="score", unit="sample") as bar:
+        for start in range(0, len(records), batch_size):
+            part = records[start : start + batch_size]
+            rows = _token_log_probs(model, part, pad_token_id)
+            scored += [
+                dataclasses.replace(record, behavior_log_prob=row.tolist())
+                for record, row in zip(part, rows, strict=True)
+            ]
+            bar.update(len(part))
+    return scored
+
+
+def max_log_ratio(
+    model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
+) -> float:
+    """Largest |log_ratio| of a sequence, of the model to the stored log-probabilities, in nats.
+
+    Before the first update this is numerical noise: zero for batches of the same records as were
+    scored together, and what another packing of the batches does to the hidden states otherwise.
+
+    Args:
+        model: the policy, in eval mode.
+        records: scored records.
+        pad_token_id: fills the padding.
+        batch_size: records evaluated together.
+    """
+    largest = 0.0
+    for start in range(0, len(records), batch_size):
+        part = records[start : start + batch_size]
+        for record, row in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
+            # Sum the differences: the difference of two sums would lose digits.
+            difference = row - torch.tensor(record.behavior_log_prob)
+            largest = max(largest, abs(float(difference.sum())))
+    return largest
+
+
+@torch.no_grad()
+def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
+    """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
+    collate = CompletionCollator(pad_token_id, share_prefix=prefix_sharing_problem(model) is None)
+    unscored = [
+        {
+            "prompt_token_ids": record.prompt_token_ids,
+            "completion_token_ids": record.completion_token_ids,
+            "behavior_log_prob": [0.0] * len(record.completion_token_ids),
+            "reward": record.reward,
+        }
+        for record in records
+    ]
+    batch = {
+        name: x.to(model.device) if isinstance(x, Tensor) else x
+        for name, x in collate(unscored).items()
+    }
+    labels = batch["labels"][:, -batch["logits_to_keep"] :]
+    values = log_prob(completion_logits(model, batch), labels).log_prob.cpu()
+    scored = labels.ne(IGNORE_INDEX).cpu()
+    return [row[mask] for row, mask in zip(values, scored, strict=True)]

@@ -1,0 +1,160 @@
+"""Questions with a verifiable answer: any reasoning-gym data set, scored by its own scorer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import reasoning_gym
+
+# Instructions that a few-shot prompt makes superfluous: its lines are the bare problem and answer.
+_INSTRUCTIONS = {
+    "chain_sum": "State the final answer to the following arithmetic problem: ",
+}
+_NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d*)?")
+# Each part of a split draws from its own range of reasoning-gym seeds (an entry's seed is the
+# data set's plus its index), so that asking for more questions of one leaves the others alone.
+_EXAMPLE_SEED = 1_000_000_000
+_SEED_STRIDE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a task.
+
+    Args:
+        group: its number within its split.
+        prompt: the text to complete, worked examples included.
+        text: the question alone; two questions are the same if it is.
+        entry: reasoning-gym's entry, which its scorer needs.
+    """
+
+    group: int
+    prompt: str
+    text: str
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reasoning-gym data set asked with a few worked examples; an answer is one line.
+
+    Args:
+        name: the data set, for instance "chain_sum".
+        config: its settings, for instance ``{"min_terms": 2, "max_terms": 2}``.
+        examples: worked (question, answer) pairs in front of every question, the same for every
+            seed; None draws three from the data set.
+
+    Raises:
+        ValueError: if reasoning-gym has no such data set or refuses the settings.
+    """
+
+    name: str = "chain_sum"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[tuple[str, str], ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._dataset(size=1, seed=0)
+
+    def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
+        """Draws distinct questions, also distinct from the worked examples.
+
+        Args:
+            count: how many.
+            seed: of the draw; the same seed gives the same questions.
+            exclude: texts of questions that must not occur.
+
+        Raises:
+            ValueError: if the data set does not have that many distinct questions.
+        """
+        examples = self._drawn_examples() if self.examples is None else self.examples
+        seen = {question for question, _ in examples} | set(exclude)
+        header = "".join(f"{question} {answer}\n" for question, answer in examples)
+        questions: list[Question] = []
+        tries = 20 * (count + len(seen)) + 100
+        for entry in self._dataset(size=tries, seed=seed):
+            if len(questions) == count:
+                break
+            text = self._line(entry)
+            if text in seen:
+                continue
+            seen.add(text)
+            questions.append(Question(len(questions), header + text, text, entry))
+        if len(questions) < count:
+            raise ValueError(
+                f"count: {self.name} gave only {len(questions)} distinct questions of the {count} "
+                f"asked for in {tries} draws; ask for fewer, or widen its config {self.config}"
+            )
+        return questions
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        """The answer that a completion gives, or None if it gives none.
+
+        A completion that was cut at the length limit has not answered; where the right answer is a
+        number, anything but a number is no answer.
+        """
+        answer = completion.strip()
+        if finish_reason != "stop" or not answer:
+            return None
+        numeric = _NUMBER.fullmatch(str(question.entry["answer"]))
+        if numeric and not _NUMBER.fullmatch(answer):
+            return None
+        return answer
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        """+1 for a right answer by the data set's own scorer, -1 for a wrong one or none."""
+        if answer is None:
+            return -1.0
+        dataset = self._dataset(size=1, seed=0)
+        return 1.0 if dataset.score_answer(answer, dict(question.entry)) >= 1.0 else -1.0
+
+    def _drawn_examples(self) -> tuple[tuple[str, str], ...]:
+        drawn: dict[str, str] = {}
+        for entry in self._dataset(size=100, seed=_EXAMPLE_SEED):
+            drawn.setdefault(self._line(entry), str(entry["answer"]))
+            if len(drawn) == 3:
+                break
+        return tuple(drawn.items())
+
+    def _line(self, entry: Mapping[str, Any]) -> str:
+        question = str(entry["question"])
+        instruction = _INSTRUCTIONS.get(self.name)
+        if instruction is not None:
+            return question.removeprefix(instruction).strip()
+        return f"Question: {question.strip()}\nAnswer:"
+
+    def _dataset(self, size: int, seed: int) -> Any:
+        try:
+            return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.config)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"task: reasoning-gym refused {self.name!r} with {dict(self.config)}: {error}"
+            ) from error
+
+
+def held_out_split(
+    task: Task, train: int, held_out: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """Draws training questions and held-out questions that share no question text.
+
+    Args:
+        task: where they come from.
+        train: number of training questions.
+        held_out: number of held-out questions. They are drawn first: their set depends on the
+            seed alone, not on ``train``.
+        seed: of both draws.
+
+    Returns:
+        Training questions, held-out questions.
+
+    Raises:
+        ValueError: if the task does not have that many distinct questions.
+    """
+    base = 2 * _SEED_STRIDE * (seed + 1)
+    test = task.questions(held_out, seed=base)
+    return (
+        task.questions(train, seed=base + _SEED_STRIDE, exclude=[q.text for q in test]),
+        test,
+    )

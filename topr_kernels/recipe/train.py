@@ -1,0 +1,150 @@
+"""Trains on scored records with ``TOPRTrainer``, resuming where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+from topr_kernels.hf import TOPRConfig, TOPRTrainer
+from topr_kernels.hf.collator import prefix_sharing_problem
+from topr_kernels.limits import Limits
+from topr_kernels.recipe.records import Record, training_rows
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        limits: preset name or ``Limits``.
+        ratio: "sequence", "geometric" or "token".
+        baseline: subtracted from every reward.
+        learning_rate: of AdamW; constant, without weight decay, gradient norm clipped at 1.
+        batch_size: sequences per optimizer step.
+        epochs: passes over the records.
+        seed: of the order of the records.
+        save_steps: optimizer steps between checkpoints; a kill loses at most that many.
+    """
+
+    limits: str | Limits = "topr"
+    ratio: str = "sequence"
+    baseline: float = 0.0
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    epochs: int = 1
+    seed: int = 0
+    save_steps: int = 12
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    settings: TrainSettings,
+    *,
+    checkpoints: Path,
+    label: str = "",
+) -> list[dict[str, float]]:
+    """Trains the model in place.
+
+    Args:
+        model: a causal language model, at the weights that sampled the records.
+        tokenizer: its tokenizer.
+        records: scored records.
+        settings: see ``TrainSettings``.
+        checkpoints: folder for checkpoints (three times the model's size: weights and AdamW's two
+            moments). Training continues from the last whole one found there. The caller deletes it
+            once the trained model is saved.
+        label: named on the progress bar.
+
+    Returns:
+        The log: one mapping of metrics per optimizer step.
+
+    Raises:
+        RecordError: if a record has not been scored.
+    """
+    _drop_damaged(checkpoints)
+    args = TOPRConfig(
+        output_dir=str(checkpoints),
+        limits=settings.limits,
+        ratio=settings.ratio,
+        baseline=settings.baseline,
+        share_prefix=prefix_sharing_problem(model) is None,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    trainer = TOPRTrainer(
+        model=model,
+        args=args,
+        train_dataset=training_rows(records),
+        processing_class=tokenizer,
+        callbacks=[_ProgressBar(f"train {label}".strip())],
+    )
+    # Prints every log as a dict; the bar shows what matters and the history keeps the rest.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    model.eval()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class _ProgressBar(TrainerCallback):
+    """One bar over the optimizer steps with the figures to watch; no checkpoint at the end."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step"
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        entry = state.log_history[-1]
+        shown = {"objective": "objective", "w_neg": "weight_negative_mean"}
+        self.bar.set_postfix(
+            {name: f"{entry[key]:.3f}" for name, key in shown.items() if key in entry},
+            refresh=False,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+        # The Trainer ends with a checkpoint; the caller is about to save the model itself.
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return str(steps[-1]) if steps else None
+
+
+def _drop_damaged(folder: Path) -> None:
+    """Deletes checkpoints that a kill left half-written: the Trainer writes its state last."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
