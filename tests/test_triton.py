@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from topr_kernels import IS, PRESETS, SFT, TOPR, Limits, log_prob, reference, topr_loss
+from topr_kernels.ops import logits as ops
 from topr_kernels.testing import Batch, assert_within_budget, make_batch, pack
 
 pytest.importorskip("triton")
@@ -363,6 +365,51 @@ def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
     )
     exact = (lp - mu).double().sum()
     assert abs(outputs[1].item() - exact.item()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_operators_keep_their_contract(layout: str) -> None:
+    batch: Any = to_device(make_batch(LENGTHS, 61, dtype=torch.float32))
+    data = batch if layout == "padded" else pack(batch, LENGTHS)
+    lift = (lambda x: x) if layout == "padded" else (lambda x: x[None])
+    logits, labels, mu = (lift(x) for x in data[:3])
+    cu = None if layout == "padded" else data.cu_seqlens.to(DEVICE)
+    temperature, softcap, shift = 0.9, 5.0, True
+    rest = (temperature, softcap, True, shift)
+    scoring = (logits.requires_grad_(), labels, cu, *rest, "triton")
+    torch.library.opcheck(ops.log_prob_fwd, scoring)
+    loss = (*scoring[:3], mu, data.reward, None, *TOPR.log(), "token", 0.1, "sum", *rest)
+    torch.library.opcheck(ops.topr_fwd, (*loss, False, "triton"))
+    token = [torch.rand_like(mu) for _ in range(4)]
+    scalar = torch.rand(2, device=DEVICE)
+    tail = (*token, scalar[0].clone(), scalar[1].clone(), temperature, softcap, shift, "triton")
+    torch.library.opcheck(ops.logits_bwd, (logits.detach(), labels, cu, *tail))
+    torch.library.opcheck(ops.logits_bwd_, (logits.detach().clone(), labels, cu, *tail))
+
+
+def test_compiled_in_one_graph_for_every_length() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+
+    def step(z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        out = topr_loss(z, *rest, impl="triton", temperature=0.9)
+        return out.loss, out.weight
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    first = 0
+    for i, lengths in enumerate(([3, 4], [2, 9], [5, 6], [7, 12], [8, 15])):
+        batch = to_device(make_batch([(2, n) for n in lengths], 13, dtype=torch.float32, seed=i))
+        z = batch.logits.requires_grad_()
+        expected, actual = step(z, *batch[1:]), compiled(z, *batch[1:])
+        grads = [torch.autograd.grad(out[0], z)[0] for out in (expected, actual)]
+        assert grads[0].any() and torch.equal(*grads)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        first = counter.frame_count if i == 0 else first
+        assert counter.frame_count == first
+    with pytest.raises(Exception, match="inplace=True"):
+        torch.compile(
+            lambda z, *rest: topr_loss(z, *rest, impl="triton", inplace=True).loss, fullgraph=True
+        )(z, *batch[1:])
 
 
 @triton.jit

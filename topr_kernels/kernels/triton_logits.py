@@ -814,15 +814,15 @@ ROWS_PER_MULTIPROCESSOR = 4
 SPLIT = 8
 
 
-def settings(vocab: int, itemsize: int, rows: int, multiprocessors: int) -> Settings:
+def settings(vocab: int, itemsize: int, aligned: bool, rows: int, multiprocessors: int) -> Settings:
     """Launch settings of both kernels; documented choices, not tuned at run time."""
     if vocab <= 1024:
         return Settings(1024, 1, 1, 1, 4)
     if vocab <= 8192:
         return Settings(1024, 2, 8, 1, 4)
     split = SPLIT if rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and vocab >= 32768 else 1
-    # Four tiles of fp32 with softcap and entropy would spill.
-    return Settings(1024, 4 if itemsize == 2 else 2, 8, split, 4)
+    # Four tiles of fp32 with softcap and entropy would spill; of narrow loads, take 208 registers.
+    return Settings(1024, 4 if itemsize == 2 and aligned else 2, 8, split, 4)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -874,8 +874,9 @@ class _Rows:
         o, self.t, self.vocab = logits.shape
         self.n = o * self.t
         self.b = o if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        aligned = _aligned(logits)
         self.settings = settings(
-            self.vocab, logits.element_size(), self.n, _multiprocessors(logits.device)
+            self.vocab, logits.element_size(), aligned, self.n, _multiprocessors(logits.device)
         )
         self.log_prob, self.lse, self.lse_low, self.entropy = (
             torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
@@ -884,7 +885,7 @@ class _Rows:
         self.meta = {
             "PACKED": self.packed,
             "SHIFT": shift,
-            "ALIGNED": _aligned(logits),
+            "ALIGNED": aligned,
             "SOFTCAP": softcap is not None,
             "TEMPERATURE": temperature != 1.0,
             "ENTROPY": entropy,
@@ -1112,7 +1113,8 @@ def _write_gradient(
         scored = scored_labels(labels, cu_seqlens, shift) != IGNORE_INDEX
         d_log_prob = torch.where(scored, d_log_prob, 0.0)
     o, t, vocab = logits.shape
-    s = settings(vocab, logits.element_size(), o * t, _multiprocessors(logits.device))
+    aligned = _aligned(logits) and _aligned(out)
+    s = settings(vocab, logits.element_size(), aligned, o * t, _multiprocessors(logits.device))
     n_chunks = triton.cdiv(vocab, s.BV * s.tiles_per_program)
     if o * t == 0:
         return
@@ -1135,7 +1137,7 @@ def _write_gradient(
             softcap or 1.0,
             1.0 / temperature,
             SHIFT=shift,
-            ALIGNED=_aligned(logits) and _aligned(out),
+            ALIGNED=aligned,
             SOFTCAP=softcap is not None,
             TEMPERATURE=temperature != 1.0,
             TILES=s.tiles_per_program,
