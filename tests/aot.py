@@ -82,12 +82,8 @@ FLOATS = ("softcap", "inv_temperature", "baseline")
 def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPUTarget) -> Any:
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
-    # Allocations are aligned to 16 bytes; nothing else is known at run time.
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
-    }
     constexprs = {(names.index(k),): v for k, v in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
     return triton.compile(source, target=target, options={"num_warps": 4})
 
 

@@ -14,14 +14,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-def compile_all(arch: str) -> list[dict[str, Any]]:
+def run(script: str, *args: str) -> list[dict[str, Any]]:
+    """JSON lines of a script that must not run under the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("aot.py")
-    done = subprocess.run(
-        [sys.executable, str(script), arch], capture_output=True, text=True, env=env, check=False
-    )
+    command = [sys.executable, str(Path(__file__).with_name(script)), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compile_all(arch: str) -> list[dict[str, Any]]:
+    reports = run("aot.py", arch)
     for report in reports:
         print(*(f"{k}={v}" for k, v in report.items()))
     return reports
@@ -46,3 +49,15 @@ def test_other_targets_compile(arch: str) -> None:
     assert len(reports) == 23
     for r in reports:
         assert r.get("f64", 0) == 0, f"fp64 instructions: {r}"
+
+
+def test_no_length_or_batch_size_needs_another_compilation() -> None:
+    for report in run("specialisation.py"):
+        # The form with one launch and the staged form share a kernel, hence two keys of it.
+        assert report["first"] == {
+            "rows_fwd_kernel": 2,
+            "sequences_fwd_kernel": 1,
+            "loss_fwd_kernel": 1,
+            "logits_bwd_kernel": 1,
+        }
+        assert report["last"] == report["first"], report["vocab"]

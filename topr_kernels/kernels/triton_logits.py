@@ -24,6 +24,7 @@ Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in register
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -403,10 +404,19 @@ def _loss_stage(
 
 # ---- kernels ---------------------------------------------------------------------------------------
 
-_RUNTIME = ("stride_o", "stride_t", "stride_v", "n_positions", "T", "V", "B")
+
+def _kernel(fn: Any) -> Any:
+    """``triton.jit`` that compiles once per set of constants and dtypes.
+
+    Triton would also compile anew for integers that are 1 or multiples of 16 and for pointers that are
+    16-byte aligned: lengths, batch sizes, counters and sliced tensors are all of these by chance. Where
+    it matters, in the streams over the logits, ALIGNED says it.
+    """
+    names = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is p.empty]
+    return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(fn)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@_kernel
 def rows_fwd_kernel(
     p_logits,
     stride_o,
@@ -491,9 +501,9 @@ def rows_fwd_kernel(
             if SHIFT:
                 i_t = tl.maximum(i_t - 1, 0)
             offset = (position // T) * stride_o + i_t * stride_t
-            if ALIGNED:
-                offset = tl.multiple_of(offset, 16)
             p_row = p_logits + offset
+            if ALIGNED:
+                p_row = tl.multiple_of(p_row, 16)
             m, s, h = _stream(
                 p_row,
                 stride_v,
@@ -609,7 +619,7 @@ def rows_fwd_kernel(
                     )
 
 
-@triton.jit(do_not_specialize=("T", "B"))
+@_kernel
 def sequences_fwd_kernel(
     p_labels,
     p_cu_seqlens,
@@ -671,7 +681,7 @@ def sequences_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=("B",))
+@_kernel
 def loss_fwd_kernel(
     B,
     p_objective,
@@ -689,7 +699,7 @@ def loss_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=(*_RUNTIME[:3], "out_o", "out_t", "out_v", "T", "V", "n_chunks"))
+@_kernel
 def logits_bwd_kernel(
     p_logits,
     stride_o,
@@ -747,11 +757,11 @@ def logits_bwd_kernel(
         c = tl.where((c == 0.0) & (scale == scale), 0.0, c * scale)
     offset = i_o * stride_o + i_t * stride_t
     out_offset = i_o * out_o + i_t * out_t
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
-        out_offset = tl.multiple_of(out_offset, 16)
     p_row = p_logits + offset
     p_out_row = p_out + out_offset
+    if ALIGNED:
+        p_row = tl.multiple_of(p_row, 16)
+        p_out_row = tl.multiple_of(p_out_row, 16)
     first = i_chunk * TILES
     last = tl.minimum(first + TILES, tl.cdiv(V, BV))
     whole = tl.minimum(last, V // BV)

@@ -1,0 +1,70 @@
+"""Counts the compilation keys that 20 batches of different lengths would need, without compiling.
+
+Run by ``test_triton_aot.py`` in a process of its own, because the interpreter is chosen at import.
+Every launch is bound the way Triton binds it for a GPU; what it returns of types, alignment and
+constants is the key.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from topr_kernels import TOPR
+from topr_kernels.kernels import triton_logits as tk
+
+KERNELS = ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel")
+
+
+class Spy:
+    """Stands in for a kernel: binds a launch instead of running it."""
+
+    def __init__(self, kernel: Any) -> None:
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.keys: set[str] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            _, specialization, options = self.bind(*args, **kwargs)
+            self.keys.add(repr((specialization, sorted(options.items()))))
+
+        return launch
+
+
+def step(t: int, vocab: int) -> None:
+    """Both forms of the forward and the backward on a batch of t tokens per sequence."""
+    b = 1 + t % 5
+    logits = torch.empty(b, t, vocab, dtype=torch.bfloat16)
+    labels, mu = torch.zeros(b, t, dtype=torch.int64), torch.zeros(b, t)
+    reward = torch.ones(b)
+    tail = (None, TOPR.log(), "sequence", 0.0, "sequence_mean", 1.0, None, False, True)
+    tk.topr_fwd(logits, labels, None, mu, reward, *tail)
+    tk.topr_fwd_staged(logits, labels, None, mu, reward, *tail)
+    scalar = torch.ones(())
+    tk.logits_bwd(logits, labels, None, mu, mu, mu, mu, scalar, scalar, 1.0, None, True)
+
+
+def main() -> None:
+    for vocab in (128, 4096, 50257):
+        spies = {name: Spy(getattr(tk, name)) for name in KERNELS}
+        for name, spy in spies.items():
+            setattr(tk, name, spy)
+        counts = []
+        for t in (5, *range(15, 33), 1000):
+            step(t, vocab)
+            counts.append({name: len(spy.keys) for name, spy in spies.items()})
+        print(json.dumps({"vocab": vocab, "first": counts[0], "last": counts[-1]}))
+        for name in KERNELS:
+            setattr(tk, name, ORIGINAL[name])
+
+
+ORIGINAL = {name: getattr(tk, name) for name in KERNELS}
+
+if __name__ == "__main__":
+    main()
