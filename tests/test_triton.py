@@ -466,6 +466,20 @@ def test_grids_have_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grids and all(len(g) == 1 for g in grids) and grids[0][0] >= 70_000
 
 
+def test_tuning_is_opt_in_and_keeps_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_logits, "TUNED", {})
+    batch = make_batch(LENGTHS, 64, dtype=torch.float32)
+    fixed, fixed_grad = run(batch)
+    assert not triton_logits.TUNED
+    found = triton_logits.tune(64, torch.float32, rows=1, repetitions=1)
+    assert list(triton_logits.TUNED.values()) == [found]
+    assert triton_logits.settings(64, 4, True, 1, 1) is found
+    assert triton_logits.settings(64, 2, True, 1, 1) is not found
+    out, grad = run(batch)
+    torch.testing.assert_close(out.loss, fixed.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad, fixed_grad, rtol=1e-5, atol=1e-8)
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(TypeError, match=r"impl='triton'.*float64"):
         run(make_batch(LENGTHS, 11))

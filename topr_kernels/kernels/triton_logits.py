@@ -25,6 +25,8 @@ Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in register
 from __future__ import annotations
 
 import inspect
+import itertools
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -824,8 +826,14 @@ ROWS_PER_MULTIPROCESSOR = 4
 SPLIT = 8
 
 
+#: What :func:`tune` has found, by (V, bytes per logit, aligned). Empty unless it was called.
+TUNED: dict[tuple[int, int, bool], Settings] = {}
+
+
 def settings(vocab: int, itemsize: int, aligned: bool, rows: int, multiprocessors: int) -> Settings:
-    """Launch settings of both kernels; documented choices, not tuned at run time."""
+    """Launch settings of both kernels: documented choices, unless :func:`tune` has found better."""
+    if tuned := TUNED.get((vocab, itemsize, aligned)):
+        return tuned
     if vocab <= 1024:
         return Settings(1024, 1, 1, 1, 4)
     if vocab <= 8192:
@@ -833,6 +841,53 @@ def settings(vocab: int, itemsize: int, aligned: bool, rows: int, multiprocessor
     split = SPLIT if rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and vocab >= 32768 else 1
     # Four tiles of fp32 with softcap and entropy would spill; of narrow loads, take 208 registers.
     return Settings(1024, 4 if itemsize == 2 and aligned else 2, 8, split, 4)
+
+
+def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20) -> Settings:
+    """Measures launch settings for a vocabulary on this GPU and keeps the fastest for the process.
+
+    Opt-in: without it the fixed choices of :func:`settings` serve. Works on logits of its own, so that
+    nothing a caller holds is written. Results stay correct whatever it finds; log-probs may differ in
+    the last bit from those under other settings.
+
+    Args:
+        vocab: V.
+        dtype: of the logits.
+        rows: rows to measure with; enough to fill the device.
+        repetitions: launches per candidate; the median counts.
+
+    Returns:
+        The settings that later calls with this V and dtype use.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits = torch.randn(1, rows, vocab, device=device).to(dtype)
+    labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
+    token = torch.full((1, rows), -1.0, device=device)
+    key = (vocab, logits.element_size(), _aligned(logits))
+    best: tuple[float, Settings] | None = None
+    for warps, u, tiles in itertools.product((4, 8), (1, 2, 4), (4, 8, 16)):
+        # 8 lanes per thread: 128-bit loads in half precision, and U reduced within the thread.
+        TUNED[key] = candidate = Settings(256 * warps, u, tiles, 1, warps)
+        seconds = []
+        for _ in range(1 + repetitions):  # the first compiles
+            start = _now(device)
+            log_prob_fwd(logits, labels, None, 1.0, None, False, False)
+            logits_bwd(
+                logits, labels, None, token, token, token, token, None, None, 1.0, None, False
+            )
+            seconds.append(_now(device) - start)
+        median = sorted(seconds[1:])[repetitions // 2]
+        if best is None or median < best[0]:
+            best = (median, candidate)
+    assert best is not None
+    TUNED[key] = best[1]
+    return best[1]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _multiprocessors(device: torch.device) -> int:
