@@ -28,16 +28,7 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per method and decoding of a demo's report."""
     settings = report["settings"]
-    kept = (
-        "questions",
-        "samples",
-        "epochs",
-        "lr",
-        "batch_size",
-        "positive_share",
-        "limits",
-        "ratio",
-    )
+    kept = [name for name in settings if name not in ("seed", "held_out")]
     return [
         {
             "seed": settings["seed"],
@@ -71,7 +62,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval."""
     n, mean = len(values), sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    return mean, T95[n - 1] * math.sqrt(variance / n)
+    return mean, T95.get(n - 1, 1.96) * math.sqrt(variance / n)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -115,6 +106,7 @@ def main() -> None:
                 if done.returncode not in (0, 1):
                     raise SystemExit(f"seed {seed} stopped with status {done.returncode}")
             rows += rows_of(json.loads((out / "report.json").read_text(encoding="utf-8")))
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         with RESULTS.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, fieldnames=list(rows[0]))
             writer.writeheader()

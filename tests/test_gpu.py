@@ -27,9 +27,14 @@ def step(batch: Batch, **kw: Any) -> tuple[Any, Tensor]:
     return out, logits.grad
 
 
+@pytest.mark.parametrize("vocab", [4096, 50257])  # whole rows, and rows split over programs
 @pytest.mark.parametrize("ratio", ["sequence", "geometric", "token"])
-def test_a_thousand_runs_are_bitwise_equal_to_the_form_without_fences(ratio: str) -> None:
-    batch = on_gpu()
+def test_a_thousand_runs_are_bitwise_equal_to_the_form_without_fences(
+    ratio: str, vocab: int
+) -> None:
+    # One sequence is longer than a step of the sequence stage.
+    lengths = [*LENGTHS, (2, 300)] if vocab == 4096 else LENGTHS
+    batch = Batch(*(x.cuda() for x in make_batch(lengths, vocab, dtype=torch.bfloat16)))
     staged, staged_grad = step(batch, impl="triton_staged", ratio=ratio, limits=IS)
     for _ in range(1000):
         out, grad = step(batch, impl="triton", ratio=ratio, limits=IS)
@@ -113,6 +118,11 @@ def test_more_than_two_to_the_thirty_first_logits() -> None:
     labels = torch.randint(0, v, (b, t), device="cuda")
     mu = torch.full((b, t), -12.0, device="cuda")
     reward = torch.ones(b, device="cuda")
+    logits.requires_grad_()
     whole = topr_loss(logits, labels, mu, reward, reduction="sum")
-    last = topr_loss(logits[-1:], labels[-1:], mu[-1:], reward[-1:], reduction="sum")
+    (grad,) = torch.autograd.grad(whole.loss, logits)
+    tail = logits.detach()[-1:].requires_grad_()
+    last = topr_loss(tail, labels[-1:], mu[-1:], reward[-1:], reduction="sum")
+    (tail_grad,) = torch.autograd.grad(last.loss, tail)
     assert torch.equal(whole.log_ratio[-1:], last.log_ratio)
+    assert tail_grad.any() and torch.equal(grad[-1:], tail_grad)

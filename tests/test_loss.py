@@ -269,6 +269,16 @@ def test_canonical_objective_is_bounded_where_a_positive_lower_limit_runs_away()
         assert runaway < -10 and size > 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_a_reward_equal_to_the_baseline_is_zero(value: float, dtype: torch.dtype) -> None:
+    batch = make_batch([(2, 4)], 11, dtype=torch.float32)
+    batch = batch._replace(reward=torch.tensor([value], dtype=dtype))
+    out, grad = loss_and_grad(batch, baseline=value)
+    assert out.reward == 0 and out.loss == 0 and grad.abs().sum() == 0
+    assert reference.topr_loss(*batch, baseline=value).loss == 0
+
+
 def test_module_twin_equals_the_function() -> None:
     from topr_kernels import TOPRLoss
 

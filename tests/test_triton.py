@@ -255,6 +255,22 @@ def test_unsound_offsets_poison_loss_and_gradient(offsets: list[int]) -> None:
             *kw.values(),
         )
         assert out[0].isnan() != sound
+        scalar = torch.ones((), device=DEVICE)
+        grad = triton_logits.logits_bwd(
+            packed.logits[None].to(DEVICE),
+            packed.labels[None].to(DEVICE),
+            None,
+            *out[3:5],
+            out[2],
+            out[-1],
+            scalar,
+            out[1],
+            1.0,
+            None,
+            True,
+        )
+        # Every row but the last, which predicts nothing.
+        assert grad[0, :-1].isnan().all(-1).all() != sound
     if sound:  # an empty sequence is legal and not counted
         assert out[11].tolist()[0] == 0 and out[1] == 1
 
@@ -464,6 +480,39 @@ def test_grids_have_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_logits.topr_fwd_staged(logits, labels, None, mu, reward, *tail)
     triton_logits.logits_bwd(logits, labels, None, mu, mu, mu, mu, None, None, 1.0, None, True)
     assert grids and all(len(g) == 1 for g in grids) and grids[0][0] >= 70_000
+
+
+def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A kernel launched on cuda:0 with tensors of cuda:1 corrupts silently.
+    inside: list[Tensor] = []
+    launched = []
+
+    class Guard:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def __enter__(self) -> None:
+            inside.append(self.x)
+
+        def __exit__(self, *_: object) -> None:
+            inside.pop()
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kw: launched.append(inside[-1] is logits)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for name in ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel"):
+        monkeypatch.setattr(triton_logits, name, Spy())
+    logits, labels = torch.zeros(1, 3, 16), torch.zeros(1, 3, dtype=torch.int64)
+    mu = torch.zeros(1, 3)
+    args = (logits, labels, None, mu, torch.ones(1), None, SFT.log())
+    args = (*args, "sequence", 0.0, "sum", 1.0, None, False, True)
+    triton_logits.topr_fwd(*args)
+    triton_logits.topr_fwd_staged(*args)
+    triton_logits.log_prob_fwd(logits, labels, None, 1.0, None, False, True)
+    triton_logits.logits_bwd(logits, labels, None, mu, mu, mu, mu, None, None, 1.0, None, True)
+    assert len(launched) == 6 and all(launched)
 
 
 def test_tuning_is_opt_in_and_keeps_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,7 +261,7 @@ CASES: dict[str, Case] = {
         padded,
         {"logits": torch.zeros(1, 4, V).expand(2, 4, V), "inplace": True},
         ValueError,
-        r"inplace=True: logits are expanded",
+        r"inplace=True: logits of shape .* are expanded",
     ),
 } | {
     f"{name} {value}": (padded, {name: value}, ValueError, rf"{name}: .*> 0, got {value}")
@@ -403,6 +403,23 @@ def test_tokens_without_a_sequence_are_refused_anywhere() -> None:
         moved = {k: x.to(device) for k, x in arguments.items()}
         with pytest.raises(ValueError, match="cu_seqlens: a single entry"):
             topr_loss(**moved)
+
+
+def test_inplace_is_refused_where_rows_overlap() -> None:
+    arguments = padded()
+    shape = arguments["logits"].shape
+    room = torch.zeros(10_000)
+    overlapping = room.as_strided(shape, (shape[1] * shape[2], shape[2] - 1, 1))
+    with pytest.raises(ValueError, match=r"inplace=True: .*overlap"):
+        topr_loss(**(arguments | {"logits": overlapping}), inplace=True)
+    dense = arguments["logits"].transpose(0, 1).contiguous().transpose(0, 1)
+    topr_loss(**(arguments | {"logits": dense}), inplace=True)
+
+
+@pytest.mark.parametrize("options", [{"ratio": "bogus"}, {"reduction": "mean"}, {"limits": "topr"}])
+def test_module_refuses_bad_options_when_it_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        TOPRLoss(**options)
 
 
 # --- Compiled graphs: values cannot be read, so they poison ----------------------------------------

@@ -67,7 +67,7 @@ def log_prob(
         validation.check_label_values(y, x.shape[-1])
         if offsets is not None:
             validation.check_cu_seqlens_values(offsets, y.shape[1])
-    name = kernels.resolve(impl, x.device)
+    name = kernels.resolve(impl, x)
     out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
     log_prob, lse, _, ent = (t.view(labels.shape) for t in out)
     return LogProbOutput(log_prob, lse, ent)

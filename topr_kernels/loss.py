@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels import kernels, validation
+from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.metrics import metrics
 from topr_kernels.ops import logits as ops
@@ -121,10 +122,10 @@ def topr_loss(
         validation.check_label_values(y, x.shape[-1])
         validation.check_reward_values(signed_reward)
         if isinstance(normalizer, Tensor):
-            validation.check_normalizer_value(normalizer, bool((y != -100).any()))
+            validation.check_normalizer_value(normalizer, bool((y != IGNORE_INDEX).any()))
         if offsets is not None:
             validation.check_cu_seqlens_values(offsets, y.shape[1])
-    name = kernels.resolve(impl, x.device)
+    name = kernels.resolve(impl, x)
     out = ops.topr_fwd(
         x,
         y,
@@ -167,13 +168,15 @@ def _check_inplace(logits: Tensor) -> None:
             "inplace=True writes into the saved logits, which a compiled graph cannot track; pass "
             "inplace=False under torch.compile"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError(
-            "inplace=True: logits are expanded (a stride is 0), so several rows share memory; pass "
-            "inplace=False or logits.contiguous()"
-        )
+    span = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < span:
+            raise ValueError(
+                f"inplace=True: logits of shape {tuple(logits.shape)} and strides {logits.stride()} "
+                "are expanded or overlap, so rows share memory; pass inplace=False or "
+                "logits.contiguous()"
+            )
+        span += stride * (size - 1)
 
 
 class TOPRLoss(nn.Module):
@@ -183,7 +186,8 @@ class TOPRLoss(nn.Module):
         **options: every keyword of :func:`topr_loss` but ``cu_seqlens`` and ``normalizer``.
 
     Raises:
-        TypeError: on an unknown option.
+        TypeError: on an unknown option, or limits that are not ``Limits``.
+        ValueError: on an unknown ratio or reduction.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -193,6 +197,11 @@ class TOPRLoss(nn.Module):
             raise TypeError(
                 f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}"
             )
+        validation.check_limits(options.get("limits", TOPR))
+        validation.check_choice("ratio", options.get("ratio", "sequence"), validation.RATIOS)
+        validation.check_choice(
+            "reduction", options.get("reduction", "sequence_mean"), validation.REDUCTIONS
+        )
         self.options = options
 
     def forward(

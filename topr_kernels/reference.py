@@ -115,7 +115,8 @@ def topr_loss(
         log_pi = token_log_probs(z[scored], y[scored], temperature, softcap)
         token_log_ratio = log_pi - mu[scored] if mu.dim() else None
         log_ratio = log_pi.sum() - mu if token_log_ratio is None else token_log_ratio.sum()
-        advantage = float(reward[s]) - baseline
+        # The baseline in the dtype of the rewards, so that equal numbers give exactly 0.
+        advantage = float(reward[s] - torch.full_like(reward[s], baseline))
         positive = not advantage < 0
         a, b = (limits.pos_min, limits.pos_max) if positive else (limits.neg_min, limits.neg_max)
         if ratio == "sequence":

@@ -87,7 +87,8 @@ def sequence_stage(
         log_ratio64 = torch.where(length > 0, log_ratio64 - behavior_log_prob.double(), 0.0)
         token_log_ratio = torch.full_like(log_prob, torch.nan).reshape(-1)
 
-    reward = (reward.double() - baseline).to(dtype)
+    # The baseline in the dtype of the rewards: 0.7 - 0.7 is 0, and not a negative of 1e-8.
+    reward = (reward - torch.full_like(reward, baseline)).to(dtype)
     negative = reward < 0  # NaN takes the positive branch and poisons it below
     pos_min, pos_max, neg_min, neg_max = log_limits
     log_min = torch.full_like(reward, pos_min).masked_fill(negative, neg_min)

@@ -49,7 +49,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """Checks that an option is a finite Python number (and > 0 if asked); returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected a Python number, got {type(value).__name__}; use float(...) or .item()"
+        )
     # Comparisons rather than math.isfinite, which a compiled graph with symbolic floats cannot trace.
     if not -math.inf < value < math.inf or (positive and value <= 0):
         kind = "a finite number > 0" if positive else "a finite number"

@@ -7,6 +7,7 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 #: Name of an implementation -> the module that registers it when imported.
 MODULES = {
@@ -16,12 +17,12 @@ MODULES = {
 }
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """Name of the implementation that serves ``impl`` on a device; loads it.
+def resolve(impl: str, logits: Tensor) -> str:
+    """Name of the implementation that serves ``impl`` for some logits; loads it.
 
     Args:
         impl: "auto" or one of :data:`MODULES`. An explicit name never falls back to another.
-        device: device of the logits.
+        logits: the logits; their device and dtype decide what "auto" is.
 
     Raises:
         ValueError: if ``impl`` is unknown, or needs a device the tensors are not on.
@@ -30,11 +31,17 @@ def resolve(impl: str, device: torch.device) -> str:
     if impl != "auto" and impl not in MODULES:
         raise ValueError(f"impl: expected 'auto' or one of {sorted(MODULES)}, got {impl!r}")
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
-    if impl.startswith("triton") and device.type == "cpu" and not _interpreted():
+        served = logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton")
+        impl = "triton" if served else "torch"
+    device = logits.device
+    if impl.startswith("triton") and device.type != "cuda" and not _interpreted():
         raise ValueError(
             f"impl: {impl!r} needs tensors on a GPU, got {device}; move them, use impl='torch', or set "
             "TRITON_INTERPRET=1 before the first import of triton to run it in the interpreter"
+        )
+    if device.type == "mps":
+        raise ValueError(
+            "logits: on mps, which has no float64 for the sums of log-ratios; use a CPU or CUDA device"
         )
     load(impl)
     return impl

@@ -63,6 +63,8 @@ def log_prob_fwd(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vocab = logits.shape[-1]
+    # Results take the layout of what they are computed from; the contract says contiguous.
+    labels = labels.contiguous()
     target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
     scored = target != IGNORE_INDEX
     dtype = ops.accumulate_dtype(logits)
@@ -121,6 +123,7 @@ def topr_fwd(
     log_prob, lse, low, ent = log_prob_fwd(
         logits, labels, cu_seqlens, temperature, softcap, entropy, shift
     )
+    labels = labels.contiguous()
     offsets, sound = sequence_offsets(labels, cu_seqlens)
     stage = sequence_stage(
         log_prob,

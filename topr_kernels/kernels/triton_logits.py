@@ -7,8 +7,9 @@ Memory traffic per logit of a scored row, with s the bytes of its dtype:
     backward  reads s, writes s; unscored and tapered-out rows write s and read nothing  (bf16: 4)
     total     3 s                                                 (bf16: 6 bytes per logit)
 
-Besides the gradient (none in place) everything allocated has the size of the labels or smaller. The
-forward starts with one small fill of its counters, the only other launch.
+Besides the gradient (none in place) everything allocated has the size of the labels or smaller. Around
+the forward there are a few more launches of a few bytes each: fills of the arrival counters and of what
+unsound offsets would leave unwritten, and copies of loss and denominator out of the counters' buffer.
 
 Forward: a program streams one row, or one of SPLIT parts of it, with a lane-wide online max and sum: one
 rescale per U elements, so that the special-function unit does 1 + 1/U exponentials per element. The last
@@ -333,9 +334,8 @@ def _sequence_stage(
             objective, weight = taper(log_ratio, log_min, log_max)
     weight = tl.where(reward == reward, weight, float("nan"))
 
-    # Unsound offsets leave a NaN reward on one token behind, which turns the loss into NaN.
-    reward = tl.where(sound, reward, float("nan"))
-    length = tl.where(sound, length, 1)
+    # Unsound offsets leave a length of -1 behind, which turns loss and denominator into NaN.
+    length = tl.where(sound, length, -1)
     tl.store(p_log_ratio + i_seq, log_ratio)
     tl.store(p_weight + i_seq, tl.where(empty, 0.0, weight))
     tl.store(p_objective + i_seq, tl.where(empty, 0.0, objective))
@@ -376,19 +376,21 @@ def _loss_stage(
     hi = tl.zeros([BT], tl.float32)
     lo = tl.zeros([BT], tl.float32)
     units = tl.zeros([BT], tl.int64)
+    unsound = tl.zeros([BT], tl.int64)
     for i in range(0, tl.cdiv(B, BT)):
         o_b = i * BT + tl.arange(0, BT)
         m_b = o_b < B
         length = tl.load(p_length + o_b, mask=m_b, other=0, cache_modifier=".cg")
         reward = tl.load(p_reward_out + o_b, mask=m_b, other=0.0, cache_modifier=".cg")
         objective = tl.load(p_objective + o_b, mask=m_b, other=0.0, cache_modifier=".cg")
-        silent = (length == 0) | ((reward == 0) & (objective == objective))
+        unsound += (length < 0).to(tl.int64)
+        silent = (length <= 0) | ((reward == 0) & (objective == objective))
         term = -reward * objective
         if REDUCTION == 0:
             term = term / tl.maximum(length, 1).to(tl.float32)
             units += (length > 0).to(tl.int64)
         else:
-            units += length
+            units += tl.maximum(length, 0)
         term = tl.where(silent, 0.0, term)
         hi, lo = _add_pairs(hi, lo, term, tl.zeros([BT], tl.float32))
     sum_hi, sum_lo = tl.reduce((hi, lo), 0, _add_pairs)
@@ -398,10 +400,12 @@ def _loss_stage(
         denominator = tl.load(p_normalizer)
     else:
         denominator = tl.maximum(tl.sum(units, axis=0), 1).to(tl.float32)
-    tl.store(p_denominator, denominator)
-    # A counted denominator is 0 when nothing is scored anywhere: that loss is a plain 0.
     loss = (sum_hi + sum_lo) / denominator
-    tl.store(p_loss, tl.where(tl.sum(units, axis=0) == 0, 0.0, loss))
+    # A counted denominator is 0 when nothing is scored anywhere: that loss is a plain 0.
+    loss = tl.where(tl.sum(units, axis=0) == 0, 0.0, loss)
+    sound = tl.sum(unsound, axis=0) == 0
+    tl.store(p_denominator, tl.where(sound, denominator, float("nan")))
+    tl.store(p_loss, tl.where(sound, loss, float("nan")))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -567,13 +571,6 @@ def rows_fwd_kernel(
         i_seq = i_program - n_rows
         start, end, sound = _bounds(p_cu_seqlens, i_seq, T, B, PACKED)
         done = 1
-        if FUSED:
-            if not sound:
-                tl.store(p_log_ratio + i_seq, float("nan"))
-                tl.store(p_weight + i_seq, float("nan"))
-                tl.store(p_objective + i_seq, float("nan"))
-                tl.store(p_reward_out + i_seq, float("nan"))
-                tl.store(p_length + i_seq, 0)
     if FUSED:
         # Programs of an unsound sequence stay away, so that the batch is never complete and the loss
         # keeps the NaN it was filled with.
@@ -1029,18 +1026,24 @@ class _Sequences:
         else:
             # A sum kept in fp64 reaches the kernel as two fp32 words.
             self.behavior = behavior_log_prob.float().contiguous()
-            self.behavior_low = (behavior_log_prob - self.behavior).float()
-        if reward.dtype == torch.float64:
-            reward, baseline = (reward - baseline).float(), 0.0
+            low = (behavior_log_prob - self.behavior).float()
+            self.behavior_low = torch.where(self.behavior.isfinite(), low, 0.0)
+        if reward.dtype != torch.float32:
+            # In the dtype of the rewards, so that equal numbers give exactly 0.
+            reward, baseline = (reward - torch.full_like(reward, baseline)).float(), 0.0
         self.reward_in = reward.contiguous()
         self.limits, self.baseline = log_limits, baseline
         self.normalizer = None if normalizer is None else normalizer.float()
         token = rows.log_prob
-        self.token_log_ratio, self.d_log_prob = torch.empty_like(token), torch.empty_like(token)
-        self.log_ratio, self.weight, self.objective, self.reward = (
-            token.new_empty(rows.b) for _ in range(4)
-        )
-        self.length = token.new_empty(rows.b, dtype=torch.int64)
+        self.d_log_prob = torch.empty_like(token)
+        # Offsets that turn out unsound leave sequences unfinished: they show as NaN, not as noise.
+
+        def fresh(*shape: int) -> Tensor:
+            return token.new_full(shape, torch.nan) if rows.packed else token.new_empty(shape)
+
+        self.token_log_ratio = fresh(*token.shape)
+        self.log_ratio, self.weight, self.objective, self.reward = (fresh(rows.b) for _ in range(4))
+        self.length = torch.zeros(rows.b, dtype=torch.int64, device=token.device)
         self.denominator, self.loss = batch[0], batch[1]
 
     def pointers(self) -> tuple[Tensor, ...]:
