@@ -352,6 +352,37 @@ def test_scores_are_the_log_probs_of_the_full_softmax():
     assert [dataclasses.replace(r, behavior_log_prob=None) for r in scored] == records
 
 
+def test_scores_are_taken_at_the_sampling_temperature():
+    model, pad = tiny_model(), tiny_tokenizer().pad_token_id
+    records = sampled(model=model)[:6]
+    # Mixed in one batch, to be told apart.
+    warm = [
+        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, temperature=t))
+        for r, t in zip(records, (1.0, 0.5, 1.0, 2.0, 0.5, 1.0), strict=True)
+    ]
+    scored = score(model, warm, pad_token_id=pad, batch_size=6)
+    for r in scored:
+        row = torch.tensor([r.prompt_token_ids + r.completion_token_ids])
+        with torch.no_grad():
+            logits = model(row).logits[0, len(r.prompt_token_ids) - 1 : -1].double()
+        tokens = torch.tensor(r.completion_token_ids)
+        expected = (logits / r.sampling.temperature).log_softmax(-1).gather(1, tokens[:, None])
+        torch.testing.assert_close(
+            torch.tensor(r.behavior_log_prob).double(), expected[:, 0], rtol=0, atol=1e-5
+        )
+    plain = score(model, records, pad_token_id=pad, batch_size=6)
+    difference = sum(plain[1].behavior_log_prob) - sum(scored[1].behavior_log_prob)
+    assert abs(difference) > 0.01
+    assert max_log_ratio(model, scored, pad_token_id=pad, batch_size=6) == 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("top_k", 5), ("top_p", 0.9)])
+def test_samples_of_another_policy_than_the_full_softmax_are_not_scored(field: str, value: float):
+    odd = record(sampling=dataclasses.replace(SAMPLING, **{field: value}))
+    with pytest.raises(RecordError, match=rf"record 1, field 'sampling.{field}': got {value}"):
+        score(tiny_model(), [record(), odd], pad_token_id=0, batch_size=2)
+
+
 def test_log_ratio_is_zero_before_the_first_update_and_not_after():
     model, pad = tiny_model(), tiny_tokenizer().pad_token_id
     scored = score(model, sampled(model=model), pad_token_id=pad, batch_size=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,35 @@ def test_impossible_questions_do_not_claim_the_folder(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("text", [b'{"records": 1', b"\xff\xfe\xff", b"[]", b"{}"])
+def test_a_damaged_result_is_named(
+    text: bytes, whole: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "records.json").write_bytes(text)
+    assert run(model, tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "records.json: " in message and "delete it and run again" in message
+    assert "Traceback" not in message
+    (tmp_path / "run" / "records.json").unlink()
+    assert run(model, tmp_path / "run") == 0
+    assert figures(tmp_path / "run") == figures(whole)
+
+
+def test_damaged_settings_are_named(
+    whole: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Deleting them alone would let results of other settings pass: another remedy."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "settings.json").write_text('{"seed"')
+    assert run(model, tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "settings.json: damaged" in message and "another --out" in message
+    assert run(model, tmp_path / "run", "--restart") == 2
+    assert "nothing was deleted" in capsys.readouterr().err
+    assert (tmp_path / "run" / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("greedy", "sampled", "status"), [(4, 4, 0), (5, 4, 0), (3, 4, 1), (4, 3, 1), (5, 3, 1)]
 )
@@ -265,8 +295,9 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as status:
         main(["demo", "--help"])
     assert status.value.code == 0
-    text = capsys.readouterr().out
-    for word in ("dequantised", "resumes", "default: 2e-05", "exit status", "p~"):
+    # The width of the terminal breaks lines anywhere.
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("dequantised", "resumes", "default: 2e-05", "exit status", "p~", "<= share < 1"):
         assert word in text
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,17 @@ import torch
 pytest.importorskip("transformers")
 
 from tiny import random_model, tiny_config, tiny_tokenizer
-from transformers import LlamaForCausalLM, PrinterCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    LlamaForCausalLM,
+    PrinterCallback,
+)
 
-from topr_kernels import SFT, TOPR, Limits, log_prob, topr_loss
+from topr_kernels import PRESETS, SFT, TOPR, Limits, layout, log_prob, topr_loss
 from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits
+from topr_kernels.hf import collator as collator_module
 from topr_kernels.hf.collator import common_prefix_length, prefix_sharing_problem
 from topr_kernels.hf.trainer import MetricMean, warn_if_never_negative
 
@@ -196,6 +207,148 @@ def test_a_model_without_logits_to_keep_gives_the_same():
     assert "forward does not take" in str(prefix_sharing_problem(old))
 
 
+class PeftLike(torch.nn.Module):
+    """The signature and the methods of peft.PeftModelForCausalLM."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_model = base
+        self.config = base.config
+        self.received: dict[str, Any] = {}
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        task_ids=None,
+        **kwargs,
+    ):
+        self.received = kwargs
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def gpt2(kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Positions are learnt and the model counts the padding, unless it is given them."""
+    torch.manual_seed(0)
+    settings = GPT2Config(
+        vocab_size=len(tiny_tokenizer()), n_embd=32, n_layer=2, n_head=2, n_positions=64
+    )
+    model = kind(settings).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=0.5)
+    return model
+
+
+def check_rows_alone(model: Any, kept: torch.Tensor, data: list[Row]) -> None:
+    """Kept logits are those of each unpadded sequence on its own."""
+    for i, r in enumerate(data):
+        row = torch.tensor([r["prompt_token_ids"] + r["completion_token_ids"]])
+        n = len(r["completion_token_ids"])
+        with torch.no_grad():
+            alone = model(row).logits[0, -n - 1 :]
+        torch.testing.assert_close(kept[i, -n - 1 :], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_signature_of", [False, True])
+def test_a_peft_wrapper_gets_positions_and_logits_to_keep(by_signature_of: bool):
+    base = gpt2()
+    wrapper, data = PeftLike(base).eval(), rows(6)
+    batch = CompletionCollator(0)(data)
+    with torch.no_grad():
+        kept = completion_logits(wrapper, batch, signature_of=wrapper if by_signature_of else None)
+    assert wrapper.received["logits_to_keep"] == batch["logits_to_keep"]
+    assert torch.equal(wrapper.received["position_ids"], batch["position_ids"])
+    check_rows_alone(base, kept, data)
+
+
+def test_a_peft_wrapper_shares_the_prefix_of_its_base_model():
+    base, data = random_model(), rows(6)
+    wrapper = PeftLike(base).eval()
+    assert prefix_sharing_problem(wrapper) is None
+    with torch.no_grad():
+        kept = completion_logits(wrapper, CompletionCollator(0, share_prefix=True)(data))
+    check_rows_alone(base, kept, data)
+
+
+def test_an_open_ended_forward_gets_positions():
+    class Open(GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    model, data = gpt2(Open), rows(6)
+    with torch.no_grad():
+        kept = completion_logits(model, CompletionCollator(0)(data))
+    check_rows_alone(model, kept, data)
+    # What **kwargs takes may be ignored: not enough to share a prefix.
+    assert "forward does not take" in str(prefix_sharing_problem(model))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_padding_without_positions_is_refused(wrapped: bool):
+    class NoPositions(GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    model = gpt2(NoPositions)
+    asked = PeftLike(model).eval() if wrapped else model
+    data = rows(4)
+    with pytest.raises(ValueError, match=r"NoPositions.forward takes no position_ids.*one seq"):
+        completion_logits(asked, CompletionCollator(0)(data))
+    # Without padding, or with padding after the tokens only, positions are the columns.
+    same = [data[0], data[0]]
+    with torch.no_grad():
+        check_rows_alone(model, completion_logits(asked, CompletionCollator(0)(same)), same)
+        ids = torch.tensor([data[0]["prompt_token_ids"] + [0, 0]])
+        right = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        right["attention_mask"][:, -2:] = 0
+        assert completion_logits(asked, right).shape[:2] == ids.shape
+
+
+def test_missing_positions_are_counted_from_the_mask():
+    model, data = gpt2(), rows(6)
+    batch = CompletionCollator(0)(data)
+    del batch["position_ids"]
+    with torch.no_grad():
+        check_rows_alone(model, completion_logits(model, batch), data)
+    del batch["attention_mask"]
+    with pytest.raises(ValueError, match=r"no position_ids and no attention_mask.*collator"):
+        completion_logits(model, batch)
+
+
+def test_further_model_inputs_are_passed_on_or_named():
+    model, data = gpt2(), rows(6)
+    batch = CompletionCollator(0)(data)
+    # GPT-2 embeds token types with the token table.
+    types = torch.full_like(batch["input_ids"], 7)
+    keep = batch["logits_to_keep"]
+    with torch.no_grad():
+        plain = completion_logits(model, batch)
+        typed = completion_logits(model, {**batch, "token_type_ids": types})
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")}
+        expected = model(**inputs, token_type_ids=types).logits[:, -keep:]
+        torch.testing.assert_close(typed, expected, rtol=0, atol=1e-6)
+        assert (typed - plain).abs().max() > 0.01
+        wrapped = completion_logits(PeftLike(model).eval(), {**batch, "token_type_ids": types})
+        torch.testing.assert_close(wrapped, expected, rtol=0, atol=1e-6)
+    # Llama's forward has **kwargs, in which a name it does not know would vanish.
+    with pytest.raises(ValueError, match=r"holds question, token_type_ids, which Llama.*collator"):
+        completion_logits(random_model(), {**batch, "token_type_ids": types, "question": ["?"]})
+    shared = CompletionCollator(0, share_prefix=True)(data)
+    with pytest.raises(ValueError, match=r"\(token_type_ids\).*share_prefix=False"):
+        completion_logits(model, {**shared, "token_type_ids": types})
+
+
+def test_one_value_marks_unscored_labels():
+    assert collator_module.IGNORE_INDEX is layout.IGNORE_INDEX
+
+
 def test_prefix_sharing_is_refused_where_it_would_not_be_exact():
     model = random_model()
     assert prefix_sharing_problem(model) is None
@@ -221,12 +374,28 @@ def test_config_takes_a_preset_or_limits_and_writes_json(tmp_path: Path):
     assert config(tmp_path).remove_unused_columns is False
 
 
+def test_config_reads_a_command_line(tmp_path: Path):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--limits", "tis", "--ratio", "token"]
+    flags += ["--baseline", "-0.25", "--entropy", "--temperature", "0.5"]
+    (parsed,) = HfArgumentParser(TOPRConfig).parse_args_into_dataclasses(flags)
+    assert parsed.limits == PRESETS["tis"] != TOPR
+    assert (parsed.ratio, parsed.baseline, parsed.temperature) == ("token", -0.25, 0.5)
+    assert parsed.entropy and not parsed.remove_unused_columns
+    (parsed,) = HfArgumentParser(TOPRConfig).parse_args_into_dataclasses(flags[:3])
+    assert parsed.limits == TOPR
+    (parsed,) = HfArgumentParser(TOPRConfig).parse_dict(parsed.to_dict(), allow_extra_keys=True)
+    assert parsed.limits == TOPR
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"limits": "ppo"}, r"limits: got 'ppo'.*'sft'"),
         ({"limits": 3}, r"limits: got 3"),
         ({"reduction": "mean"}, r"reduction: got 'mean'.*sequence_mean"),
+        ({"ratio": "word"}, r"ratio: expected one of 'sequence'.*got 'word'"),
+        ({"temperature": 0.0}, r"temperature: "),
+        ({"baseline": float("nan")}, r"baseline: "),
         ({"remove_unused_columns": True}, r"remove_unused_columns: got True"),
     ],
 )
@@ -302,6 +471,75 @@ def test_an_all_empty_batch_trains_to_nothing(tmp_path: Path):
     assert run.state.log_history[0]["loss"] == 0
     assert run.state.log_history[0]["grad_norm"] == 0
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+def worker() -> None:
+    """One process of the next test, started as a program: trains a step and writes what came of it."""
+    torch.set_num_threads(1)
+    settings = json.loads(sys.argv[1])
+    folder = Path(settings.pop("folder"))
+    data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
+    run = trainer(folder, data, baseline=-0.4, **settings)
+    run.train()
+    if run.args.process_index == 0:
+        entry = run.state.log_history[0]
+        figures = {"processes": run.accelerator.num_processes, "grad_norm": entry["grad_norm"]}
+        (folder / "figures.json").write_text(json.dumps(figures))
+        torch.save(run.accelerator.unwrap_model(run.model).state_dict(), folder / "weights.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+def test_two_processes_take_the_step_of_one(tmp_path: Path, reduction: str):
+    """DDP averages gradients; the normaliser is global. Shares differ in tokens and sequences."""
+    settings = {
+        "folder": str(tmp_path),
+        "reduction": reduction,
+        "ddp_backend": "gloo",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    port = free_port()
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", "import test_trainer; test_trainer.worker()"]
+    processes = []
+    try:
+        for rank in range(2):
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            env["PYTHONPATH"] = os.pathsep.join([tests, str(Path(tests).parent)])
+            processes.append(
+                subprocess.Popen(
+                    [*command, json.dumps(settings)],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
+    model = random_model()
+    plain_loss(model, data, baseline=-0.4, reduction=reduction).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["processes"] == 2
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    weights = torch.load(tmp_path / "weights.pt")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(weights[name], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "geometric", "token"])
@@ -399,3 +637,28 @@ def test_does_not_warn_without_reason():
         assert not warn_if_never_negative([1.0, -1.0], 0.0, TOPR)
         assert not warn_if_never_negative([1.0, 0.0], 0.5, TOPR)
         assert not warn_if_never_negative([1.0, 1.0], 0.0, SFT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not warn_if_never_negative([], 0.0, TOPR)
+
+
+def test_a_collator_may_compute_the_rewards(tmp_path: Path):
+    """Records without rewards, and a batch without position_ids: both are the collator's affair."""
+    data = rows(4)
+    raw = [{k: v for k, v in r.items() if k != "reward"} for r in data]
+    pad = CompletionCollator(0)
+
+    def collate(features: list[Row]) -> dict[str, Any]:
+        assert "reward" not in features[0]
+        by_prompt = {tuple(r["prompt_token_ids"]): r["reward"] for r in data}
+        batch = pad([{**f, "reward": by_prompt[tuple(f["prompt_token_ids"])]} for f in features])
+        del batch["position_ids"]
+        return batch
+
+    args = config(tmp_path, per_device_train_batch_size=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No reward of this data set")
+        run = TOPRTrainer(random_model(), args, data_collator=collate, train_dataset=raw)
+    run.train()
+    expected = plain_loss(random_model(), data).item()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)

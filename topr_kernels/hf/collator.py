@@ -25,8 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Label of a token that is not scored: the convention of Hugging Face and of ``topr_loss``.
-IGNORE_INDEX = -100
+from topr_kernels.layout import IGNORE_INDEX
+
+#: What a batch holds for the loss, or for ``completion_logits`` itself; the rest is the model's.
+_NOT_MODEL_INPUTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "labels",
+        "behavior_log_prob",
+        "reward",
+        "logits_to_keep",
+        "prefix_length",
+    }
+)
 
 
 @dataclass
@@ -135,27 +148,36 @@ def completion_logits(
     whose forward takes no ``logits_to_keep`` compute all logits, which are then sliced.
 
     Args:
-        model: a Hugging Face causal language model, wrapped or not.
-        batch: what ``CompletionCollator`` returned, on the model's device. Without
-            ``logits_to_keep`` all columns are kept.
-        signature_of: the unwrapped model, to be asked which arguments its forward takes.
+        model: a Hugging Face causal language model, wrapped (PEFT, DistributedDataParallel) or not.
+        batch: what ``CompletionCollator`` returned, on the model's device, or another collator's
+            batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
+            are counted from ``attention_mask`` [B, T]. Further entries (``token_type_ids``, ...)
+            go to the model if its forward names them.
+        signature_of: the unwrapped model, to be asked which arguments its forward takes. A PEFT
+            model is asked for its base model, whose arguments it passes on.
 
     Returns:
         [B, logits_to_keep, V] in the model's dtype.
 
     Raises:
         ValueError: if the batch has a shared prefix and the model cannot share it (see
-            ``check_prefix_sharing``).
+            ``check_prefix_sharing``); if padding moves tokens and the model takes no
+            ``position_ids``; if there are neither positions nor a mask to count them from; if the
+            batch has entries that the model's forward does not name.
     """
     keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
     prefix = int(batch.get("prefix_length", 0))
     base = model if signature_of is None else signature_of
-    accepted = inspect.signature(base.forward).parameters
-    inputs: dict[str, Any] = {"attention_mask": batch["attention_mask"]}
+    inputs = _further_inputs(base, batch)
+    if batch.get("attention_mask") is not None:
+        inputs["attention_mask"] = batch["attention_mask"]
     # Without explicit positions most models number the padding too, which moves every token.
-    if "position_ids" in accepted:
-        inputs["position_ids"] = batch["position_ids"][:, prefix:]
-    if "logits_to_keep" in accepted:
+    position_ids = _position_ids(batch)
+    if _accepts(base, "position_ids"):
+        inputs["position_ids"] = position_ids[:, prefix:]
+    else:
+        _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
+    if _accepts(base, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
     if prefix:
         check_prefix_sharing(base)
@@ -164,6 +186,73 @@ def completion_logits(
         input_ids=batch["input_ids"][:, prefix:], use_cache=bool(prefix), **inputs
     ).logits
     return logits[:, -keep:]
+
+
+def _base_model(model: Any) -> Any:
+    # PEFT's forward hides the base model's arguments behind **kwargs. It may not be installed, so
+    # ask for the method and not for the class.
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _accepts(model: Any, name: str) -> bool:
+    """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
+    for part in (model, _base_model(model)):
+        parameters = inspect.signature(part.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name not in parameters and not open_ended:
+            return False
+    return True
+
+
+def _names(model: Any, name: str) -> bool:
+    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
+    return name in inspect.signature(_base_model(model).forward).parameters
+
+
+def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {name: x for name, x in batch.items() if name not in _NOT_MODEL_INPUTS}
+    unknown = sorted(n for n in inputs if not (_names(model, n) and _accepts(model, n)))
+    if unknown:
+        raise ValueError(
+            f"the batch holds {', '.join(unknown)}, which {type(_base_model(model)).__name__}.forward "
+            "does not take by name and the loss does not use; drop them in the data collator, or "
+            "name them in the model's forward"
+        )
+    if inputs and batch.get("prefix_length", 0):
+        raise ValueError(
+            f"share_prefix=True, but the batch holds further model inputs ({', '.join(inputs)}), "
+            "which a prefix that is run once would not see; use share_prefix=False"
+        )
+    return inputs
+
+
+def _position_ids(batch: Mapping[str, Any]) -> Tensor:
+    position_ids: Tensor | None = batch.get("position_ids")
+    if position_ids is not None:
+        return position_ids
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        found = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
+        raise ValueError(
+            f"the batch has no position_ids and {found}, so real tokens cannot be counted; give it "
+            "attention_mask [B, T] or position_ids in the data collator"
+        )
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, model: Any) -> None:
+    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    moved = position_ids.ne(columns)
+    if mask is not None and mask.dim() == 2:
+        moved = moved & mask.bool()
+    if bool(moved.any()):
+        raise ValueError(
+            f"{type(_base_model(model)).__name__}.forward takes no position_ids, but the batch is "
+            "padded before its tokens: the model would count the padding and move them; use "
+            "batches without padding (one sequence each), or let the model's forward take "
+            "position_ids (and ignore them where it needs no positions)"
+        )
 
 
 def prefix_cache(model: torch.nn.Module, input_ids: Tensor, prefix: int) -> Any:
@@ -198,10 +287,10 @@ def prefix_sharing_problem(model: torch.nn.Module) -> str | None:
         return f"the model has layers of type {', '.join(sorted(kinds))}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"the model attends to a window of {config.sliding_window} tokens only"
-    accepted = inspect.signature(model.forward).parameters
-    missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(accepted)
+    needed = ("logits_to_keep", "past_key_values", "position_ids")
+    missing = [name for name in needed if not (_names(model, name) and _accepts(model, name))]
     if missing:
-        return f"the model's forward does not take {', '.join(sorted(missing))}"
+        return f"the model's forward does not take {', '.join(missing)}"
     if model.training and _recomputes_activations(model):
         return "gradient checkpointing keeps no keys and values"
     return None

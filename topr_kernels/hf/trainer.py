@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from topr_kernels import PRESETS, Limits, TOPROutput, topr_loss
-from topr_kernels.hf.collator import IGNORE_INDEX, CompletionCollator, completion_logits
+from topr_kernels.hf.collator import CompletionCollator, completion_logits
+from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.validation import RATIOS, check_choice, check_number, check_transforms
+
+if TYPE_CHECKING:
+    _LimitsOption = Any
+else:
+    # HfArgumentParser converts the text of --limits to this: the name of a preset.
+    _LimitsOption = str
 
 _REDUCTIONS = ("sequence_mean", "token_mean")
 
@@ -35,11 +44,17 @@ class TOPRConfig(TrainingArguments):
         share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
             most of the time with few-shot prompts; needs plain full attention.
 
+    ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
+
     Raises:
-        ValueError: on an unknown preset or reduction, or ``remove_unused_columns=True``.
+        TypeError: if ``baseline`` or ``temperature`` is not a number.
+        ValueError: on an unknown preset, ratio or reduction, a temperature that is not above 0, a
+            baseline that is not finite, or ``remove_unused_columns=True``.
     """
 
-    limits: Any = field(default="topr", metadata={"help": "Preset name or Limits."})
+    limits: _LimitsOption = field(
+        default="topr", metadata={"help": f"Preset of the clip limits: {', '.join(PRESETS)}."}
+    )
     ratio: str = field(default="sequence", metadata={"help": "sequence, geometric or token."})
     baseline: float = field(default=0.0, metadata={"help": "Subtracted from every reward."})
     reduction: str = field(
@@ -66,6 +81,9 @@ class TOPRConfig(TrainingArguments):
             raise ValueError(
                 f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)}"
             )
+        check_choice("ratio", self.ratio, RATIOS)
+        check_number("baseline", self.baseline)
+        check_transforms(self.temperature, None)
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
         if self.remove_unused_columns:
@@ -91,14 +109,24 @@ class TOPRTrainer(Trainer):
 
     ``log`` carries the metrics of ``TOPROutput.metrics()``, averaged over the micro-batches since
     the last log where they are defined (keys that end in ``_min`` or ``_max``: the extreme).
-    ``evaluate`` reports the loss and the same metrics.
+    ``evaluate`` reports the loss and the same metrics. With several processes the metrics in the
+    logs are of the logging process's share of the data; only the loss's normaliser is global.
+
+    Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration). Training
+    runs the model in train mode, so with dropout > 0 pi is noisy while mu was scored in eval mode:
+    the ratios are not 1 where the policies are equal, and their clipping acts on noise.
+
+    A collator of one's own must give ``input_ids``, ``labels``, ``behavior_log_prob`` and
+    ``reward``, and ``attention_mask`` or ``position_ids``; further entries go to the model's
+    forward, see ``completion_logits``.
 
     Raises:
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given.
 
     Warns:
         UserWarning: once per training set, if no reward is below the baseline although the limits
-            give negatives a weight: TOPR is then positives only.
+            give negatives a weight: TOPR is then positives only. Not for records without a
+            ``reward``, which a collator of one's own computes.
     """
 
     # The loss is normalised over the whole accumulated batch: the Trainer must not divide it again.
@@ -132,9 +160,7 @@ class TOPRTrainer(Trainer):
         self._train_metrics = MetricMean()
         self._eval_metrics = MetricMean()
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
-            warn_if_never_negative(
-                (record["reward"] for record in train_dataset), args.baseline, args.limits
-            )
+            warn_if_never_negative(_rewards(train_dataset), args.baseline, args.limits)
 
     def compute_loss(
         self,
@@ -264,9 +290,16 @@ def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Li
     TOPR then only ever imitates: with 0/1 rewards and no baseline it is positives only.
 
     Returns:
-        Whether it warned.
+        Whether it warned; never where there are no rewards.
     """
-    if limits.neg_max == 0 or any(float(reward) - baseline < 0 for reward in rewards):
+    if limits.neg_max == 0:
+        return False
+    known = False
+    for reward in rewards:
+        if float(reward) - baseline < 0:
+            return False
+        known = True
+    if not known:
         return False
     warnings.warn(
         f"No reward of this data set is below the baseline of {baseline:g}: TOPR degenerates to "
@@ -276,6 +309,14 @@ def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Li
         stacklevel=3,
     )
     return True
+
+
+def _rewards(dataset: Any) -> Iterator[float]:
+    for record in itertools.islice(dataset, len(dataset)):
+        # A collator of one's own may compute the rewards: one record without tells.
+        if not isinstance(record, Mapping) or record.get("reward") is None:
+            return
+        yield record["reward"]
 
 
 def _pad_token_id(processing_class: Any) -> int:

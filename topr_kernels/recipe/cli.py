@@ -50,6 +50,7 @@ def _demo(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from topr_kernels.recipe.demo import DemoSettings, SettingsError, restart, run_demo
+    from topr_kernels.recipe.files import FileError
     from topr_kernels.recipe.records import RecordError
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -69,7 +70,7 @@ def _demo(args: argparse.Namespace) -> int:
             restart(args.out)
         return 0 if run_demo(settings, args.out) else 1
     # Only what the user can mend: any other error is a bug and shows its traceback.
-    except (SettingsError, RecordError, OSError) as error:
+    except (SettingsError, RecordError, FileError, OSError) as error:
         print(f"topr: {error}", file=sys.stderr)
         return 2
 
@@ -106,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "--positive-share",
         type=float,
         default=0.5,
-        help="share of right answers to make (p~ of the paper's Eq. 7); 0 leaves the samples alone",
+        help="share of right answers to make (p~ of the paper's Eq. 7), 0 <= share < 1; 0 leaves "
+        "the samples alone",
     )
     data.add_argument(
         "--balance",

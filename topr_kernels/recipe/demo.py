@@ -21,7 +21,7 @@ from topr_kernels import (
 from topr_kernels.recipe import report
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
-from topr_kernels.recipe.files import atomic_folder, read_json, write_json
+from topr_kernels.recipe.files import FileError, atomic_folder, read_json, write_json
 from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
@@ -117,6 +117,7 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
         Whether TOPR ended at least as accurate as the base model, greedy and sampled.
 
     Raises:
+        FileError: if a result in ``out`` is damaged.
         SettingsError: if ``out`` holds results of other settings, or the task or the model cannot
             be had as asked.
     """
@@ -131,7 +132,9 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
             start = time.perf_counter()
             result = compute()
             write_json(path, {**result, "seconds": round(time.perf_counter() - start, 1)})
-        value: dict[str, Any] = read_json(path)
+        value: dict[str, Any] = _read_mapping(path)
+        if "seconds" not in value:
+            raise FileError(f"{path}: not a result of this demo; delete it and run again")
         seconds[name] = value["seconds"]
         return value
 
@@ -171,7 +174,11 @@ def restart(out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     fields = {field.name for field in dataclasses.fields(DemoSettings)}
-    if not path.exists() or not fields <= set(read_json(path)):
+    try:
+        ours = fields <= _read_mapping(path).keys()
+    except (FileNotFoundError, FileError):
+        ours = False
+    if not ours:
         raise SettingsError(
             f"--restart: {out} does not hold a demo's settings.json, so it is not a demo's folder; "
             "nothing was deleted. Choose another --out"
@@ -337,7 +344,14 @@ def _claim(out: Path, settings: DemoSettings) -> None:
     if not path.exists():
         write_json(path, wanted)
         return
-    found = read_json(path)
+    try:
+        found = _read_mapping(path)
+    except FileError as error:
+        # Deleting just this file would let results of unknown settings pass for these.
+        raise SettingsError(
+            f"{path}: damaged, so the settings of the results beside it are unknown; delete the "
+            "folder, or choose another --out"
+        ) from error
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         lines = "".join(
@@ -348,6 +362,13 @@ def _claim(out: Path, settings: DemoSettings) -> None:
             f"{out} holds a run with other settings:{lines}\nGive the same settings to resume it, "
             "--restart to delete it and start anew, or another --out"
         )
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected a JSON object; delete it and run again")
+    return value
 
 
 def _model_key(model: str) -> str:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it and the remedy."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to ``path`` that takes its place when the block succeeds.
@@ -41,12 +45,12 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ValueError: if it does not parse; the message names the file.
+        FileError: if it does not parse; the message names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it and run again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: not JSON ({error}); delete it and run again") from error
 
 
 @contextmanager

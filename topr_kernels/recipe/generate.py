@@ -142,7 +142,9 @@ def generate(
         batch_size: completions sampled together.
         seed: batch i is sampled with a seed made of this one and i, so a resumed run continues
             with the same records as an unbroken one.
-        temperature: of the sampler; 1 is the policy itself.
+        temperature: of the sampler; 1 is the policy itself. At any other, ``score`` gives the
+            log-probabilities of the sampler at that temperature and ``train`` trains the model at
+            temperature 1, so training starts off-policy. Greedy samples (0) are not scored.
         shards: folder for finished batches. Batches found there are not sampled again.
 
     Returns:

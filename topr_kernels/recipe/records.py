@@ -57,7 +57,8 @@ class Record:
         finish_reason: "stop" if the model ended the completion, "length" if it was cut.
         sampling: settings of the sampler.
         behavior_log_prob: log-probability of each completion token under the full softmax of the
-            sampling model, one per completion token; None before ``score``.
+            sampling model at the sampling temperature, one per completion token; None before
+            ``score``.
     """
 
     group: int

@@ -12,21 +12,22 @@ from tqdm.auto import tqdm
 
 from topr_kernels import log_prob
 from topr_kernels.hf.collator import (
-    IGNORE_INDEX,
     CompletionCollator,
     completion_logits,
     prefix_sharing_problem,
 )
-from topr_kernels.recipe.records import Record
+from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.recipe.records import Record, RecordError
 
 
 def score(
     model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
 ) -> list[Record]:
-    """Fills in ``behavior_log_prob``: log-probabilities under the model's full softmax.
+    """Fills in ``behavior_log_prob``: log-probabilities under the policy that sampled.
 
-    Sampled with another temperature than 1, the policy that is scored (and then trained) is still
-    the model at temperature 1.
+    That is the model's full softmax at the temperature of each record's ``sampling``. ``train``
+    trains the model at temperature 1: records sampled at another one are off-policy from the first
+    update on, and the ratios say so.
 
     Args:
         model: the policy that sampled the records, in eval mode.
@@ -36,7 +37,13 @@ def score(
 
     Returns:
         The records with one fp32 log-probability per completion token.
+
+    Raises:
+        RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
+            full softmax is not the policy that sampled it.
     """
+    for i, record in enumerate(records):
+        _check_full_softmax(record, i)
     scored: list[Record] = []
     with tqdm(total=len(records), desc="score", unit="sample") as bar:
         for start in range(0, len(records), batch_size):
@@ -54,6 +61,8 @@ def max_log_ratio(
     model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
 ) -> float:
     """Largest |log_ratio| of a sequence, of the model to the stored log-probabilities, in nats.
+
+    Both are taken at the temperature of each record's ``sampling``, as in ``score``.
 
     Before the first update this is numerical noise: zero for batches of the same records as were
     scored together, and what another packing of the batches does to the hidden states otherwise.
@@ -92,6 +101,26 @@ def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -
         for name, x in collate(unscored).items()
     }
     labels = batch["labels"][:, -batch["logits_to_keep"] :]
-    values = log_prob(completion_logits(model, batch), labels).log_prob.cpu()
+    logits = completion_logits(model, batch)
+    # Nearly always one temperature; the logits are computed once in any case.
+    values = {
+        t: log_prob(logits, labels, temperature=t).log_prob.cpu()
+        for t in {record.sampling.temperature for record in records}
+    }
     scored = labels.ne(IGNORE_INDEX).cpu()
-    return [row[mask] for row, mask in zip(values, scored, strict=True)]
+    return [values[r.sampling.temperature][i][scored[i]] for i, r in enumerate(records)]
+
+
+def _check_full_softmax(record: Record, i: int) -> None:
+    sampling = record.sampling
+    for name, value, fine in (
+        ("temperature", sampling.temperature, sampling.temperature > 0),
+        ("top_k", sampling.top_k, sampling.top_k == 0),
+        ("top_p", sampling.top_p, sampling.top_p == 1),
+    ):
+        if not fine:
+            raise RecordError(
+                f"record {i}, field 'sampling.{name}': got {value}; score evaluates the full "
+                "softmax, which did not sample this record; sample with temperature > 0, top_k=0 "
+                "and top_p=1"
+            )

@@ -52,7 +52,7 @@ def train(
     checkpoints: Path,
     label: str = "",
 ) -> list[dict[str, float]]:
-    """Trains the model in place.
+    """Trains the model in place, as a policy at temperature 1.
 
     Args:
         model: a causal language model, at the weights that sampled the records.
