@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,3 +60,10 @@ def test_twelve_lines() -> None:
     exec(block("Twelve lines"), names)
     assert logits.grad is not None and logits.grad.any()
     assert names["out"].weight.tolist() == [1.0, 1.0]  # nothing has been trained yet
+
+
+def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "demo_seeds.py"
+    command = [sys.executable, str(script), "--table-only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in README
