@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     raise SystemExit("gpu_suite.sh: torch sees no CUDA device; nothing was run")
 print(torch.cuda.get_device_name(), torch.__version__)
 PY
-timeout 240 python -m pytest -p no:cacheprovider tests/test_triton.py tests/test_gpu.py \
+# addopts: pytest's plugins for CI need not be installed where the GPU is.
+timeout 240 python -m pytest -o addopts="-q --strict-markers" -p no:cacheprovider tests/test_triton.py tests/test_gpu.py \
     2>&1 | tee "$out/tests.log"
 tests=${PIPESTATUS[0]}
 if [ "$tests" -ne 0 ]; then
