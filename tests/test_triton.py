@@ -192,6 +192,16 @@ def test_banned_tokens_and_rows_of_minus_infinity() -> None:
     assert out.loss.isnan() and out.weight[1].isnan()
 
 
+def test_a_large_common_offset_costs_the_gradient_nothing() -> None:
+    batch = make_batch([(1, 4)], 61, dtype=torch.float32)
+    # On a grid that the offset keeps: both batches hold the same numbers exactly.
+    batch = batch._replace(logits=(batch.logits * 128).round() / 128)
+    _, grad = run(batch)
+    _, moved = run(batch._replace(logits=batch.logits + 65536))
+    assert grad.any()
+    torch.testing.assert_close(moved, grad, rtol=2e-5, atol=1e-8)
+
+
 def test_strided_sliced_and_expanded_input() -> None:
     batch = make_batch(LENGTHS, 32, dtype=torch.float32)
     batch = batch._replace(labels=batch.labels[:1].expand(4, -1))
