@@ -964,8 +964,7 @@ class _Rows:
         """Launches the row kernel, fused with the stages behind it if ``sequence`` is given."""
         split = self.settings.split
         parts = self.log_prob.new_empty(self.n * split * 3 if split > 1 else 0)
-        # Row counters come first, then one per sequence, then one for the batch.
-        rows = self.n if split > 1 else 0
+        rows = self.row_counters
         grid = self.n * split + (self.b if sequence else 0)
         if grid == 0:
             return
@@ -1001,10 +1000,15 @@ class _Rows:
             **self.meta,
         )
 
+    @property
+    def row_counters(self) -> int:
+        """How many counters rows need; they come first, then one per sequence, one for the batch."""
+        return self.n if self.settings.split > 1 else 0
+
     def counters(self) -> Tensor:
         """Arrival counters at -1, and two words that read as NaN: denominator and loss, until known."""
-        rows = self.n if self.settings.split > 1 else 0
-        return torch.full((rows + self.b + 3,), -1, dtype=torch.int32, device=self.logits.device)
+        count = self.row_counters + self.b + 3
+        return torch.full((count,), -1, dtype=torch.int32, device=self.logits.device)
 
 
 class _Sequences:
