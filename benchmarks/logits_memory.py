@@ -107,7 +107,7 @@ def counted(provider: str, case: str) -> float:
     """Peak bytes beyond logits and gradient, as a share of the bytes of the logits."""
     arguments = inputs(*CASES[case])
     size = arguments[0].nbytes
-    kernels.load("torch")
+    kernels.load("portable")
     memory = LiveBytes(*arguments)
 
     def followed(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from topr_kernels import kernels, validation
+from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 
 
@@ -61,13 +62,85 @@ def log_prob(
         ValueError: shapes, devices or options that disagree; on eager CPU (or with ``debug``) also
             labels outside the vocabulary and unsound ``cu_seqlens``. Elsewhere those give NaN.
     """
-    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens, shift)
+    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
     temperature, softcap = validation.check_transforms(temperature, softcap)
     if validation.values_readable(x, debug):
-        validation.check_label_values(y, x.shape[-1])
-        if offsets is not None:
-            validation.check_cu_seqlens_values(offsets, y.shape[1])
+        validation.check_values(y, x.shape[-1], offsets)
     name = kernels.resolve(impl, x)
     out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
     log_prob, lse, _, ent = (t.view(labels.shape) for t in out)
     return LogProbOutput(log_prob, lse, ent)
+
+
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    shift: bool = True,
+    grad_tolerance: float | None = None,
+    workspace_bytes: int | None = None,
+    impl: str = "auto",
+    debug: bool = False,
+) -> LogProbOutput:
+    """Computes :func:`log_prob` of a language model's head without ever making its logits.
+
+    Differentiable with any upstream gradient per token, at the cost of one more matmul in the backward;
+    under ``no_grad`` one matmul over the scored rows in all. With equal ``workspace_bytes`` it gives
+    bitwise the log-probs of :func:`topr_kernels.linear_topr_loss`: score log mu with it.
+
+    Args:
+        hidden: [B, T, D], or packed [N, D] / [1, N, D] with ``cu_seqlens``: the input of the head.
+        weight: [V, D], ``lm_head.weight``.
+        labels: [B, T] / [N] int64, unshifted as in Hugging Face; -100 = not scored.
+        bias: [V] or None.
+        logit_scale: multiplies the logits, before ``softcap``.
+        cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
+        temperature: logits are divided by it, after ``softcap``.
+        softcap: s of ``s * tanh(logits / s)``.
+        entropy: also compute the entropy of every scored row.
+        shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
+        grad_tolerance: as in :func:`topr_kernels.linear_topr_loss`; None is 0.
+        workspace_bytes: as in :func:`topr_kernels.linear_topr_loss`.
+        impl: "auto" or the name of an implementation; an explicit one never falls back.
+        debug: check values on the host even where that costs a device sync.
+
+    Returns:
+        LogProbOutput.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument, or a head sharded over processes.
+        ValueError: as :func:`log_prob`.
+    """
+    x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    head, bias, compute_dtype = validation.check_head(x, weight, bias)
+    logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
+    temperature, softcap = validation.check_transforms(temperature, softcap)
+    tolerance = validation.check_tolerance(grad_tolerance, x, False, 0.0)
+    workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
+    if validation.values_readable(x, debug):
+        validation.check_values(y, head.shape[0], offsets)
+    name = kernels.resolve(impl, x, kernels.LINEAR)
+    out = linear_ops.linear_log_prob_fwd(
+        x,
+        head,
+        bias,
+        y,
+        offsets,
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        entropy,
+        shift,
+        tolerance,
+        workspace,
+        name,
+    )
+    return LogProbOutput(*(t.view(labels.shape) for t in out))

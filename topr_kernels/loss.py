@@ -1,4 +1,4 @@
-"""The TOPR loss on logits, for any training loop that has ``model(...).logits``."""
+"""The TOPR loss, on logits or on hidden states and the head, for any training loop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels import kernels, validation
-from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.metrics import metrics
+from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
+
+#: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
+FROZEN_HEAD_TOLERANCE = 2.0**-10
 
 
 class TOPROutput(NamedTuple):
@@ -109,7 +112,7 @@ def topr_loss(
             labels outside the vocabulary, unsound ``cu_seqlens`` and rewards that are not finite.
             On an accelerator and in compiled graphs those turn the loss into NaN.
     """
-    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens, shift)
+    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
     behavior, signed_reward, denominator = validation.check_sequences(
         y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
     )
@@ -119,12 +122,7 @@ def topr_loss(
     if inplace:
         _check_inplace(x)
     if validation.values_readable(x, debug):
-        validation.check_label_values(y, x.shape[-1])
-        validation.check_reward_values(signed_reward)
-        if isinstance(normalizer, Tensor):
-            validation.check_normalizer_value(normalizer, bool((y != IGNORE_INDEX).any()))
-        if offsets is not None:
-            validation.check_cu_seqlens_values(offsets, y.shape[1])
+        validation.check_values(y, x.shape[-1], offsets, signed_reward, normalizer)
     name = kernels.resolve(impl, x)
     out = ops.topr_fwd(
         x,
@@ -159,6 +157,136 @@ def topr_loss(
         length=length,
         active_share=not_measured,
         left_out=not_measured,
+    )
+
+
+def linear_topr_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    limits: Limits = TOPR,
+    ratio: str = "sequence",
+    baseline: float = 0.0,
+    reduction: str = "sequence_mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    shift: bool = True,
+    grad_tolerance: float | None = None,
+    workspace_bytes: int | None = None,
+    impl: str = "auto",
+    debug: bool = False,
+) -> TOPROutput:
+    """Computes :func:`topr_loss` of a language model's head without ever making its logits.
+
+    Equivalent to ``topr_loss(logits, ...)`` with ``logits = logit_scale * F.linear(hidden, weight,
+    bias)`` in fp32. Only scored rows are multiplied, a tile at a time; the gradients are computed with
+    the loss, so nothing is recomputed, and sequences of weight or reward 0 cost no gradient work. One
+    copy to the host per call (the scored rows of every sequence) and one per tile: not for CUDA graphs.
+
+    Args:
+        hidden: [B, T, D], or packed [N, D] / [1, N, D] with ``cu_seqlens``: the input of the head;
+            fp32, bf16, fp16 or fp64. Logits, sums and d_weight are fp32 (fp64 for fp64).
+        weight: [V, D], ``lm_head.weight``, in the dtype of ``hidden``; under autocast both are rounded
+            to its dtype inside. A head that does not require grad costs no matmul for it.
+        labels: as in :func:`topr_loss`.
+        behavior_log_prob: as in :func:`topr_loss`; score it with :func:`linear_log_prob`.
+        reward: as in :func:`topr_loss`.
+        bias: [V] or None.
+        logit_scale: multiplies the logits, before ``softcap`` (Cohere multiplies, for Granite pass 1
+            over ``logits_scaling``).
+        cu_seqlens: as in :func:`topr_loss`.
+        limits: as in :func:`topr_loss`.
+        ratio: as in :func:`topr_loss`.
+        baseline: as in :func:`topr_loss`.
+        reduction: as in :func:`topr_loss`.
+        normalizer: as in :func:`topr_loss`.
+        temperature: as in :func:`topr_loss`.
+        softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``).
+        entropy: as in :func:`topr_loss`.
+        shift: as in :func:`topr_loss`.
+        grad_tolerance: 0 is exact. With tau > 0 the gradient of every tile leaves out columns of the
+            vocabulary that hold at most tau^2 of the energy of the logits' gradient, and adds their mean
+            back; ``left_out`` of the result is what was left out, ``active_share`` what was kept. None
+            is 0, and 2 ** -10 for a frozen head in half precision.
+        workspace_bytes: budget for a tile of logits; None is 192 MiB on CPU and 2 GiB on GPU. With a
+            small batch a smaller one pads less: a tile has 256 rows on CPU where they fit, a GPU's
+            2048 in steps of 1024, smaller powers of two where they do not.
+        impl: "auto" or the name of an implementation; an explicit one never falls back.
+        debug: check values on the host even where that costs a device sync.
+
+    Returns:
+        TOPROutput; ``active_share`` and ``left_out`` are NaN where no gradient is computed. For equal
+        rows of ``hidden`` and one ``workspace_bytes`` ``log_prob`` is bitwise equal whatever else is in
+        the batch. A second backward through a retained graph computes everything again;
+        ``create_graph=True`` raises.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument, or a head sharded over processes.
+        ValueError: as :func:`topr_loss`.
+    """
+    x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    head, bias, compute_dtype = validation.check_head(x, weight, bias)
+    behavior, signed_reward, denominator = validation.check_sequences(
+        y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
+    )
+    limits = validation.check_limits(limits)
+    baseline = validation.check_number("baseline", baseline)
+    logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
+    temperature, softcap = validation.check_transforms(temperature, softcap)
+    wanted = [
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, head, bias)
+    ]
+    tolerance = validation.check_tolerance(grad_tolerance, x, not wanted[1], FROZEN_HEAD_TOLERANCE)
+    workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
+    if validation.values_readable(x, debug):
+        validation.check_values(y, head.shape[0], offsets, signed_reward, normalizer)
+    name = kernels.resolve(impl, x, kernels.LINEAR)
+    out = linear_ops.linear_topr_fwd(
+        x,
+        head,
+        bias,
+        y,
+        offsets,
+        behavior,
+        signed_reward,
+        denominator,
+        *limits.log(),
+        ratio,
+        baseline,
+        reduction,
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        entropy,
+        shift,
+        tolerance,
+        workspace,
+        *wanted,
+        name,
+    )
+    loss, _, log_prob, _, ent, token_log_ratio, *sequence, active_share, left_out = out[:13]
+    log_ratio, sequence_weight, objective, effective_reward, length = sequence
+    return TOPROutput(
+        loss=loss,
+        log_prob=log_prob.view(labels.shape),
+        entropy=ent.view(labels.shape),
+        token_log_ratio=token_log_ratio.view(labels.shape),
+        log_ratio=log_ratio,
+        weight=sequence_weight,
+        objective=objective,
+        reward=effective_reward,
+        length=length,
+        active_share=active_share,
+        left_out=left_out,
     )
 
 

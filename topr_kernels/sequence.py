@@ -54,6 +54,7 @@ def sequence_stage(
     ratio: str,
     baseline: float,
     reduction: str,
+    length: Tensor | None = None,
 ) -> SequenceStage:
     """Computes the TOPR loss (Eq. 6) and its gradient with respect to the token log-probs.
 
@@ -69,13 +70,15 @@ def sequence_stage(
         ratio: "sequence", "geometric" or "token".
         baseline: subtracted from the reward; the difference decides the sign.
         reduction: "sequence_mean", "token_mean" or "sum".
+        length: [B] int64, scored tokens of the whole sequences where only a part of them is here.
 
     Returns:
         SequenceStage, in the dtype of ``log_prob`` (``length`` int64).
     """
     dtype = log_prob.dtype
     scored_flat = scored.reshape(-1)
-    length = segment_sum(scored_flat, offsets).to(torch.int64)
+    if length is None:
+        length = segment_sum(scored_flat, offsets).to(torch.int64)
     if behavior_log_prob.dim() == 2:
         difference = log_prob.double() - behavior_log_prob.double()
         difference = torch.where(scored, difference, 0.0).reshape(-1)

@@ -105,3 +105,48 @@ def assert_within_budget(
             f"{name}: max error {error:.3e} exceeds 2 x (plain torch {plain_error:.3e} + eps "
             f"{eps:.3e})"
         )
+
+
+class LinearBatch(NamedTuple):
+    """A padded batch before its head: hidden [B, T, D], weight [V, D], and as in :class:`Batch`."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    behavior_log_prob: Tensor
+    reward: Tensor
+
+
+def make_linear_batch(
+    lengths: list[tuple[int, int]],
+    vocab: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    drift: float = 0.3,
+    sharpness: float = 3.0,
+    padding: int = 0,
+    seed: int = 0,
+) -> LinearBatch:
+    """Draws hidden states and a head whose logits have the spread of :func:`make_batch`.
+
+    Arguments as in :func:`make_batch`; ``dim`` is D.
+    """
+    g = torch.Generator().manual_seed(seed)
+    b, t = len(lengths), max((p + c for p, c in lengths), default=0) + padding
+    weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) / dim**0.5
+    hidden = sharpness * torch.randn(b, t, dim, generator=g, dtype=torch.float64)
+    mu = (hidden @ weight.T).log_softmax(-1)
+    labels = torch.full((b, t), IGNORE_INDEX)
+    behavior = torch.zeros(b, t, dtype=torch.float64)
+    for i, (prompt, completion) in enumerate(lengths):
+        for j in range(max(prompt, 1), prompt + completion):
+            labels[i, j] = torch.multinomial(mu[i, j - 1].exp(), 1, generator=g)
+            behavior[i, j] = mu[i, j - 1, labels[i, j]]
+    hidden += drift * torch.randn(b, t, dim, generator=g, dtype=torch.float64)
+    choice = torch.randint(0, 5, (b,), generator=g)
+    reward = torch.tensor([-1.5, -1.0, -0.25, 0.5, 1.0], dtype=torch.float64)[choice]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return LinearBatch(
+        hidden.to(dtype), weight.to(dtype), labels, behavior.to(wide), reward.to(wide)
+    )

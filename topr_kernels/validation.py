@@ -79,38 +79,47 @@ def check_limits(limits: object) -> Limits:
 
 
 def check_rows(
-    logits: object, labels: object, cu_seqlens: object, shift: bool
+    x: object,
+    labels: object,
+    cu_seqlens: object,
+    name: str = "logits",
+    size: str = "V",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks logits, labels and ``cu_seqlens`` and brings them to [O, T, V], [O, T], [B + 1].
+    """Checks rows, labels and ``cu_seqlens`` and brings them to [O, T, V], [O, T], [B + 1].
+
+    Args:
+        x: logits, or hidden states with D for V.
+        labels: labels.
+        cu_seqlens: offsets or None.
+        name: what the rows are called in messages.
+        size: what their last dimension is called.
 
     Returns:
-        (logits [O, T, V], labels [O, T], cu_seqlens or None): views, nothing is copied.
+        (rows [O, T, V], labels [O, T], cu_seqlens or None): views, nothing is copied.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
-    logits = check_tensor("logits", logits, LOGITS_DTYPES, logits.device)
-    if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    x = check_tensor(name, x, LOGITS_DTYPES, x.device)
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
         raise ValueError(
-            "logits: expected [B, T, V] (padded) or [N, V] / [1, N, V] with cu_seqlens (packed), "
-            f"V >= 1, got shape {tuple(logits.shape)}"
+            f"{name}: expected [B, T, {size}] (padded) or [N, {size}] / [1, N, {size}] with cu_seqlens "
+            f"(packed), {size} >= 1, got shape {tuple(x.shape)}"
         )
-    labels = check_tensor(
-        "labels", labels, (torch.int64,), logits.device, "cast token ids with .long()"
-    )
-    if labels.shape != logits.shape[:-1]:
+    labels = check_tensor("labels", labels, (torch.int64,), x.device, "cast token ids with .long()")
+    if labels.shape != x.shape[:-1]:
         raise ValueError(
-            f"labels: expected shape {tuple(logits.shape[:-1])} to match logits "
-            f"{tuple(logits.shape)}, got {tuple(labels.shape)}; pass labels and logits of the same "
+            f"labels: expected shape {tuple(x.shape[:-1])} to match {name} "
+            f"{tuple(x.shape)}, got {tuple(labels.shape)}; pass labels and {name} of the same "
             "length, unshifted, the shift is done inside (or shift=False if they are aligned)"
         )
     if cu_seqlens is None:
-        if logits.dim() == 2:
+        if x.dim() == 2:
             raise ValueError(
-                f"cu_seqlens: missing for packed logits of shape {tuple(logits.shape)}; pass the "
-                "[B + 1] offsets of the sequences, or [B, T, V] logits for padded input"
+                f"cu_seqlens: missing for packed {name} of shape {tuple(x.shape)}; pass the "
+                f"[B + 1] offsets of the sequences, or [B, T, {size}] {name} for padded input"
             )
-        return logits, labels, None
-    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), logits.device)
+        return x, labels, None
+    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), x.device)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.shape[0] == 1 and labels.numel() > 0:
@@ -118,14 +127,94 @@ def check_rows(
             f"cu_seqlens: a single entry holds no sequence, but there are {labels.numel()} tokens; "
             "pass [B + 1] offsets from 0 to N"
         )
-    if logits.dim() == 3 and logits.shape[0] != 1:
+    if x.dim() == 3 and x.shape[0] != 1:
         raise ValueError(
-            f"logits: with cu_seqlens expected [N, V] or [1, N, V], got {tuple(logits.shape)}; "
+            f"{name}: with cu_seqlens expected [N, {size}] or [1, N, {size}], got {tuple(x.shape)}; "
             "flatten the batch, or drop cu_seqlens for padded input"
         )
-    if logits.dim() == 2:
-        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    return logits, labels, cu_seqlens
+    if x.dim() == 2:
+        x, labels = x.unsqueeze(0), labels.unsqueeze(0)
+    return x, labels, cu_seqlens
+
+
+def check_head(
+    hidden: Tensor, weight: object, bias: object
+) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Checks the head of a language model against its hidden states.
+
+    Args:
+        hidden: [O, T, D], already checked.
+        weight: [V, D] in the dtype of ``hidden``; under autocast any floating dtype.
+        bias: [V] or None.
+
+    Returns:
+        (weight, bias, dtype of the matmuls' operands: autocast's where it is on).
+    """
+    device = hidden.device
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight: expected a torch.Tensor [V, D], got {type(weight).__name__}; pass "
+            "lm_head.weight, not the module"
+        )
+    if hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"):
+        kind = type(weight).__name__
+        raise TypeError(
+            f"weight: a {kind} that is sharded over processes; pass the whole matrix "
+            "(weight.full_tensor(), or inside deepspeed.zero.GatheredParameters)"
+        )
+    weight = check_tensor("weight", weight, LOGITS_DTYPES, device)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: expected [V, D] with D = {hidden.shape[-1]} like the hidden states, V >= 1, got "
+            f"{tuple(weight.shape)}; it is lm_head.weight, not its transpose"
+        )
+    if bias is not None:
+        bias = check_tensor("bias", bias, LOGITS_DTYPES, device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: expected shape ({weight.shape[0]},) like the rows of weight, got "
+                f"{tuple(bias.shape)}"
+            )
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
+        return weight, bias, torch.get_autocast_dtype(device.type)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected dtype {hidden.dtype} like the hidden states, got {x.dtype}; cast one "
+                "of them, or run under torch.autocast"
+            )
+    return weight, bias, hidden.dtype
+
+
+def check_tolerance(
+    grad_tolerance: object, hidden: Tensor, head_frozen: bool, default: float
+) -> float:
+    """Checks ``grad_tolerance``; None is exact, but ``default`` for half precision, frozen head."""
+    if grad_tolerance is None:
+        half = hidden.dtype in (torch.float16, torch.bfloat16)
+        return default if head_frozen and half else 0.0
+    tolerance = check_number("grad_tolerance", grad_tolerance)
+    if not 0 <= tolerance < 1:
+        raise ValueError(
+            "grad_tolerance: expected 0 (exact) or the relative gradient energy to leave out, below "
+            f"1, e.g. 2 ** -10, got {tolerance}"
+        )
+    return tolerance
+
+
+def check_workspace(workspace_bytes: object, hidden: Tensor, vocab: int) -> int:
+    """Checks the budget for a tile of logits; returns it in bytes, None being the default."""
+    if workspace_bytes is None:
+        return (2 << 30) if hidden.is_cuda else (192 << 20)
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes: expected an int, got {type(workspace_bytes).__name__}")
+    least = 16 * vocab * (8 if hidden.dtype == torch.float64 else 4)
+    if workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes: expected at least {least}, 16 rows of {vocab} logits, got "
+            f"{workspace_bytes}"
+        )
+    return workspace_bytes
 
 
 def check_frozen(name: str, x: Tensor) -> None:
@@ -239,6 +328,23 @@ def values_readable(x: Tensor, debug: bool) -> bool:
             )
         return False
     return debug or x.device.type == "cpu"
+
+
+def check_values(
+    labels: Tensor,
+    vocab: int,
+    cu_seqlens: Tensor | None,
+    reward: Tensor | None = None,
+    normalizer: object = None,
+) -> None:
+    """Raises on values that are not sound; reads them on the host."""
+    check_label_values(labels, vocab)
+    if reward is not None:
+        check_reward_values(reward)
+    if isinstance(normalizer, Tensor):
+        check_normalizer_value(normalizer, bool((labels != IGNORE_INDEX).any()))
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, labels.shape[1])
 
 
 def check_label_values(labels: Tensor, vocab: int) -> None:

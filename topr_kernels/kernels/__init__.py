@@ -9,31 +9,37 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-#: Name of an implementation -> the module that registers it when imported.
-MODULES = {
+#: Name of an implementation of the logits path -> the module that registers it when imported.
+LOGITS = {
     "torch": "portable",
     "triton": "triton_logits",
     "triton_staged": "triton_logits",
 }
+#: The same for the fused-linear path.
+LINEAR = {
+    "torch": "portable_linear",
+    "triton": "triton_linear",
+}
 
 
-def resolve(impl: str, logits: Tensor) -> str:
-    """Name of the implementation that serves ``impl`` for some logits; loads it.
+def resolve(impl: str, x: Tensor, path: dict[str, str] = LOGITS) -> str:
+    """Name of the implementation that serves ``impl`` for some input; loads it.
 
     Args:
-        impl: "auto" or one of :data:`MODULES`. An explicit name never falls back to another.
-        logits: the logits; their device and dtype decide what "auto" is.
+        impl: "auto" or a name in ``path``. An explicit name never falls back to another.
+        x: logits or hidden states; their device and dtype decide what "auto" is.
+        path: :data:`LOGITS` or :data:`LINEAR`.
 
     Raises:
         ValueError: if ``impl`` is unknown, or needs a device the tensors are not on.
         ImportError: if the package behind an explicit ``impl`` is not installed.
     """
-    if impl != "auto" and impl not in MODULES:
-        raise ValueError(f"impl: expected 'auto' or one of {sorted(MODULES)}, got {impl!r}")
+    if impl != "auto" and impl not in path:
+        raise ValueError(f"impl: expected 'auto' or one of {sorted(path)}, got {impl!r}")
     if impl == "auto":
-        served = logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton")
+        served = x.is_cuda and x.dtype != torch.float64 and find_spec("triton")
         impl = "triton" if served else "torch"
-    device = logits.device
+    device = x.device
     if impl.startswith("triton") and device.type != "cuda" and not _interpreted():
         raise ValueError(
             f"impl: {impl!r} needs tensors on a GPU, got {device}; move them, use impl='torch', or set "
@@ -41,9 +47,9 @@ def resolve(impl: str, logits: Tensor) -> str:
         )
     if device.type == "mps":
         raise ValueError(
-            "logits: on mps, which has no float64 for the sums of log-ratios; use a CPU or CUDA device"
+            "device: mps has no float64 for the sums of log-ratios; use a CPU or CUDA device"
         )
-    load(impl)
+    load(path[impl])
     return impl
 
 
@@ -52,7 +58,7 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def load(name: str) -> bool:
-    """Imports the module that registers an implementation; runs once, also while compiling."""
-    importlib.import_module(f"{__name__}.{MODULES[name]}")
+def load(module: str) -> bool:
+    """Imports a module that registers implementations; runs once, also while compiling."""
+    importlib.import_module(f"{__name__}.{module}")
     return True

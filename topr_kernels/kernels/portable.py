@@ -21,6 +21,7 @@ from topr_kernels.layout import (
     to_rows,
 )
 from topr_kernels.ops import logits as ops
+from topr_kernels.rows import softmax_rows_, transform_
 from topr_kernels.sequence import sequence_stage
 
 # Elements of a row block. Its few fp32 temporaries (2 MiB each) fit a desktop's last-level cache; a
@@ -39,13 +40,6 @@ def _row_blocks(wanted: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
     for block in torch.split(index, max(1, BLOCK // vocab)):
         if block.numel():
             yield block // t, block % t
-
-
-def _transform(z: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Applies softcap, then temperature, to a block in the accumulation dtype, in place."""
-    if softcap is not None:
-        z = z.div_(softcap).tanh_().mul_(softcap)
-    return z if temperature == 1.0 else z.div_(temperature)
 
 
 def _read(logits: Tensor, block: tuple[Tensor, Tensor]) -> Tensor:
@@ -71,31 +65,12 @@ def log_prob_fwd(
     row_log_prob = logits.new_zeros(labels.shape, dtype=dtype)
     row_lse, row_low, row_entropy = (torch.zeros_like(row_log_prob) for _ in range(3))
     for block in _row_blocks(scored, vocab):
-        z = _transform(_read(logits, block), temperature, softcap)
-        label = target[block]
-        z_label = z.gather(-1, label.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1)
-        top = z.amax(-1)
-        # A row of -inf alone must not become -inf - (-inf).
-        top = torch.where(top == -torch.inf, 0.0, top)
-        z.sub_(top.unsqueeze(-1))
-        p = z.exp()
-        total = p.sum(-1)
-        log_total = total.log()
-        lse = top + log_total
-        # (z_y - max) - log sum: no large common offset to lose digits to.
-        log_prob = (z_label - top) - log_total
-        log_prob = torch.where((z_label == -torch.inf) & ~lse.isnan(), -torch.inf, log_prob)
-        invalid = (label != IGNORE_INDEX) & ((label < 0) | (label >= vocab))
-        row_log_prob[block] = log_prob.masked_fill(invalid, torch.nan)
-        row_lse[block] = lse
-        # What rounding took from top + log_total (Knuth's two-sum); nothing where it is not finite.
-        rest = lse - top
-        low = (top - (lse - rest)) + (log_total - rest)
-        row_low[block] = torch.where(lse.isfinite(), low, 0.0)
-        if entropy:
-            # p log p by selection: 0 * (-inf) is NaN.
-            surprise = torch.where(p == 0, 0.0, p * z).sum(-1) / total
-            row_entropy[block] = log_total - surprise
+        z = transform_(_read(logits, block), 1.0, softcap, temperature)
+        rows = softmax_rows_(z, target[block], entropy)
+        row_log_prob[block] = rows.log_prob
+        row_lse[block] = rows.lse
+        row_low[block] = rows.lse_low
+        row_entropy[block] = rows.entropy
     out = tuple(
         to_labels(torch.where(scored, x, 0.0), shift)
         for x in (row_log_prob, row_lse, row_low, row_entropy)
@@ -185,7 +160,7 @@ def _write_gradient(
         if out.device.type == "cpu":
             out[block] = 0
     for block in _row_blocks(active, vocab):
-        z = _transform(_read(logits, block), temperature, softcap)
+        z = transform_(_read(logits, block), 1.0, softcap, temperature)
         label = target[block].clamp(0, vocab - 1).unsqueeze(-1)
         c = coefficient[block].unsqueeze(-1)
         slope = None

@@ -1,0 +1,97 @@
+"""Tiles of the fused-linear path in plain torch, any device.
+
+Per logit of a tile: the row kernel reads and writes it once (in blocks that stay in cache) and leaves
+exp(z - max) behind, so that neither gradient computes an exponential: J is that, the label's entry set
+to total * expm1(log_prob), times -1 / total per row. Column statistics read it once more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from topr_kernels.fused_linear import RowStats, TileKernels, Transforms, linear_kernels
+from topr_kernels.ops import linear as ops
+from topr_kernels.rows import softmax_rows_, transform_
+
+# Elements of a block of rows or columns: its few temporaries stay in a desktop's last-level cache.
+BLOCK = 1 << 19
+
+
+def rows(
+    z: Tensor, label: Tensor, transforms: Transforms, entropy: bool, gradient: bool
+) -> RowStats:
+    vocab = z.shape[-1]
+    logit_scale, softcap, temperature = transforms
+    parts = []
+    step = max(1, BLOCK // vocab)
+    for block, y in zip(torch.split(z, step), torch.split(label, step), strict=True):
+        transform_(block, *transforms)
+        slope = None
+        if softcap is not None and gradient:
+            slope = 1 - (block * (temperature / softcap)).square_()
+        r = softmax_rows_(block, y, entropy)
+        factor, total = -1 / r.total, torch.zeros_like(r.total)
+        if gradient:
+            # The true class in the arithmetic dtype: 1 - p_y = -expm1(log p_y) keeps every digit.
+            at_label = (r.total * torch.expm1(r.log_prob)).unsqueeze(-1)
+            block.scatter_(-1, y.clamp(0, vocab - 1).unsqueeze(-1), at_label)
+            if slope is not None:
+                block.mul_(slope)
+                total = block.sum(-1)
+        parts.append(
+            RowStats(
+                r.log_prob,
+                r.lse,
+                r.lse_low,
+                r.entropy,
+                factor * (logit_scale / temperature),
+                total,
+            )
+        )
+    if not parts:
+        return RowStats(*(z.new_empty(0) for _ in RowStats._fields))
+    return RowStats(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def gradient(
+    z: Tensor, label: Tensor, stats: RowStats, transforms: Transforms, dtype: torch.dtype
+) -> Tensor:
+    return z.to(dtype)
+
+
+def columns(
+    z: Tensor,
+    label: Tensor,
+    stats: RowStats,
+    transforms: Transforms,
+    coefficient: Tensor,
+    groups: Tensor,
+) -> tuple[Tensor, Tensor]:
+    n, vocab = z.shape
+    energy, sums = z.new_empty(vocab), z.new_empty((groups.shape[0], vocab))
+    square = (coefficient * stats.factor).square()
+    weights = groups * stats.factor
+    step = max(1, BLOCK // n)
+    scratch = z.new_empty((n, min(step, vocab)))
+    for a in range(0, vocab, step):
+        part = z[:, a : a + step]
+        torch.mm(weights, part, out=sums[:, a : a + step])
+        squares = torch.mul(part, part, out=scratch[:, : part.shape[1]])
+        torch.mv(squares.t(), square, out=energy[a : a + step])
+    return energy, sums
+
+
+def gather(
+    z: Tensor,
+    label: Tensor,
+    stats: RowStats,
+    transforms: Transforms,
+    columns: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    j = z[:, columns]
+    return j.to(dtype), j.sum(1)
+
+
+ops.register("torch", linear_kernels(TileKernels(rows, gradient, columns, gather)))

@@ -1,0 +1,337 @@
+"""Contracts of the fused-linear path: ``linear_log_prob_{fwd,bwd}`` and ``linear_topr_fwd``.
+
+Shapes: hidden [O, T, D] with any strides; head_weight [V, D], bias [V] or None; labels, cu_seqlens and
+token results as in :mod:`topr_kernels.ops.logits`. The logits are logit_scale (hidden Wt + bias), then
+softcap, then over the temperature; they never exist as a whole. Operands of the matmuls have
+``compute_dtype``; logits, sums and d_weight are fp32 (fp64 for fp64).
+
+``linear_topr_fwd`` returns the gradients with the loss, so nothing is recomputed: d_hidden without the
+coefficients of its rows, d_weight and d_bias without the denominator. The backward multiplies them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kernels(NamedTuple):
+    """One implementation of the fused-linear path; signatures are the operators' less ``impl``."""
+
+    log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    log_prob_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    topr_fwd: Callable[..., tuple[Tensor, ...]]
+
+
+_KERNELS: dict[str, Kernels] = {}
+
+
+def register(impl: str, kernels: Kernels) -> None:
+    """Makes an implementation callable as ``impl`` from the operators of this module."""
+    _KERNELS[impl] = kernels
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logits, sums and results: fp64 for fp64, fp32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("topr_kernels::linear_log_prob_fwd", mutates_args=())
+def linear_log_prob_fwd(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    compute_dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    shift: bool,
+    grad_tolerance: float,
+    workspace_bytes: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (log_prob, lse, entropy), each [O, T]; entropy is NaN unless asked for."""
+    return _KERNELS[impl].log_prob_fwd(
+        hidden,
+        head_weight,
+        bias,
+        labels,
+        cu_seqlens,
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        entropy,
+        shift,
+        workspace_bytes,
+    )
+
+
+@linear_log_prob_fwd.register_fake
+def _log_prob_fwd_fake(
+    hidden: Tensor, head_weight: Tensor, bias: Tensor | None, labels: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(args[1])
+    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+
+
+@torch.library.custom_op("topr_kernels::linear_log_prob_bwd", mutates_args=())
+def linear_log_prob_bwd(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    d_log_prob: Tensor,
+    compute_dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    shift: bool,
+    grad_tolerance: float,
+    workspace_bytes: int,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (d_hidden, d_weight, d_bias) in the dtypes of their inputs; [0] where not wanted."""
+    return _KERNELS[impl].log_prob_bwd(
+        hidden,
+        head_weight,
+        bias,
+        labels,
+        cu_seqlens,
+        d_log_prob,
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        shift,
+        grad_tolerance,
+        workspace_bytes,
+        grad_hidden,
+        grad_weight,
+        grad_bias,
+    )
+
+
+@linear_log_prob_bwd.register_fake
+def _log_prob_bwd_fake(
+    hidden: Tensor, head_weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    *_, grad_hidden, grad_weight, grad_bias, _ = args
+    return (
+        hidden.new_empty(hidden.shape if grad_hidden else 0),
+        head_weight.new_empty(head_weight.shape if grad_weight else 0),
+        head_weight.new_empty(head_weight.shape[0] if grad_bias else 0),
+    )
+
+
+@torch.library.custom_op("topr_kernels::linear_topr_fwd", mutates_args=())
+def linear_topr_fwd(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    normalizer: Tensor | None,
+    log_pos_min: float,
+    log_pos_max: float,
+    log_neg_min: float,
+    log_neg_max: float,
+    ratio: str,
+    baseline: float,
+    reduction: str,
+    compute_dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    shift: bool,
+    grad_tolerance: float,
+    workspace_bytes: int,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    impl: str,
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """-> (two of the batch, four of tokens, five of sequences, two of the backward, four gradients).
+
+    loss, denominator: 0-dim. log_prob, lse, entropy, token_log_ratio: [O, T]. log_ratio, weight,
+    objective, reward, length: [B], the last int64. active_share, left_out: 0-dim, NaN without gradient.
+    row_coefficient: [O, T], one per row of hidden. d_hidden: [O, T, D] in the dtype of hidden; times
+    row_coefficient over denominator it is the gradient. d_weight: [V, D] fp32 and d_bias: [V]; over
+    denominator they are the gradients. A gradient that is not wanted has shape [0].
+    """
+    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
+        hidden,
+        head_weight,
+        bias,
+        labels,
+        cu_seqlens,
+        behavior_log_prob,
+        reward,
+        normalizer,
+        (log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        ratio,
+        baseline,
+        reduction,
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        entropy,
+        shift,
+        grad_tolerance,
+        workspace_bytes,
+        grad_hidden,
+        grad_weight,
+        grad_bias,
+    )
+
+
+@linear_topr_fwd.register_fake
+def _topr_fwd_fake(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    *_, grad_hidden, grad_weight, grad_bias, _ = args
+    dtype = accumulate_dtype(args[8])
+
+    def new(*shape: Any, dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(*shape, dtype=dtype)
+
+    return (
+        *(new(()) for _ in range(2)),
+        *(new(labels.shape) for _ in range(4)),
+        *(new(reward.shape) for _ in range(4)),
+        new(reward.shape, dtype=torch.int64),
+        *(new(()) for _ in range(2)),
+        new(labels.shape),
+        new(hidden.shape if grad_hidden else 0, dtype=hidden.dtype),
+        new(head_weight.shape if grad_weight else 0),
+        new(head_weight.shape[0] if grad_bias else 0),
+    )
+
+
+def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, head_weight, bias, labels, cu_seqlens, *rest = inputs
+    compute_dtype, logit_scale, softcap, temperature, _, shift, tolerance, workspace, impl = rest
+    ctx.save_for_backward(hidden, head_weight, bias, labels, cu_seqlens)
+    ctx.settings = (
+        compute_dtype,
+        logit_scale,
+        softcap,
+        temperature,
+        shift,
+        tolerance,
+        workspace,
+    )
+    ctx.impl = impl
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    if d[0] is None or not any(wanted):
+        return (None,) * 14
+    gradients = linear_log_prob_bwd(
+        *ctx.saved_tensors, d[0].contiguous(), *ctx.settings, *wanted, ctx.impl
+    )
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 11)
+
+
+def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = inputs[:8]
+    _, denominator, *_, row_coefficient, _, _, _ = output
+    ctx.save_for_backward(denominator, row_coefficient, *tensors)
+    # Not saved tensors: the first backward scales them in place and hands them over.
+    ctx.gradients = output[-3:]
+    ctx.settings = inputs[8:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_loss = d[0]
+    wanted = ctx.needs_input_grad[:3]
+    if d_loss is None or not any(wanted):
+        return (None,) * 27
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:
+        raise RuntimeError(
+            "the gradient of linear_topr_loss is not differentiable a second time "
+            "(create_graph=True); for second derivatives use topr_kernels.reference"
+        )
+    denominator, coefficient, *inputs = ctx.saved_tensors
+    gradients = ctx.gradients
+    if gradients is None:
+        # A retained graph: what the first backward handed over must be computed again.
+        gradients = linear_topr_fwd(*inputs, *ctx.settings)[-3:]
+    elif not compiling:
+        ctx.gradients = None
+    # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
+    scale = d_loss / denominator
+    # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale; a NaN scale
+    # (unsound offsets) reaches every row.
+    rows = torch.where((coefficient == 0) & ~scale.isnan(), 0.0, coefficient * scale)
+    factors = (rows.unsqueeze(-1), scale, scale)
+    result: list[Tensor | None] = []
+    for x, gradient, factor, want in zip(inputs[:3], gradients, factors, wanted, strict=True):
+        if not want:
+            result.append(None)
+        elif compiling:
+            result.append((gradient * factor).to(x.dtype))
+        elif gradient.dtype != x.dtype:
+            out = gradient.new_empty(gradient.shape, dtype=x.dtype)
+            result.append(torch.mul(gradient, factor, out=out))
+        else:
+            # In its own memory: a head's gradient may be the largest tensor of the step.
+            result.append(gradient.mul_(factor))
+    return (*result, *(None,) * 24)
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "the gradient of linear_log_prob is not differentiable a second time; for second derivatives "
+        "use topr_kernels.reference"
+    )
+
+
+linear_log_prob_fwd.register_autograd(_log_prob_backward, setup_context=_log_prob_setup)
+linear_log_prob_bwd.register_autograd(_refuse_double_backward)
+linear_topr_fwd.register_autograd(_topr_backward, setup_context=_topr_setup)
