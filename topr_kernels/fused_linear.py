@@ -15,8 +15,8 @@ one that is longer than a tile is scored first, at the cost of one more matmul o
 
 With a tolerance tau > 0 only the columns A of a tile that carry its gradient enter the two products: the
 smallest set, always with the labels, whose complement holds at most tau^2 of sum c^2 J^2. What is
-left out is added back as a rank-one term per sign of c, with the mass m of each row's tail, the
-tail's profile q and its mean rows mu = q W / sum q:
+left out is added back as a rank-one term per cluster of similar rows, with the mass m of each row's
+tail, the cluster's tail profile q = sum |c| J and the mean row mu = q W / sum q of the head in it:
 
     d_hidden = c * (J_A W_A + m mu)    d_weight[A] += J_At (c * H),  d_weight += qt (sum c m H / sum q)
 
@@ -48,8 +48,8 @@ CPU_ROWS, CPU_TILE_ROWS, CPU_SPARSE_ROWS = 256, 512, 256
 GPU_ROWS, GPU_TILE_ROWS, GPU_SPARSE_ROWS = 1024, 2048, 2048
 # Elements of a block of the head that is cast, or of active rows that are gathered.
 CPU_BLOCK, GPU_BLOCK = 1 << 22, 1 << 27
-# Tails wait until there are this many, so that the head is read once for all of them.
-PENDING_TAILS = 8
+# Clusters of a tile's rows, and profiles of their tails that wait so that the head is read once for all.
+CLUSTERS, CLUSTER_STEPS, PENDING_PROFILES = 8, 3, 64
 # Active columns come in multiples of this, as matmuls like them; more of them than half are too many.
 COLUMN_MULTIPLE, DENSE_SHARE = 128, 0.5
 
@@ -293,7 +293,7 @@ class _Workspace:
         """-> (hidden states [n, D], logits [n, V]) of some rows, views of the workspace."""
         n = len(row)
         padded = -(-n // self.unit) * self.unit
-        self.hidden[:n] = head.cast(hidden[row])
+        self.hidden[:n] = head.cast(hidden.index_select(0, row))
         # Rows of an earlier tile could hold NaN, which slows some CPUs down; they reach nothing.
         self.hidden[n:padded] = 0
         for a in range(0, padded, self.unit):
@@ -311,10 +311,10 @@ class _Tail(NamedTuple):
     c: Tensor
     #: [n, D] active part of the rows of d_hidden.
     product: Tensor
-    #: [n] sum of the tail of every row of J, and the row's group.
+    #: [n] sum of the tail of every row of J, and the row's cluster.
     mass: Tensor
-    group: Tensor
-    #: [k, V] sum over a group of c J in the tail, and [k, D] of c mass H.
+    cluster: Tensor
+    #: [k, V] sum over a cluster of |c| J in the tail, and [k, D] of c mass H.
     profile: Tensor
     direction: Tensor
 
@@ -354,6 +354,7 @@ class _Gradient:
             unit = torch.exp2(torch.floor(torch.log2(largest.to(head.arithmetic))))
             self.unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
         self.tails: list[_Tail] = []
+        self.waiting = 0
         self.tiles, self.active = 0, 0.0
         self.left = wide.new_zeros((), dtype=torch.float64)
         self.energy = torch.zeros_like(self.left)
@@ -379,26 +380,39 @@ class _Gradient:
                 self.add(z[part], label[part], stats_part, row[part], hidden[part], c[part])
             return
         self.tiles += 1
-        columns = None
-        if self.tolerance > 0:
-            group = (c < 0).to(torch.int64)
-            groups = torch.zeros(2, len(c), dtype=c.dtype, device=c.device)
-            groups.scatter_(0, group.unsqueeze(0), c.unsqueeze(0))
-            # Over the largest coefficient: the squares of small ones would underflow.
-            relative = c / c.abs().amax()
-            energy, sums = self.kernels.columns(z, label, stats, self.transforms, relative, groups)
-            columns, left, total = select_columns(energy, label, self.tolerance)
-            # Tiles in one unit again.
-            unit = c.abs().amax().double().square()
-            self.energy += total * unit
-            self.left += left * unit
         factor = c * stats.factor
         if self.unit is not None:
             factor = factor / self.unit
+        columns = None
+        if self.tolerance > 0:
+            cluster, member = cluster_rows(hidden.to(c.dtype), CLUSTERS)
+            # Over the largest coefficient: the squares of small ones would underflow.
+            top = c.abs().amax()
+            groups = (
+                torch.cat([member * c.abs(), c.unsqueeze(0)])
+                if self.want_bias
+                else member * c.abs()
+            )
+            energy, sums = self.kernels.columns(z, label, stats, self.transforms, c / top, groups)
+            columns, left, total = select_columns(energy, label, self.tolerance)
+            # Tiles in one unit again.
+            self.energy += total * top.double().square()
+            self.left += left * top.double().square()
         if columns is None:
             self._dense(z, label, stats, row, hidden, c, factor)
-        else:
-            self._sparse(z, label, stats, row, hidden, c, factor, columns, group, groups, sums)
+            return
+        product, kept = self._active(z, label, stats, hidden, factor, columns)
+        if self.want_bias:
+            *_, signed = sums
+            self.d_bias += signed if self.unit is None else signed / self.unit
+        # Rows of J sum to 0 (but for a softcap), so the tail has what the kept columns lack.
+        mass = stats.factor * (stats.total - kept)
+        profile = sums[: len(member)].index_fill(1, columns, 0.0)
+        direction = (member * (c * mass)) @ hidden.to(c.dtype)
+        self.tails.append(_Tail(row, c, product, mass, cluster, profile, direction))
+        self.waiting += len(profile)
+        if self.waiting >= PENDING_PROFILES:
+            self._flush()
 
     def _dense(
         self,
@@ -421,56 +435,38 @@ class _Gradient:
         if self.want_bias:
             _mm(factor.to(j.dtype).unsqueeze(0), j, self.d_bias.unsqueeze(0), accumulate=True)
 
-    def _sparse(
+    def _active(
         self,
         z: Tensor,
         label: Tensor,
         stats: RowStats,
-        row: Tensor,
         hidden: Tensor,
-        c: Tensor,
         factor: Tensor,
         columns: Tensor,
-        group: Tensor,
-        groups: Tensor,
-        sums: Tensor,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
+        """Products over the active columns; -> (rows of d_hidden [n, D], their sums of J [n])."""
         self.active += len(columns) / self.head.vocab
         if self.want_weight and self.empty:
             self.d_weight.zero_()
             self.empty = False
         weighted = self._weighted(factor, hidden)
-        product = c.new_zeros((len(c), self.head.dim if self.want_hidden else 0))
-        kept = torch.zeros_like(c)
+        product = factor.new_zeros((len(factor), self.head.dim if self.want_hidden else 0))
+        kept = torch.zeros_like(factor)
         for part in torch.split(columns, self.head.step):
-            j, row_sums = self.kernels.gather(
-                z, label, stats, self.transforms, part, self.head.operand
-            )
-            kept += row_sums
+            j, sums = self.kernels.gather(z, label, stats, self.transforms, part, self.head.operand)
+            kept += sums
             if self.want_hidden:
-                _mm(j, self.head.cast(self.head.weight[part]), product, accumulate=True)
+                _mm(
+                    j,
+                    self.head.cast(self.head.weight.index_select(0, part)),
+                    product,
+                    accumulate=True,
+                )
             if self.want_weight:
                 update = self.d_weight.new_empty((len(part), self.head.dim))
                 _mm(j.t(), weighted, update)
                 self.d_weight.index_add_(0, part, update)
-        if self.want_bias:
-            total = sums.sum(0)
-            self.d_bias += total if self.unit is None else total / self.unit
-        # Rows of J sum to 0 (but for a softcap), so the tail has what the kept columns lack.
-        mass = stats.factor * (stats.total - kept)
-        self.tails.append(
-            _Tail(
-                row,
-                c,
-                product.mul_(stats.factor.unsqueeze(-1)),
-                mass,
-                group,
-                sums.index_fill_(1, columns, 0.0),
-                (groups * mass) @ hidden.to(c.dtype),
-            )
-        )
-        if len(self.tails) == PENDING_TAILS:
-            self._flush()
+        return product.mul_(stats.factor.unsqueeze(-1)), kept
 
     def _flush(self) -> None:
         """Adds the waiting tails to both gradients, in one pass over the head for each."""
@@ -484,13 +480,10 @@ class _Gradient:
         total = torch.where(total == 0, 1.0, total)
         operand = profile.to(self.head.operand)
         if self.want_hidden:
-            mean = (
-                self.head.times(operand)
-                .div_(total.unsqueeze(-1))
-                .view(len(self.tails), -1, self.head.dim)
-            )
-            for t, mu in zip(self.tails, mean, strict=True):
-                self._store(t.row, t.product.addcmul_(t.mass.unsqueeze(-1), mu[t.group]), t.c)
+            mean = self.head.times(operand).div_(total.unsqueeze(-1))
+            sizes = [len(t.profile) for t in self.tails]
+            for t, mu in zip(self.tails, torch.split(mean, sizes), strict=True):
+                self._store(t.row, t.product.addcmul_(t.mass.unsqueeze(-1), mu[t.cluster]), t.c)
         if self.want_weight:
             direction = torch.cat([t.direction for t in self.tails]) / total.unsqueeze(-1)
             if self.unit is not None:
@@ -499,6 +492,7 @@ class _Gradient:
                 operand, direction.to(self.head.operand), self.d_weight, accumulate=True
             )
         self.tails.clear()
+        self.waiting = 0
 
     def _weighted(self, factor: Tensor, hidden: Tensor) -> Tensor:
         return (factor.unsqueeze(-1) * hidden).to(self.head.operand)
@@ -528,6 +522,32 @@ class _Gradient:
         return share, left if self.tiles else torch.full_like(left, torch.nan)
 
 
+def cluster_rows(hidden: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Groups similar hidden states, whose softmax tails are similar too: a few steps of k-means.
+
+    Args:
+        hidden: [n, D].
+        most: clusters, fewer for fewer rows.
+
+    Returns:
+        (cluster [n] int64, member [k, n], 1 where a row belongs to a cluster). No copy to the host; the
+        start is every n/k-th row, so the result is the same every time.
+    """
+    n = hidden.shape[0]
+    k = min(most, n)
+    start = torch.arange(k, device=hidden.device) * n // k
+    centre = hidden[start]
+    member = hidden.new_zeros((k, n))
+    for step in range(CLUSTER_STEPS + 1):
+        distance = centre.square().sum(1) - 2 * (hidden @ centre.t())
+        cluster = distance.argmin(1)
+        member = torch.zeros_like(member).scatter_(0, cluster.unsqueeze(0), 1.0)
+        if step < CLUSTER_STEPS:
+            size = member.sum(1, keepdim=True)
+            centre = torch.where(size > 0, (member @ hidden) / size.clamp(min=1), centre)
+    return cluster, member
+
+
 def select_columns(
     energy: Tensor, label: Tensor, tolerance: float
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -546,8 +566,9 @@ def select_columns(
         that is not finite; energy left out, 0 for dense; energy in all). The last two 0-dim fp64.
     """
     vocab = energy.shape[0]
-    shift = 20 if energy.dtype == torch.float32 else 49
-    bins = energy.view(torch.int32 if energy.dtype == torch.float32 else torch.int64) >> shift
+    # The exponent and three bits of the mantissa: 11 bits of an fp32, 14 of an fp64.
+    wide = energy.dtype == torch.float64
+    bins = (energy.view(torch.int64) >> 49) if wide else (energy.view(torch.int32) >> 20)
     total = energy.double().sum()
     unit = total / (1 << 52)
     kept = torch.zeros(vocab, dtype=torch.bool, device=energy.device)
@@ -555,16 +576,18 @@ def select_columns(
     free = torch.where(kept, 0.0, energy.double())
     # Rounded up: what is counted as left out is never less than what is.
     count = torch.where(free > 0, (free / unit).ceil(), 0.0).nan_to_num(0, 0, 0).to(torch.int64)
-    histogram = torch.zeros(1 << 12, dtype=torch.int64, device=energy.device)
-    histogram.scatter_add_(0, bins.clamp(0, (1 << 12) - 1).to(torch.int64), count)
+    histogram = torch.zeros(1 << 14, dtype=torch.int64, device=energy.device)
+    histogram.scatter_add_(0, bins.clamp(0, (1 << 14) - 1).to(torch.int64), count)
     # A bin is left out when all energy up to its end fits.
     fits = histogram.cumsum(0) <= int(tolerance**2 * (1 << 52))
     kept |= bins >= fits.sum()
     zero = torch.zeros_like(total)
     # The copy to the host that every tile makes: the number of columns, or -1.
     number = int(torch.where(total.isfinite(), kept.sum(), -1))
+    if number < 0:
+        return None, zero, total
     number += -number % COLUMN_MULTIPLE
-    if number < 0 or number > DENSE_SHARE * vocab:
+    if number > DENSE_SHARE * vocab:
         return None, zero, total
     # The first columns of the rest fill up to the multiple.
     columns = torch.argsort((~kept).to(torch.int8), stable=True)[:number]

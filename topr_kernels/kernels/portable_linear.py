@@ -90,7 +90,7 @@ def gather(
     columns: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    j = z[:, columns]
+    j = z.index_select(1, columns)
     return j.to(dtype), j.sum(1)
 
 
