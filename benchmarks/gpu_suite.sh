@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), torch.__version__)
 PY
 # addopts: pytest's plugins for CI need not be installed where the GPU is.
-timeout 240 python -m pytest -o addopts="-q --strict-markers" -p no:cacheprovider tests/test_triton.py tests/test_gpu.py \
+timeout 240 python -m pytest -o addopts="-q --strict-markers" -p no:cacheprovider tests/test_triton.py tests/test_triton_linear.py tests/test_gpu.py tests/test_gpu_linear.py \
     2>&1 | tee "$out/tests.log"
 tests=${PIPESTATUS[0]}
 if [ "$tests" -ne 0 ]; then
