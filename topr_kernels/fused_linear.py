@@ -79,7 +79,8 @@ class TileKernels(NamedTuple):
     """The kernels over a tile of logits z [n, V] with V contiguous, in the arithmetic dtype.
 
     rows(z, label [n], transforms, entropy, gradient) -> RowStats
-        May overwrite z with what the others understand. A label outside [0, V) gives NaN.
+        May overwrite z with what the others understand. A label outside [0, V) gives NaN, IGNORE_INDEX
+        anything finite. The result of a row must not depend on the others.
     gradient(z, label, stats, transforms, dtype) -> J [n, V] in ``dtype``; may be z itself
         stats.factor * J is the gradient of log_prob by hidden Wt + bias.
     columns(z, label, stats, transforms, coefficient [n], groups [k, n]) -> (energy [V], sums [k, V])
@@ -289,8 +290,22 @@ class _Workspace:
         self.hidden = like.new_empty((n, head.dim), dtype=head.operand)
         self.logits = like.new_empty((n, head.vocab), dtype=head.arithmetic)
 
-    def forward(self, head: _Head, hidden: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (hidden states [n, D], logits [n, V]) of some rows, views of the workspace."""
+    def forward(
+        self,
+        kernels: TileKernels,
+        head: _Head,
+        hidden: Tensor,
+        row: Tensor,
+        label: Tensor,
+        transforms: Transforms,
+        entropy: bool,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor, RowStats]:
+        """-> (hidden states [n, D], logits [n, V], their statistics) of some rows.
+
+        The first two are views of the workspace. Both the matmul and the row kernel see whole units of
+        rows, whatever n is: then neither splits its work in another way for another batch.
+        """
         n = len(row)
         padded = -(-n // self.unit) * self.unit
         self.hidden[:n] = head.cast(hidden.index_select(0, row))
@@ -298,7 +313,9 @@ class _Workspace:
         self.hidden[n:padded] = 0
         for a in range(0, padded, self.unit):
             head.logits(self.hidden[a : a + self.unit], self.logits[a : a + self.unit])
-        return self.hidden[:n], self.logits[:n]
+        label = torch.nn.functional.pad(label, (0, padded - n), value=IGNORE_INDEX)
+        stats = kernels.rows(self.logits[:padded], label, transforms, entropy, gradient)
+        return self.hidden[:n], self.logits[:n], RowStats(*(x[:n] for x in stats))
 
 
 # ---- the backward of a tile ------------------------------------------------------------------------
@@ -622,8 +639,8 @@ def _log_prob_fwd(
         flat = hidden.detach().reshape(-1, head.dim)
         for a in range(0, len(rows.row), space.capacity):
             part = slice(a, a + space.capacity)
-            _, z = space.forward(head, flat, rows.row[part])
-            stats = kernels.rows(z, rows.label[part], transforms, entropy, False)
+            row, label = rows.row[part], rows.label[part]
+            *_, stats = space.forward(kernels, head, flat, row, label, transforms, entropy, False)
             out.put(rows.position[part], stats)
         return out.log_prob, out.lse, out.finished_entropy(entropy)
 
@@ -684,8 +701,7 @@ def _log_prob_bwd(
         flat = hidden.detach().reshape(-1, head.dim)
         for index in torch.split(live, space.capacity) if len(live) else ():
             row, label = rows.row[index], rows.label[index]
-            h, z = space.forward(head, flat, row)
-            stats = kernels.rows(z, label, transforms, False, True)
+            h, z, stats = space.forward(kernels, head, flat, row, label, transforms, False, True)
             gradient.add(z, label, stats, row, h, c[index])
         gradient.finish()
         d_weight = gradient.d_weight.to(head_weight.dtype)
@@ -794,10 +810,10 @@ def _topr_fwd(
         )
 
         def forward(index: Tensor, graded: bool) -> tuple[Tensor, Tensor, RowStats]:
-            h, z = space.forward(head, flat, rows.row[index])
-            stats = kernels.rows(z, rows.label[index], transforms, entropy, graded)
-            out.put(rows.position[index], stats)
-            return h, z, stats
+            row, label = rows.row[index], rows.label[index]
+            found = space.forward(kernels, head, flat, row, label, transforms, entropy, graded)
+            out.put(rows.position[index], found[2])
+            return found
 
         graded = [any(wanted) and branch != 0 for branch in branches]
         whole = [not batch.known_in_advance(branch) for branch in branches]
