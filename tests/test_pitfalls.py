@@ -20,17 +20,23 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topr_kernels import IS, REINFORCE, SFT, TIS, TOPR, TOPROutput, log_prob, reference, topr_loss
+from topr_kernels import (
+    IS,
+    REINFORCE,
+    SFT,
+    TIS,
+    TOPR,
+    TOPROutput,
+    fused_linear,
+    log_prob,
+    reference,
+    topr_loss,
+)
 from topr_kernels.ops import logits as ops
 from topr_kernels.testing import Batch, assert_within_budget, make_batch
 
 #: Number -> the part of the project that will hold it.
 DEFERRED = {
-    15: "fused linear (accumulation of dW and dH)",
-    16: "fused linear (dtype of the backward matmuls)",
-    17: "fused linear (scale of coefficient times hidden); fp16 logits: test_autograd.py",
-    21: "fused linear (dW per token)",
-    25: "fused linear (frozen and tied heads)",
     26: "fused linear and Hugging Face heads (sharded, LoRA)",
     30: "Hugging Face packing (attention masks)",
     33: "Hugging Face TRL (whitened advantages); nothing here whitens a reward",
@@ -45,6 +51,10 @@ ELSEWHERE = {
     5: "tests/test_triton.py::test_launches_run_on_the_device_of_their_tensors",
     8: "tests/test_triton.py::test_tuning_is_opt_in_and_keeps_results",
     9: "tests/test_triton_aot.py::test_sm_90",  # no spill
+    15: "tests/test_linear.py::test_half_precision_is_better_than_half_precision_logits",
+    17: "tests/test_linear.py::test_small_coefficients_do_not_underflow",
+    21: "tests/test_linear.py::test_log_prob_is_differentiable_with_any_upstream_gradient",
+    25: "tests/test_linear.py::test_frozen_parts_cost_nothing",
     28: "tests/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
     31: "tests/test_trainer.py::test_config_refuses",
     32: "tests/test_trainer.py::test_labels_cover_the_completion_only_even_where_pad_is_eos",
@@ -394,6 +404,34 @@ class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() != self.known:
                 self.elements = max(self.elements, x.numel())
         return out
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_pitfall_16_products_of_a_gpu_keep_half_precision_operands(compute: torch.dtype) -> None:
+    """fp32 sums come from the matmul's accumulator there, not from operands cast up."""
+
+    class OnGpu:
+        """What the head of a GPU looks like to the code that chooses dtypes."""
+
+        is_cuda, shape = True, (7, 3)
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+        def detach(self) -> OnGpu:
+            return self
+
+        def to(self, dtype: torch.dtype) -> OnGpu:
+            return OnGpu(dtype)
+
+    for stored in (compute, torch.float32):  # the second under autocast
+        head = fused_linear._Head(OnGpu(stored), None, compute)  # type: ignore[arg-type]
+        assert head.operand == compute
+        assert head.weight.dtype == compute
+        assert head.arithmetic == torch.float32
+        assert len(head.blocks) == 1, "nothing is cast block by block"
+    wide = fused_linear._Head(torch.zeros(7, 3, dtype=compute), None, compute)
+    assert wide.operand == torch.float32, "a CPU has no fast half-precision product"
 
 
 def test_pitfall_27_softcap_then_temperature() -> None:
