@@ -1,0 +1,458 @@
+"""Real hidden states for the fused-linear benchmarks: SmolLM2-135M-Instruct, sampled off policy.
+
+    python benchmarks/hidden_states.py             # builds the cache if missing, describes it
+    python benchmarks/hidden_states.py --check     # does the generator keep the sparsity? minutes
+
+Random hidden states have a softmax nobody meets, and flatter whatever skips small gradients. Here a
+real model answers 32 requests of different kinds at several temperatures, until EOS or 384 tokens.
+The behavior policy mu that samples is the model with noise on the hidden state (``DRIFT`` of its
+norm, a new draw per token); the policy pi is the model itself, so the log-ratios have the sign and
+the spread of a policy that has moved away from its data. Kept are the inputs of the head that
+predict a scored token, the tokens, log mu, and the head. Rewards alternate between +1 and -1.
+
+For shapes a 135M model does not have, ``at_entropy`` rescales real rows (real sequences of every
+temperature, the nearest first) to an entropy, and ``synthesise`` raises D and V: a matrix with
+orthonormal rows leaves every logit as it is, and perturbed copies of real head rows, lowered by a
+constant through one more direction, hold a stated mass of the softmax. ``--check`` compares the size
+of the active vocabulary of such data with the real curve, over tiles of 64 to 1024 rows.
+
+The cache is one file (about 58 MB): the head as the int8 blocks it is dequantised from, exactly;
+hidden states in fp16, which defines them: everything downstream starts from the rounded values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CACHE = Path(__file__).parent / ".cache" / "hidden_states.pt"
+TEMPERATURES = (1.0, 0.6, 0.75)
+TOKENS = 8192  # per temperature
+LONGEST = 384
+DRIFT = 0.03
+TILE = 256
+PERTURBATION = 0.5
+PROMPTS = [
+    "Explain why the sky is blue to a curious ten-year-old.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "A train leaves at 9:40 and travels 210 km at 84 km/h. When does it arrive? Show your steps.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "List ten ideas for a birthday party on a small budget.",
+    "Compare renewable and fossil energy in three paragraphs.",
+    "Write a polite e-mail that asks a landlord to repair a leaking tap.",
+    "Describe the life cycle of a butterfly.",
+    "What are the main causes of inflation?",
+    "Give me a recipe for vegetable soup with quantities and steps.",
+    "Continue this sentence in an unexpected way: When the last library closed, the books",
+    "Solve for x and explain every step: 3(x - 4) + 5 = 2x + 9.",
+    "Write a poem about winter in a big city.",
+    "Summarise the plot of Romeo and Juliet.",
+    "How does a refrigerator work?",
+    "Write a SQL query that finds the three customers with the largest total orders, and explain it.",
+    "Give advice to somebody who is nervous before a job interview.",
+    "Describe a market square in a medieval town, with smells and sounds.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a dialogue between a teacher and a student about the value of mistakes.",
+    "Plan a three-day trip to Rome for a family with two children.",
+    "Explain what a hash table is and when to use it.",
+    "Tom has 3 boxes of 24 pencils and gives away 17. How many are left? Explain.",
+    "Write a product description for a wooden desk lamp.",
+    "What happened during the French Revolution?",
+    "Translate into French and explain the grammar: The children were playing when it began to rain.",
+    "Write a bash script that counts the lines of every text file in a folder.",
+    "Argue for and against school uniforms.",
+    "Tell a joke about a physicist, and then explain why it is funny.",
+    "Explain compound interest with an example.",
+    "Write the opening paragraph of a detective novel set in Lisbon.",
+    "What should one know before adopting a dog?",
+]
+
+
+class Hidden(NamedTuple):
+    """Packed scored rows of one policy; row t predicts label t (``shift=False``).
+
+    Attributes:
+        hidden: [N, D] fp32, already divided by the temperature: logits are ``hidden @ weight.T``.
+        weight: [V, D] fp32.
+        labels: [N] int64.
+        behavior_log_prob: [N] fp32, log mu of each label.
+        reward: [B], +1 and -1 in turn.
+        cu_seqlens: [B + 1] int32.
+        temperature: at which the labels were drawn.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    behavior_log_prob: Tensor
+    reward: Tensor
+    cu_seqlens: Tensor
+    temperature: float
+
+
+@torch.no_grad()
+def sample(loaded: Any, temperature: float, tokens: int, seed: int) -> dict[str, Tensor]:
+    """Samples completions of PROMPTS from mu until ``tokens`` are there; the last one is cut."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    g = torch.Generator().manual_seed(seed)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
+        )
+        for p in PROMPTS
+    ]
+    tokenizer.padding_side = "left"
+    prompt = tokenizer(texts, return_tensors="pt", padding=True)
+    weight = model.lm_head.weight.float().cpu()
+    done: list[tuple[Tensor, Tensor, Tensor]] = []
+    while sum(len(labels) for _, labels, _ in done) < tokens:
+        ids, mask, past = prompt.input_ids, prompt.attention_mask, None
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        length = torch.full((len(PROMPTS),), LONGEST)
+        for i in range(LONGEST):
+            out = model.model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                position_ids=(mask.cumsum(-1) - 1)
+                .clamp(min=0)[:, -ids.shape[1] :]
+                .to(model.device),
+                past_key_values=past,
+                use_cache=True,
+            )
+            past, h = out.past_key_values, out.last_hidden_state[:, -1].float().cpu()
+            noise = torch.randn(h.shape, generator=g) * h.norm(dim=1, keepdim=True)
+            mu = (h + DRIFT * noise / h.shape[1] ** 0.5) @ weight.T / temperature
+            mu = mu.log_softmax(-1)
+            ids = torch.multinomial(mu.exp(), 1, generator=g)
+            steps.append((h, ids[:, 0], mu.gather(1, ids)[:, 0]))
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            ended = (ids[:, 0] == tokenizer.eos_token_id) & (length == LONGEST)
+            length = torch.where(ended, i + 1, length)
+            if int(length.max()) <= i:
+                break
+        h, labels, log_mu = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        done += [(h[s, :n], labels[s, :n], log_mu[s, :n]) for s, n in enumerate(length.tolist())]
+    sizes = torch.tensor([0] + [len(labels) for _, labels, _ in done]).cumsum(0)
+    sizes = torch.cat([sizes[sizes < tokens], torch.tensor([tokens])])
+    hidden, labels, log_mu = (torch.cat(x)[:tokens].clone() for x in zip(*done, strict=True))
+    return {"hidden": hidden.half(), "labels": labels, "log_mu": log_mu, "sizes": sizes}
+
+
+def _to_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[V, D] fp32 -> int8 [V, D / 32, 32] and fp16 scales, if exact; else bf16 and no scales."""
+    blocks = weight.view(weight.shape[0], -1, 32)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half()
+    q = (blocks / scale.float()).nan_to_num().round().to(torch.int8)
+    if torch.equal(q.float() * scale.float(), blocks):
+        return q, scale
+    return weight.bfloat16(), torch.empty(0)
+
+
+def build() -> dict[str, Any]:
+    """Samples every temperature and writes the cache; minutes on two cores."""
+    from topr_kernels.recipe.models import load_model
+
+    loaded = load_model("smollm2")
+    found: dict[str, Any] = {"head": _to_blocks(loaded.model.lm_head.weight.detach().cpu())}
+    for i, temperature in enumerate(TEMPERATURES):
+        start = time.perf_counter()
+        found[str(temperature)] = sample(loaded, temperature, TOKENS, seed=i)
+        seconds = time.perf_counter() - start
+        data = found[str(temperature)]
+        n = len(data["labels"])
+        weight, h = loaded.model.lm_head.weight.detach().cpu(), data["hidden"].float() / temperature
+        whole = Hidden(h, weight, data["labels"], data["log_mu"], h, h, temperature)
+        data["entropy"] = log_prob_and_entropy(whole)[1].mean().item()
+        print(f"sampled {n} tokens at {temperature} in {seconds:.0f} s", flush=True)
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, CACHE.with_suffix(".new"))
+    CACHE.with_suffix(".new").rename(CACHE)
+    return found
+
+
+def _stored() -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(CACHE) if CACHE.exists() else {}
+    return found if {str(t) for t in TEMPERATURES} <= set(found) else build()
+
+
+def load(temperature: float, rows: int = 2048) -> Hidden:
+    """Real data of one temperature, from the cache or sampled now.
+
+    Args:
+        temperature: one of TEMPERATURES.
+        rows: N. Sequences are taken in order and the last is cut; beyond what was sampled the whole
+            is repeated, which is good for measuring memory and nothing else.
+    """
+    found = _stored()
+    data = found[str(temperature)]
+    q, scale = found["head"]
+    weight = (q.float() * scale.float()).flatten(1) if scale.numel() else q.float()
+    times = -(-rows // len(data["labels"]))
+    sizes = data["sizes"].diff().repeat(times)
+    whole = Hidden(
+        (data["hidden"].repeat(times, 1).float() / temperature),
+        weight,
+        data["labels"].repeat(times),
+        data["log_mu"].repeat(times),
+        torch.empty(0),
+        torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(torch.int32),
+        temperature,
+    )
+    return first(whole, rows)
+
+
+def first(data: Hidden, rows: int) -> Hidden:
+    """The first rows, the last sequence cut, rewards in turn."""
+    inner = data.cu_seqlens[data.cu_seqlens < rows]
+    reward = torch.ones(len(inner))
+    reward[1::2] = -1
+    return data._replace(
+        hidden=data.hidden[:rows],
+        labels=data.labels[:rows],
+        behavior_log_prob=data.behavior_log_prob[:rows],
+        reward=reward,
+        cu_seqlens=torch.cat([inner, inner.new_tensor([rows])]),
+    )
+
+
+def to(data: Hidden, device: str) -> Hidden:
+    """The same on a device."""
+    return Hidden(*(x.to(device) if isinstance(x, Tensor) else x for x in data))
+
+
+def log_prob_and_entropy(data: Hidden) -> tuple[Tensor, Tensor]:
+    """[N] log pi of the labels and [N] entropy in nats, tile by tile in fp32."""
+    found = []
+    for h, y in zip(data.hidden.split(TILE), data.labels.split(TILE), strict=True):
+        logp = (h @ data.weight.T.to(h.dtype)).float().log_softmax(-1)
+        entropy = -(logp.exp() * logp).nan_to_num().sum(-1)
+        found.append((logp.gather(1, y[:, None])[:, 0], entropy))
+    log_prob, entropy = (torch.cat(x) for x in zip(*found, strict=True))
+    return log_prob, entropy
+
+
+def describe(data: Hidden) -> dict[str, float]:
+    """Counts, entropy, shares of positive and of tapered tokens, spread of the log-ratios."""
+    log_prob, entropy = log_prob_and_entropy(data)
+    sizes = data.cu_seqlens.diff().long()
+    of = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    log_ratio = torch.zeros(len(sizes), device=sizes.device, dtype=torch.float64)
+    log_ratio.index_add_(0, of, (log_prob - data.behavior_log_prob).double())
+    tapered = (data.reward < 0) & (log_ratio < 0)
+    return {
+        "tokens": len(data.labels),
+        "sequences": len(sizes),
+        "longest": float(sizes.max()),
+        "entropy": entropy.mean().item(),
+        "entropy_median": entropy.median().item(),
+        "positive_share": (data.reward > 0)[of].float().mean().item(),
+        "tapered_share": tapered[of].float().mean().item(),
+        "log_ratio_min": log_ratio.min().item(),
+        "log_ratio_median": log_ratio.median().item(),
+        "log_ratio_max": log_ratio.max().item(),
+    }
+
+
+def _pooled(target: float, seed: int, skip: float | None) -> Iterator[Hidden]:
+    """Whole temperatures, nearest entropy first, their sequences shuffled."""
+    stored = _stored()
+    order = sorted(
+        (t for t in TEMPERATURES if t != skip),
+        key=lambda t: abs(stored[str(t)]["entropy"] - target),
+    )
+    for t in order:
+        data = load(t, TOKENS)
+        parts = torch.arange(TOKENS).split(data.cu_seqlens.diff().tolist())
+        shuffled = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([parts[i] for i in shuffled])
+        sizes = data.cu_seqlens.diff()[shuffled].cumsum(0)
+        yield data._replace(
+            hidden=data.hidden[rows],
+            labels=data.labels[rows],
+            behavior_log_prob=data.behavior_log_prob[rows],
+            cu_seqlens=torch.cat([torch.zeros(1), sizes]).to(torch.int32),
+        )
+
+
+def at_entropy(
+    target: float, rows: int, seed: int = 0, skip: float | None = None, device: str = "cpu"
+) -> Hidden:
+    """Real rows, rescaled to a mean entropy; labels redrawn from the rescaled softmax.
+
+    Args:
+        target: nats; each temperature that is used is scaled to it on its own.
+        rows: N, at most TOKENS times the number of temperatures.
+        seed: of the order of the sequences and of the labels.
+        skip: a temperature to leave out, for the check.
+        device: where to compute, and of the result.
+
+    Returns:
+        Hidden, whose tokens keep the log-ratios of the rows they were made from. ``temperature`` is
+        that of the nearest rows.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    hidden, labels, mu, sizes, used = [], [], [], [], []
+    left = rows
+    for whole in _pooled(target, seed, skip):
+        data = to(first(whole, min(left, TOKENS)), device)
+        probe = data.hidden[:: max(1, len(data.labels) // 512)] @ data.weight.T
+        # Larger hidden states, smaller entropy: bisect the factor on every n-th row.
+        low, high = 0.25, 4.0
+        for _ in range(12):
+            factor = (low * high) ** 0.5
+            logp = (probe * factor).log_softmax(-1)
+            too_flat = -(logp.exp() * logp).sum(-1).mean().item() > target
+            low, high = (factor, high) if too_flat else (low, factor)
+        h, drawn, shifted = data.hidden * factor, [], []
+        for t, y in zip(data.hidden.split(TILE), data.labels.split(TILE), strict=True):
+            z = t @ data.weight.T
+            before = z.log_softmax(-1).gather(1, y[:, None])
+            logp = (z * factor).log_softmax(-1)
+            drawn.append(torch.multinomial(logp.exp(), 1, generator=g))
+            shifted.append(logp.gather(1, drawn[-1]) - before)
+        y = torch.cat(drawn)[:, 0]
+        mu_here = data.behavior_log_prob + torch.cat(shifted)[:, 0]
+        hidden, labels, mu = [*hidden, h], [*labels, y], [*mu, mu_here]
+        sizes.append(data.cu_seqlens.diff())
+        used.append(data)
+        left -= len(y)
+        if left <= 0:
+            break
+    if left > 0:
+        raise ValueError(f"rows={rows}: only {rows - left} real rows are stored")
+    ends = torch.cat(sizes).cumsum(0)
+    reward = torch.ones(len(ends), device=device)
+    reward[1::2] = -1
+    offsets = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+    weight, temperature = used[0].weight, used[0].temperature
+    return Hidden(
+        torch.cat(hidden), weight, torch.cat(labels), torch.cat(mu), reward, offsets, temperature
+    )
+
+
+def synthesise(data: Hidden, dim: int, vocab: int, tail_mass: float, seed: int) -> Hidden:
+    """Raises D to ``dim`` and V to ``vocab``; added columns hold ``tail_mass`` of the mean softmax.
+
+    Args:
+        data: on any device; at least one dimension less than ``dim``.
+        dim: the new D. Rows of hidden states and head are multiplied by a matrix with orthonormal
+            rows, so the logits stay; one further direction carries the same number in every hidden
+            state, and the minus a bias of the added columns.
+        vocab: the new V. Added rows are copies of real ones drawn at random, with noise of
+            ``PERTURBATION`` of their norm; log mu follows log pi, so the log-ratios stay.
+        tail_mass: mean share of the softmax the added columns hold together.
+        seed: of every draw.
+    """
+    g = torch.Generator().manual_seed(seed)
+    (v, d), device = data.weight.shape, data.hidden.device
+    if dim <= d or vocab < v:
+        raise ValueError(f"dim={dim}, vocab={vocab}: must exceed {d} and reach {v}")
+    q = torch.linalg.qr(torch.randn(dim, d + 1, generator=g)).Q.T.to(device)
+    constant = data.hidden.norm(dim=1).mean() / d**0.5
+    hidden, weight = data.hidden @ q[:d] + constant * q[d], data.weight @ q[:d]
+    mu = data.behavior_log_prob
+    if vocab > v:
+        copies = data.weight[torch.randint(0, v, (vocab - v,), generator=g).to(device)]
+        noise = torch.randn(copies.shape, generator=g).to(device) / d**0.5
+        copies = copies + PERTURBATION * copies.norm(dim=1, keepdim=True) * noise
+        odds = torch.cat(
+            [
+                ((h @ copies.T).logsumexp(-1) - (h @ data.weight.T).logsumexp(-1)).double()
+                for h in data.hidden.split(TILE)
+            ]
+        )
+        low, high = -100.0, 100.0
+        for _ in range(60):
+            shift = (low + high) / 2
+            low, high = (
+                (shift, high) if (odds - shift).sigmoid().mean() > tail_mass else (low, shift)
+            )
+        weight = torch.cat([weight, copies @ q[:d] - shift / constant * q[d]])
+        mu = mu + torch.nn.functional.logsigmoid(shift - odds).to(mu.dtype)
+    return data._replace(hidden=hidden, weight=weight, behavior_log_prob=mu)
+
+
+def active_sizes(data: Hidden, sizes: list[int], log2_tau: int = -10) -> list[float]:
+    """Mean |A| over tiles of each size: the fewest columns, labels among them, that leave out tau^2.
+
+    Coefficients are 1: the energy of a column is the sum over the tile of (softmax - onehot)^2.
+    """
+    energy: dict[int, list[Tensor]] = {size: [] for size in sizes}
+    label_sets: dict[int, list[Tensor]] = {size: [] for size in sizes}
+    smallest = min(sizes)
+    whole = len(data.labels) // max(sizes) * max(sizes)
+    for start in range(0, whole, smallest):
+        h, y = data.hidden[start : start + smallest], data.labels[start : start + smallest]
+        p = (h @ data.weight.T).softmax(-1)
+        p[torch.arange(len(y)), y] -= 1
+        e, there = p.square().sum(0), torch.zeros(p.shape[1], dtype=torch.bool).to(p.device)
+        there[y] = True
+        for size in sizes:
+            if start % size == 0:
+                energy[size].append(e.clone())
+                label_sets[size].append(there.clone())
+            else:
+                energy[size][-1] += e
+                label_sets[size][-1] |= there
+    found = []
+    for size in sizes:
+        counts = []
+        for e, there in zip(energy[size], label_sets[size], strict=True):
+            others = e[~there].double().sort().values.cumsum(0)
+            left_out = int((others <= 4.0**log2_tau * e.double().sum()).sum())
+            counts.append(len(e) - left_out)
+        found.append(sum(counts) / len(counts))
+    return found
+
+
+def check(dim: int = 640, rows: int = TOKENS, draws: int = 3) -> bool:
+    """Prints |A| of generated over real data per tile size; True if all are within 10 %.
+
+    "own" draws sequences of the same temperature, "others" makes the entropy from the rows of the
+    other temperatures alone, which is what stands behind rows beyond TOKENS and other entropies.
+    """
+    sizes, good = [64, 128, 256, 512, 1024], True
+    for temperature in TEMPERATURES:
+        real = load(temperature, TOKENS)
+        entropy = _stored()[str(temperature)]["entropy"]
+        curve = active_sizes(real, sizes)
+        print(f"{entropy:.2f} nats, real |A|:  ", *(f"{a:8.0f}" for a in curve), flush=True)
+        for name, skip in (("own", None), ("others", temperature)):
+            worst = [1.0] * len(sizes)
+            for seed in range(draws):
+                made = at_entropy(entropy, rows, seed, skip)
+                made = synthesise(made, dim, len(real.weight), 0.0, seed)
+                ratios = [a / b for a, b in zip(active_sizes(made, sizes), curve, strict=True)]
+                worst = [
+                    max(w, r, key=lambda x: abs(x - 1)) for w, r in zip(worst, ratios, strict=True)
+                ]
+            within = all(abs(w - 1) <= 0.1 for w in worst)
+            good &= within
+            ratios_text = " ".join(f"{w:8.3f}" for w in worst)
+            print(f"  {name:7} worst ratio  {ratios_text}  {'ok' if within else 'OFF'}", flush=True)
+    return good
+
+
+def main() -> int:
+    """Describes the data, or checks the generator."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048, TOKENS])
+    parser.add_argument("--check", action="store_true", help="generated against real sparsity")
+    args = parser.parse_args()
+    if args.check:
+        return int(not check())
+    for temperature in TEMPERATURES:
+        for rows in args.rows:
+            facts = describe(load(temperature, rows))
+            print(f"T = {temperature}: " + ", ".join(f"{k} {v:.4g}" for k, v in facts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
