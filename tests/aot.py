@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from topr_kernels.kernels import triton_linear as lin
 from topr_kernels.kernels import triton_logits as tk
 
 TARGETS = {
@@ -59,13 +60,42 @@ def cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
     found.append(("sequences", tk.sequences_fwd_kernel, "fp32", stage))
     loss = dict(REDUCTION=0, BT=tk.BT, p_normalizer=None)
     found.append(("loss", tk.loss_fwd_kernel, "fp32", loss))
+    return found + linear_cases()
+
+
+def linear_cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
+    """The same for the fused-linear path; the dtype is that of J."""
+    plain = dict(ALIGNED=True, SOFTCAP=False, FACTOR=False)
+    capped = dict(SOFTCAP=True, FACTOR=True)
+    rows = dict(ENTROPY=False, TOTAL=False, U=lin._tiles_in_flight(128256), BV=lin.BV)
+    gradient = dict(TILES=lin.GRADIENT_TILES, BV=lin.BV)
+    gather = dict(TILES=lin.GATHER_TILES, U=lin.GATHER_U, BA=lin.GATHER_BA)
+    more = {
+        "linear rows": dict(ENTROPY=True, TOTAL=True),
+        "linear columns": lin._column_constants(9),
+    }
+    found = []
+    for name, kernel, constants, dtypes in (
+        ("linear rows", lin.linear_rows_kernel, rows, ("fp32",)),
+        ("linear columns", lin.linear_columns_kernel, lin._column_constants(8), ("fp32",)),
+        ("linear gradient", lin.linear_gradient_kernel, gradient, tuple(SIZES)),
+        ("linear gather", lin.linear_gather_kernel, gather, tuple(SIZES)),
+    ):
+        every = plain | constants | capped | more.get(name, {})
+        for dtype in dtypes:
+            found += [
+                (name, kernel, dtype, plain | constants),
+                (f"{name}, narrow", kernel, dtype, plain | constants | {"ALIGNED": False}),
+                (f"{name}, all options", kernel, dtype, every),
+                (f"{name}, all options, narrow", kernel, dtype, every | {"ALIGNED": False}),
+            ]
     return found
 
 
 def argument_type(name: str, dtype: str) -> str:
     if name in ("p_logits", "p_out"):
         return f"*{dtype}"
-    if name in ("p_labels", "p_length"):
+    if name in ("p_labels", "p_length", "p_label", "p_columns"):
         return "*i64"
     if name == "p_cu_seqlens" or "counter" in name:
         return "*i32"
@@ -76,7 +106,7 @@ def argument_type(name: str, dtype: str) -> str:
     return "fp32" if name.startswith("log_") or name in FLOATS else "i32"
 
 
-FLOATS = ("softcap", "inv_temperature", "baseline")
+FLOATS = ("softcap", "inv_temperature", "baseline", "factor")
 
 
 def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPUTarget) -> Any:
@@ -112,6 +142,8 @@ def main() -> None:
             report |= {
                 "f64": len(re.findall(r"\.f64", ptx)),
                 "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+                "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
+                "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
                 "acq_rel": len(re.findall(r"atom\.global\.gpu\.acq_rel", ptx)),
                 "uncached_loads": len(re.findall(r"ld\.global\.cg", ptx)),
             }

@@ -16,9 +16,20 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from topr_kernels import TOPR
+from topr_kernels.fused_linear import Transforms
+from topr_kernels.kernels import triton_linear as lin
 from topr_kernels.kernels import triton_logits as tk
 
-KERNELS = ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel")
+KERNELS = {
+    "rows_fwd_kernel": tk,
+    "sequences_fwd_kernel": tk,
+    "loss_fwd_kernel": tk,
+    "logits_bwd_kernel": tk,
+    "linear_rows_kernel": lin,
+    "linear_gradient_kernel": lin,
+    "linear_columns_kernel": lin,
+    "linear_gather_kernel": lin,
+}
 
 
 class Spy:
@@ -50,21 +61,36 @@ def step(t: int, vocab: int) -> None:
     tk.logits_bwd(logits, labels, None, mu, mu, mu, mu, scalar, scalar, 1.0, None, True)
 
 
+def linear_step(n: int, vocab: int) -> None:
+    """All kernels on a tile of n rows, the way a workspace holds it."""
+    transforms = Transforms(1.0, None, 0.9)
+    z = torch.empty(2048, vocab)[:n]
+    label = torch.zeros(n, dtype=torch.int64)
+    stats = lin.rows(z, label, transforms, False, True)
+    # As many groups as there are clusters of rows, which are fewer for a few rows.
+    lin.columns(z, label, stats, transforms, stats.factor, torch.zeros(min(n, 8), n))
+    # Active columns come in multiples of 128.
+    columns = torch.zeros(128 * (1 + n % 7), dtype=torch.int64)
+    lin.gather(z, label, stats, transforms, columns, torch.bfloat16)
+    lin.gradient(z, label, stats, transforms, torch.bfloat16)
+
+
 def main() -> None:
     for vocab in (128, 4096, 50257):
-        spies = {name: Spy(getattr(tk, name)) for name in KERNELS}
+        spies = {name: Spy(getattr(module, name)) for name, module in KERNELS.items()}
         for name, spy in spies.items():
-            setattr(tk, name, spy)
+            setattr(KERNELS[name], name, spy)
         counts = []
         for t in (5, *range(15, 33), 1000):
             step(t, vocab)
+            linear_step(t, vocab)
             counts.append({name: len(spy.keys) for name, spy in spies.items()})
         print(json.dumps({"vocab": vocab, "first": counts[0], "last": counts[-1]}))
-        for name in KERNELS:
-            setattr(tk, name, ORIGINAL[name])
+        for name, module in KERNELS.items():
+            setattr(module, name, ORIGINAL[name])
 
 
-ORIGINAL = {name: getattr(tk, name) for name in KERNELS}
+ORIGINAL = {name: getattr(module, name) for name, module in KERNELS.items()}
 
 if __name__ == "__main__":
     main()

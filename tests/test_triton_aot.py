@@ -13,6 +13,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+#: What tests/aot.py compiles: 23 variants of the logits path, 32 of the fused-linear path.
+NUMBER = 23 + 32
+LINEAR_STREAMS = [
+    f"linear {kernel}{options}"
+    for kernel in ("rows", "columns", "gradient")
+    for options in ("", ", all options")
+]
+WRITES_J = ("linear gradient", "linear gradient, all options", "linear gather")
+
 
 def run(script: str, *args: str) -> list[dict[str, Any]]:
     """JSON lines of a script that must not run under the interpreter."""
@@ -32,12 +41,16 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
 
 def test_sm_90() -> None:
     reports = compile_all("sm_90")
-    assert len(reports) == 23
+    assert len(reports) == NUMBER
     for r in reports:
         assert r["local"] == 0 and r["stack"] == 0, f"spills: {r}"
         assert r["f64"] == 0, f"fp64 instructions: {r}"
-        aligned = r["kernel"] in ("forward", "forward, split", "log_prob", "backward")
-        assert not aligned or r["wide_loads"], f"no 128-bit load: {r}"
+        aligned = ("forward", "forward, split", "log_prob", "backward", *LINEAR_STREAMS)
+        assert r["kernel"] not in aligned or r["wide_loads"], f"no 128-bit load: {r}"
+        written = r["kernel"] in WRITES_J
+        assert not written or r["wide_stores"], f"no 128-bit store: {r}"
+        # Sums of the fused-linear path have one order.
+        assert not r["kernel"].startswith("linear") or r["atomics"] == 0, f"atomics: {r}"
         if r["kernel"].startswith("forward"):
             # Without the fence or with cached loads the last program may sum stale values.
             assert r["acq_rel"] >= 2 and r["uncached_loads"], f"a fence is missing: {r}"
@@ -46,7 +59,7 @@ def test_sm_90() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_targets_compile(arch: str) -> None:
     reports = compile_all(arch)
-    assert len(reports) == 23
+    assert len(reports) == NUMBER
     for r in reports:
         assert r.get("f64", 0) == 0, f"fp64 instructions: {r}"
 
@@ -59,5 +72,9 @@ def test_no_length_or_batch_size_needs_another_compilation() -> None:
             "sequences_fwd_kernel": 1,
             "loss_fwd_kernel": 1,
             "logits_bwd_kernel": 1,
+            "linear_rows_kernel": 1,
+            "linear_gradient_kernel": 1,
+            "linear_columns_kernel": 1,
+            "linear_gather_kernel": 1,
         }
         assert report["last"] == report["first"], report["vocab"]

@@ -25,7 +25,6 @@ Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in register
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
 from typing import Any, NamedTuple
@@ -35,13 +34,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topr_kernels.kernels.triton_rows import (
+    IGNORE,
+    finish_row,
+    is_aligned,
+    join,
+    kernel,
+    stream,
+    transform,
+    two_sum,
+)
 from topr_kernels.kernels.triton_taper import taper
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.ops import logits as ops
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-INFINITY = tl.constexpr(float("inf"))
-IGNORE = tl.constexpr(IGNORE_INDEX)
 
 RATIOS = {"sequence": 0, "geometric": 1, "token": 2}
 REDUCTIONS = {"sequence_mean": 0, "token_mean": 1, "sum": 2}
@@ -51,44 +56,8 @@ REDUCTIONS = {"sequence_mean": 0, "token_mean": 1, "sum": 2}
 
 
 @triton.jit
-def _tanh(x):
-    # exp alone cancels near 0; below 0.625 an odd polynomial (Moshier, Cephes tanhf) keeps every digit.
-    a = tl.abs(x)
-    q = x * x
-    p = -5.70498872745e-3 * q + 2.06390887954e-2
-    p = p * q - 5.37397155531e-2
-    p = p * q + 1.33314422036e-1
-    p = p * q - 3.33332819422e-1
-    small = x + x * q * p
-    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _transform(z, softcap, inv_temperature, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """Softcap, then temperature, in fp32; also the slope of the softcap. -> (z, slope)."""
-    slope = 1.0
-    if SOFTCAP:
-        t = _tanh(z / softcap)
-        z = softcap * t
-        slope = 1.0 - t * t
-    if TEMPERATURE:
-        z = z * inv_temperature
-    return z, slope
-
-
-@triton.jit
-def _two_sum(a, b):
-    """-> (s, e) with s + e = a + b exactly; e is 0 where s is not finite."""
-    s = a + b
-    bb = s - a
-    e = (a - (s - bb)) + (b - bb)
-    return s, tl.where(tl.abs(s) < INFINITY, e, 0.0)
-
-
-@triton.jit
 def _add_pairs(a_hi, a_lo, b_hi, b_lo):
-    s, e = _two_sum(a_hi, b_hi)
+    s, e = two_sum(a_hi, b_hi)
     return s, e + a_lo + b_lo
 
 
@@ -131,115 +100,6 @@ def _is_last(p_counter, expected):
     tl.debug_barrier()
     before = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
     return before == expected - 2
-
-
-# ---- one row ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _fold(m, s, h, z, ENTROPY: tl.constexpr):
-    """Folds a tile [U, BV] into lane-wide max m, sum s = sum e^(z-m) and h = sum e^(z-m) (z-m)."""
-    m_new = tl.maximum(m, tl.max(z, axis=0))
-    p = tl.exp(z - m_new[None, :])
-    rescale = tl.exp(m - m_new)
-    if ENTROPY:
-        # By selection: an empty lane has m - m_new = -inf, a banned token z - m_new = -inf.
-        old = tl.where(s == 0, 0.0, rescale * (h + s * (m - m_new)))
-        h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
-    s = s * rescale + tl.sum(p, axis=0)
-    return m_new, s, h
-
-
-@triton.jit
-def _join(m, s, h, ENTROPY: tl.constexpr):
-    """Joins lanes or parts: vectors (m, s, h) -> scalars of the same meaning."""
-    top = tl.max(m, axis=0)
-    scale = tl.exp(m - top)
-    total = tl.sum(s * scale, axis=0)
-    if ENTROPY:
-        h_total = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
-    else:
-        h_total = total * 0.0
-    return top, total, h_total
-
-
-@triton.jit
-def _stream(
-    p_row,
-    stride_v,
-    V,
-    softcap,
-    inv_temperature,
-    i_part,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SPLIT: tl.constexpr,
-    U: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Streams one part of a row; -> scalars (m, s, h) as in _fold."""
-    TILE: tl.constexpr = U * BV
-    o_tile = tl.arange(0, U)[:, None] * BV + tl.arange(0, BV)[None, :]
-    # The floor is finite: -inf - (-inf) would make NaN of an empty lane.
-    b_m = tl.full([BV], LOWEST, tl.float32)
-    b_s = tl.zeros([BV], tl.float32)
-    b_h = tl.zeros([BV], tl.float32)
-    n_tiles = tl.cdiv(V, TILE)
-    n_part = tl.cdiv(n_tiles, SPLIT)
-    first = i_part * n_part
-    last = tl.minimum(first + n_part, n_tiles)
-    whole = tl.minimum(last, V // TILE)
-    # No mask in the main loop: this is where the 128-bit loads are.
-    for i in range(first, whole):
-        z = tl.load(p_row + (i * TILE + o_tile) * stride_v).to(tl.float32)
-        z, _ = _transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-        b_m, b_s, b_h = _fold(b_m, b_s, b_h, z, ENTROPY)
-    for i in range(tl.maximum(whole, first), last):
-        o_v = i * TILE + o_tile
-        m_v = o_v < V
-        z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
-        z, _ = _transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-        b_m, b_s, b_h = _fold(b_m, b_s, b_h, tl.where(m_v, z, -INFINITY), ENTROPY)
-    return _join(b_m, b_s, b_h, ENTROPY)
-
-
-@triton.jit
-def _finish_row(
-    p_row,
-    stride_v,
-    V,
-    label,
-    m,
-    s,
-    h,
-    softcap,
-    inv_temperature,
-    p_log_prob,
-    p_lse,
-    p_lse_low,
-    p_entropy,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """Writes log_prob, lse and entropy of one row."""
-    valid = (label >= 0) & (label < V)
-    z = tl.load(p_row + tl.where(valid, label, 0) * stride_v).to(tl.float32)
-    z, _ = _transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-    log_s = tl.log(s)
-    lse, low = _two_sum(m, log_s)
-    # (z_y - max) - log sum: no large common offset to lose digits to. A banned label is -inf even in
-    # a row of -inf alone, but never hides a NaN elsewhere in the row.
-    log_prob = (z - m) - log_s
-    log_prob = tl.where((z == -INFINITY) & (lse == lse), -INFINITY, log_prob)
-    tl.store(p_log_prob, tl.where(valid, log_prob, float("nan")))
-    tl.store(p_lse, lse)
-    tl.store(p_lse_low, low)
-    if ENTROPY:
-        tl.store(p_entropy, log_s - h / s)
-    else:
-        tl.store(p_entropy, float("nan"))
 
 
 # ---- one sequence, one batch -----------------------------------------------------------------------
@@ -411,18 +271,7 @@ def _loss_stage(
 # ---- kernels ---------------------------------------------------------------------------------------
 
 
-def _kernel(fn: Any) -> Any:
-    """``triton.jit`` that compiles once per set of constants and dtypes.
-
-    Triton would also compile anew for integers that are 1 or multiples of 16 and for pointers that are
-    16-byte aligned: lengths, batch sizes, counters and sliced tensors are all of these by chance. Where
-    it matters, in the streams over the logits, ALIGNED says it.
-    """
-    names = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is p.empty]
-    return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(fn)
-
-
-@_kernel
+@kernel
 def rows_fwd_kernel(
     p_logits,
     stride_o,
@@ -510,16 +359,18 @@ def rows_fwd_kernel(
             p_row = p_logits + offset
             if ALIGNED:
                 p_row = tl.multiple_of(p_row, 16)
-            m, s, h = _stream(
+            m, s, h, _ = stream(
                 p_row,
                 stride_v,
                 V,
                 softcap,
                 inv_temperature,
                 i_part,
+                label,
                 SOFTCAP,
                 TEMPERATURE,
                 ENTROPY,
+                False,
                 SPLIT,
                 U,
                 BV,
@@ -534,12 +385,12 @@ def rows_fwd_kernel(
                     b_m = tl.load(p_parts + o_part, cache_modifier=".cg")
                     b_s = tl.load(p_parts + o_part + 1, cache_modifier=".cg")
                     b_h = tl.load(p_parts + o_part + 2, cache_modifier=".cg")
-                    m, s, h = _join(b_m, b_s, b_h, ENTROPY)
+                    m, s, h, _ = join(b_m, b_s, b_h, b_h, ENTROPY, False)
                     done = 1
             else:
                 done = 1
             if done == 1:
-                _finish_row(
+                finish_row(
                     p_row,
                     stride_v,
                     V,
@@ -618,7 +469,7 @@ def rows_fwd_kernel(
                     )
 
 
-@_kernel
+@kernel
 def sequences_fwd_kernel(
     p_labels,
     p_cu_seqlens,
@@ -680,7 +531,7 @@ def sequences_fwd_kernel(
     )
 
 
-@_kernel
+@kernel
 def loss_fwd_kernel(
     B,
     p_objective,
@@ -698,7 +549,7 @@ def loss_fwd_kernel(
     )
 
 
-@_kernel
+@kernel
 def logits_bwd_kernel(
     p_logits,
     stride_o,
@@ -783,14 +634,14 @@ def logits_bwd_kernel(
         for i in range(first, whole):
             o_v = i * BV + tl.arange(0, BV)
             z = tl.load(p_row + o_v * stride_v).to(tl.float32)
-            z, slope = _transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
+            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
             d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty))
         for i in range(tl.maximum(whole, first), last):
             o_v = i * BV + tl.arange(0, BV)
             m_v = o_v < V
             z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
-            z, slope = _transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
+            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
             d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty), mask=m_v)
 
@@ -860,7 +711,7 @@ def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20
     logits = torch.randn(1, rows, vocab, device=device).to(dtype)
     labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
     token = torch.full((1, rows), -1.0, device=device)
-    key = (vocab, logits.element_size(), _aligned(logits))
+    key = (vocab, logits.element_size(), is_aligned(logits))
     best: tuple[float, Settings] | None = None
     for warps, u, tiles in itertools.product((4, 8), (1, 2, 4), (4, 8, 16)):
         # 8 lanes per thread: 128-bit loads in half precision, and U reduced within the thread.
@@ -891,17 +742,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 elements and is contiguous."""
-    strides = x.stride()[:-1]
-    return (
-        x.stride(-1) == 1
-        and x.shape[-1] % 16 == 0
-        and all(s % 16 == 0 for s in strides)
-        and x.data_ptr() % 16 == 0
-    )
 
 
 def _check(logits: Tensor) -> None:
@@ -936,7 +776,7 @@ class _Rows:
         o, self.t, self.vocab = logits.shape
         self.n = o * self.t
         self.b = o if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        aligned = _aligned(logits)
+        aligned = is_aligned(logits)
         self.settings = settings(
             self.vocab, logits.element_size(), aligned, self.n, _multiprocessors(logits.device)
         )
@@ -1185,7 +1025,7 @@ def _write_gradient(
         scored = scored_labels(labels, cu_seqlens, shift) != IGNORE_INDEX
         d_log_prob = torch.where(scored, d_log_prob, 0.0)
     o, t, vocab = logits.shape
-    aligned = _aligned(logits) and _aligned(out)
+    aligned = is_aligned(logits) and is_aligned(out)
     s = settings(vocab, logits.element_size(), aligned, o * t, _multiprocessors(logits.device))
     n_chunks = triton.cdiv(vocab, s.BV * s.tiles_per_program)
     if o * t == 0:
