@@ -390,7 +390,7 @@ class Matmuls:
 
     def record(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         (m, k), n = a.shape, b.shape[1]
-        if (k, n) == (DIM, VOCAB):
+        if (k, n) == (DIM, VOCAB):  # fewer columns than a block
             self.rows["forward"] += m
         elif (k, n) == (VOCAB, DIM):
             self.rows["hidden"] += m

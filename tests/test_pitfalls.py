@@ -37,7 +37,6 @@ from topr_kernels.testing import Batch, assert_within_budget, make_batch
 
 #: Number -> the part of the project that will hold it.
 DEFERRED = {
-    26: "fused linear and Hugging Face heads (sharded, LoRA)",
     30: "Hugging Face packing (attention masks)",
     33: "Hugging Face TRL (whitened advantages); nothing here whitens a reward",
 }
@@ -55,6 +54,7 @@ ELSEWHERE = {
     17: "tests/test_linear.py::test_small_coefficients_do_not_underflow",
     21: "tests/test_linear.py::test_log_prob_is_differentiable_with_any_upstream_gradient",
     25: "tests/test_linear.py::test_frozen_parts_cost_nothing",
+    26: "tests/test_heads.py::test_a_sharded_head_is_refused",
     28: "tests/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
     31: "tests/test_trainer.py::test_config_refuses",
     32: "tests/test_trainer.py::test_labels_cover_the_completion_only_even_where_pad_is_eos",

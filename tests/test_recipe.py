@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
 from tiny import random_model, tiny_config, tiny_model, tiny_tokenizer
-from transformers import LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from topr_kernels.recipe import (
     Record,
@@ -391,6 +392,27 @@ def test_log_ratio_is_zero_before_the_first_update_and_not_after():
     assert max_log_ratio(random_model(), scored, pad_token_id=pad, batch_size=8) > 0.1
 
 
+def test_scores_are_those_of_the_logits():
+    """The fused head against the model's own logits, with a softcap and several temperatures."""
+    size = {k: v for k, v in tiny_config().to_dict().items() if k != "model_type"}
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**{**size, "final_logit_softcapping": 2.0})).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    records = [
+        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, temperature=t))
+        for r, t in zip(sampled()[:4], (1.0, 0.5, 1.0, 2.0), strict=True)
+    ]
+    for r in score(model, records, pad_token_id=0, batch_size=4):
+        row = torch.tensor([r.prompt_token_ids + r.completion_token_ids])
+        with torch.no_grad():
+            logits = model(row).logits[0, len(r.prompt_token_ids) - 1 : -1].double()
+        tokens = torch.tensor(r.completion_token_ids)
+        expected = (logits / r.sampling.temperature).log_softmax(-1).gather(1, tokens[:, None])
+        torch.testing.assert_close(
+            torch.tensor(r.behavior_log_prob).double(), expected[:, 0], rtol=0, atol=1e-5
+        )
+
+
 # --- training --------------------------------------------------------------------------------
 
 
@@ -418,6 +440,30 @@ def test_training_starts_on_policy_and_moves_both_signs(scored: list[Record], tm
     ):
         gain[before.reward] += sum(after.behavior_log_prob) - sum(before.behavior_log_prob)
     assert gain[1.0] > 0 > gain[-1.0]
+
+
+def test_scoring_and_training_use_one_workspace(
+    scored: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only then is the log-ratio of equal hidden states exactly 0."""
+    found = []
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            found.append(kwargs["workspace_bytes"])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, called)
+
+    # The package has a function score, which hides the module of that name.
+    spy(importlib.import_module("topr_kernels.recipe.score"), "linear_log_prob")
+    spy(importlib.import_module("topr_kernels.hf.trainer"), "linear_topr_loss")
+    model = tiny_model()
+    score(model, scored[:4], pad_token_id=0, batch_size=4)
+    train(model, tiny_tokenizer(), scored[:8], TrainSettings(), checkpoints=tmp_path)
+    assert len(found) == 2 and found[0] == found[1] is not None
 
 
 def test_a_killed_training_resumes_to_the_same_weights(

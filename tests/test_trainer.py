@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from tiny import random_model, tiny_config, tiny_tokenizer
 from transformers import (
     GPT2Config,
@@ -25,9 +26,25 @@ from transformers import (
     PrinterCallback,
 )
 
-from topr_kernels import PRESETS, SFT, TOPR, Limits, layout, log_prob, topr_loss
-from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits
+from topr_kernels import (
+    PRESETS,
+    SFT,
+    TOPR,
+    Limits,
+    layout,
+    linear_topr_loss,
+    log_prob,
+    topr_loss,
+)
+from topr_kernels.hf import (
+    CompletionCollator,
+    TOPRConfig,
+    TOPRTrainer,
+    completion_hidden,
+    completion_logits,
+)
 from topr_kernels.hf import collator as collator_module
+from topr_kernels.hf import trainer as trainer_module
 from topr_kernels.hf.collator import common_prefix_length, prefix_sharing_problem
 from topr_kernels.hf.trainer import MetricMean, warn_if_never_negative
 
@@ -204,6 +221,9 @@ def test_a_model_without_logits_to_keep_gives_the_same():
     with torch.no_grad():
         expected = completion_logits(model, batch)
         torch.testing.assert_close(completion_logits(old, batch), expected, rtol=0, atol=1e-6)
+        hidden = completion_hidden(model, batch)
+        assert hidden.shape == (4, batch["logits_to_keep"], 32)
+        torch.testing.assert_close(completion_hidden(old, batch), hidden, rtol=0, atol=1e-6)
     assert "forward does not take" in str(prefix_sharing_problem(old))
 
 
@@ -239,7 +259,14 @@ def gpt2(kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Positions are learnt and the model counts the padding, unless it is given them."""
     torch.manual_seed(0)
     settings = GPT2Config(
-        vocab_size=len(tiny_tokenizer()), n_embd=32, n_layer=2, n_head=2, n_positions=64
+        vocab_size=len(tiny_tokenizer()),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
     )
     model = kind(settings).eval()
     torch.nn.init.normal_(model.transformer.wpe.weight, std=0.5)
@@ -377,10 +404,17 @@ def test_config_takes_a_preset_or_limits_and_writes_json(tmp_path: Path):
 def test_config_reads_a_command_line(tmp_path: Path):
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "--limits", "tis", "--ratio", "token"]
     flags += ["--baseline", "-0.25", "--entropy", "--temperature", "0.5"]
+    flags += ["--workspace_bytes", "100000", "--grad_tolerance", "0.25"]
     (parsed,) = HfArgumentParser(TOPRConfig).parse_args_into_dataclasses(flags)
     assert parsed.limits == PRESETS["tis"] != TOPR
     assert (parsed.ratio, parsed.baseline, parsed.temperature) == ("token", -0.25, 0.5)
     assert parsed.entropy and not parsed.remove_unused_columns
+    assert (parsed.workspace_bytes, parsed.grad_tolerance) == (100000, 0.25)
+    assert parsed.fused_head
+    (parsed,) = HfArgumentParser(TOPRConfig).parse_args_into_dataclasses(
+        [*flags[:3], "--fused_head", "false"]
+    )
+    assert not parsed.fused_head
     (parsed,) = HfArgumentParser(TOPRConfig).parse_args_into_dataclasses(flags[:3])
     assert parsed.limits == TOPR
     (parsed,) = HfArgumentParser(TOPRConfig).parse_dict(parsed.to_dict(), allow_extra_keys=True)
@@ -397,6 +431,10 @@ def test_config_reads_a_command_line(tmp_path: Path):
         ({"temperature": 0.0}, r"temperature: "),
         ({"baseline": float("nan")}, r"baseline: "),
         ({"remove_unused_columns": True}, r"remove_unused_columns: got True"),
+        ({"grad_tolerance": 1.5}, r"grad_tolerance: expected .*got 1.5"),
+        ({"fused_head": False, "grad_tolerance": 0.1}, r"grad_tolerance: got 0.1 with fused_head"),
+        ({"fused_head": False, "workspace_bytes": 9}, r"workspace_bytes: got 9 with fused_head"),
+        ({"ddp_static_graph": True}, r"ddp_static_graph: got True.*fused_head=False"),
     ],
 )
 def test_config_refuses(tmp_path: Path, changes: dict[str, Any], message: str):
@@ -415,9 +453,11 @@ SPLITS = [(8, 1), (4, 2), (2, 4), (3, 3)]
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
-@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize(
+    ("share_prefix", "fused_head"), [(False, True), (True, True), (False, False)]
+)
 def test_gradients_do_not_depend_on_accumulation(
-    tmp_path: Path, reduction: str, share_prefix: bool
+    tmp_path: Path, reduction: str, share_prefix: bool, fused_head: bool
 ):
     """PITFALLS 28: accumulation 1, 2, 4 and the ragged 3 + 3 + 2, one sequence being empty."""
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
@@ -435,6 +475,7 @@ def test_gradients_do_not_depend_on_accumulation(
             reduction=reduction,
             baseline=-0.4,
             share_prefix=share_prefix,
+            fused_head=fused_head,
         )
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         run.train()
@@ -473,13 +514,18 @@ def test_an_all_empty_batch_trains_to_nothing(tmp_path: Path):
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
+def two_process_model(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
+
+
 def worker() -> None:
     """One process of the next test, started as a program: trains a step and writes what came of it."""
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[1])
     folder = Path(settings.pop("folder"))
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
-    run = trainer(folder, data, baseline=-0.4, **settings)
+    run = trainer(folder, data, two_process_model(settings.pop("tied")), baseline=-0.4, **settings)
     run.train()
     if run.args.process_index == 0:
         entry = run.state.log_history[0]
@@ -495,12 +541,22 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
-@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
-def test_two_processes_take_the_step_of_one(tmp_path: Path, reduction: str):
-    """DDP averages gradients; the normaliser is global. Shares differ in tokens and sequences."""
+@pytest.mark.parametrize(
+    ("reduction", "tied", "find_unused"),
+    [("sequence_mean", True, None), ("token_mean", False, None), ("sequence_mean", False, False)],
+)
+def test_two_processes_take_the_step_of_one(
+    tmp_path: Path, reduction: str, tied: bool, find_unused: bool | None
+):
+    """DDP averages gradients; the normaliser is global. Shares differ in tokens and sequences.
+
+    The fused head's weight is used outside the wrapper's forward, and its gradient is averaged still.
+    """
     settings = {
         "folder": str(tmp_path),
         "reduction": reduction,
+        "tied": tied,
+        "ddp_find_unused_parameters": find_unused,
         "ddp_backend": "gloo",
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -531,7 +587,7 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, reduction: str):
         for process in processes:
             process.kill()
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
-    model = random_model()
+    model = two_process_model(tied)
     plain_loss(model, data, baseline=-0.4, reduction=reduction).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -542,15 +598,145 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, reduction: str):
         torch.testing.assert_close(weights[name], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused_head", [False, True])
 @pytest.mark.parametrize("ratio", ["sequence", "geometric", "token"])
-def test_options_reach_the_loss(tmp_path: Path, ratio: str):
+def test_options_reach_the_loss(tmp_path: Path, ratio: str, fused_head: bool):
     data = rows(4)
     options = {"ratio": ratio, "temperature": 0.7, "baseline": 0.2, "limits": Limits(0.5, 2, 0, 1)}
     expected = plain_loss(random_model(), data, **options).item()
-    run = trainer(tmp_path, data, per_device_train_batch_size=4, entropy=True, **options)
+    run = trainer(
+        tmp_path,
+        data,
+        per_device_train_batch_size=4,
+        entropy=True,
+        fused_head=fused_head,
+        **options,
+    )
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert 0 < run.state.log_history[0]["entropy"] < 10
+
+
+class Loud(GPT2LMHeadModel):
+    """Multiplies its logits, and no config says so."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+
+def test_settings_of_the_fused_head_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return linear_topr_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "linear_topr_loss", spy)
+    settings = {"workspace_bytes": 16 * 4 * 200, "grad_tolerance": 0.25, "impl": "torch"}
+    run = trainer(tmp_path, rows(4), per_device_train_batch_size=4, **settings)
+    run.train()
+    (call,) = calls
+    assert {name: call[name] for name in settings} == settings
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least"):
+        trainer(tmp_path, rows(4), workspace_bytes=1000)
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_the_models_own_logits_are_trained_on(tmp_path: Path, fused_head: bool):
+    """PITFALLS 27: Gemma's softcap and Cohere's scale in the Trainer, both ways."""
+    for kind, transform in (("Gemma2", {"final_logit_softcapping": 0.5}), ("Cohere", {})):
+        torch.manual_seed(0)
+        size = {k: v for k, v in tiny_config().to_dict().items() if k != "model_type"}
+        settings = getattr(transformers, f"{kind}Config")(**{**size, **transform, "head_dim": 8})
+        model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+        torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+        loss = plain_loss(model, rows(4))
+        loss.backward()
+        expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        model.zero_grad()
+        run = trainer(
+            tmp_path, rows(4), model, per_device_train_batch_size=4, fused_head=fused_head
+        )
+        run.train()
+        entry = run.state.log_history[0]
+        assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_that_cannot_be_fused_is_refused_before_training(tmp_path: Path):
+    """PITFALLS 26: when the trainer is made, and what no config tells, at the first batch."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base_layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(hidden) + 1
+
+    model = random_model()
+    model.lm_head = Adapter(model.lm_head)
+    with pytest.raises(ValueError, match=r"Adapter.*fused_head=False"):
+        trainer(tmp_path, rows(4), model)
+    trainer(tmp_path, rows(4), model, fused_head=False).train()
+
+    loud = gpt2(Loud)
+    before = {name: p.detach().clone() for name, p in loud.named_parameters()}
+    with pytest.raises(ValueError, match=r"does something to them.*fused_head=False"):
+        trainer(tmp_path, rows(4), loud).train()
+    assert all(torch.equal(p, before[name]) for name, p in loud.named_parameters())
+    run = trainer(tmp_path, rows(4), loud, per_device_train_batch_size=4, fused_head=False)
+    run.train()
+    expected = plain_loss(gpt2(Loud), rows(4)).item()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_first_batch_makes_logits_of_a_few_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    samples = []
+    capture = collator_module.capture_hidden
+
+    def spy(model: Any, *, sample: bool) -> Any:
+        samples.append(sample)
+        return capture(model, sample=sample)
+
+    monkeypatch.setattr(collator_module, "capture_hidden", spy)
+    run = trainer(tmp_path, rows(8), per_device_train_batch_size=4, max_steps=2)
+    run.train()
+    run.evaluate()
+    assert samples == [True, False, False]
+
+
+def test_mixed_precision_runs_the_head_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Accelerate's autocast ends with the model's forward; the head's product is after it."""
+    seen = []
+
+    def spy(hidden: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return linear_topr_loss(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "linear_topr_loss", spy)
+    figures = {}
+    for name, settings in {
+        "exact": {},
+        "fused": {"bf16": True},
+        "logits": {"bf16": True, "fused_head": False},
+    }.items():
+        model = random_model()
+        torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+        run = trainer(tmp_path, rows(8), model, per_device_train_batch_size=8, **settings)
+        run.train()
+        figures[name] = run.state.log_history[0]
+        assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    assert [enabled for enabled, _ in seen] == [False, True]
+    assert seen[1][1] == torch.bfloat16
+    for name in ("loss", "grad_norm"):
+        for found in ("fused", "logits"):
+            assert figures[found][name] == pytest.approx(figures["exact"][name], rel=2e-2)
+            assert figures[found][name] != figures["exact"][name]
 
 
 def test_resuming_from_a_checkpoint_gives_the_same_weights(tmp_path: Path):

@@ -42,6 +42,28 @@ def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
     )
 
 
+def loss_denominator(
+    length: Tensor, sound: Tensor, normalizer: Tensor | None, reduction: str
+) -> Tensor:
+    """What the sum over the sequences is divided by, 0-dim; NaN for unsound offsets.
+
+    Args:
+        length: [B] int64 scored tokens.
+        sound: 0-dim bool.
+        normalizer: 0-dim, replaces the count; or None.
+        reduction: "sequence_mean", "token_mean" or "sum".
+    """
+    if normalizer is not None:
+        denominator = normalizer
+    elif reduction == "sum":
+        denominator = torch.ones_like(sound)
+    else:
+        units = length > 0 if reduction == "sequence_mean" else length
+        denominator = units.sum().clamp(min=1)
+    # Unsound offsets poison both the loss and every coefficient.
+    return torch.where(sound, denominator.to(torch.float64), torch.nan)
+
+
 def sequence_stage(
     log_prob: Tensor,
     scored: Tensor,
@@ -113,14 +135,7 @@ def sequence_stage(
     weight = torch.where(reward.isnan(), torch.nan, weight)
 
     counted = length > 0
-    if normalizer is not None:
-        denominator = normalizer
-    elif reduction == "sum":
-        denominator = torch.ones_like(sound)
-    else:
-        denominator = (counted if reduction == "sequence_mean" else length).sum().clamp(min=1)
-    # Unsound offsets poison both the loss and every coefficient.
-    denominator = torch.where(sound, denominator.to(dtype), torch.nan)
+    denominator = loss_denominator(length, sound, normalizer, reduction).to(dtype)
     share = -reward / tokens if reduction == "sequence_mean" else -reward
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.

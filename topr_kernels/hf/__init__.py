@@ -1,6 +1,15 @@
 """TOPR at home in Hugging Face: a Trainer, its settings and its collator. Needs transformers."""
 
-from topr_kernels.hf.collator import CompletionCollator, completion_logits
+from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
+from topr_kernels.hf.heads import Head, find_head
 from topr_kernels.hf.trainer import TOPRConfig, TOPRTrainer
 
-__all__ = ["CompletionCollator", "TOPRConfig", "TOPRTrainer", "completion_logits"]
+__all__ = [
+    "CompletionCollator",
+    "Head",
+    "TOPRConfig",
+    "TOPRTrainer",
+    "completion_hidden",
+    "completion_logits",
+    "find_head",
+]

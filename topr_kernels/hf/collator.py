@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
 from topr_kernels.layout import IGNORE_INDEX
 
-#: What a batch holds for the loss, or for ``completion_logits`` itself; the rest is the model's.
+#: What a batch holds for the loss, or for the functions below; the rest is the model's.
 _NOT_MODEL_INPUTS = frozenset(
     {
         "input_ids",
@@ -165,6 +166,46 @@ def completion_logits(
             ``position_ids``; if there are neither positions nor a mask to count them from; if the
             batch has entries that the model's forward does not name.
     """
+    inputs, keep = _model_inputs(model, batch, signature_of)
+    logits: Tensor = model(**inputs).logits
+    return logits[:, -keep:]
+
+
+def completion_hidden(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: torch.nn.Module | None = None,
+    check: Head | None = None,
+) -> Tensor:
+    """What the model's head would make ``completion_logits`` of; the head's product is not made.
+
+    Args:
+        model: as in ``completion_logits``.
+        batch: as in ``completion_logits``.
+        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
+        check: the model's head, to be compared with the logits the model makes of up to 4 rows.
+
+    Returns:
+        [B, logits_to_keep, D], attached to the graph: for ``linear_topr_loss`` with the head of
+        ``find_head``.
+
+    Raises:
+        ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
+    """
+    inputs, keep = _model_inputs(model, batch, signature_of)
+    unwrapped = model if signature_of is None else signature_of
+    with capture_hidden(unwrapped, sample=check is not None) as capture:
+        logits = model(**inputs).logits
+    if check is not None:
+        check_logits(check, capture, logits)
+    return capture.hidden[:, -keep:]
+
+
+def _model_inputs(
+    model: torch.nn.Module, batch: Mapping[str, Any], signature_of: torch.nn.Module | None
+) -> tuple[dict[str, Any], int]:
+    """Arguments of the forward pass over a batch, and how many of its last columns to keep."""
     keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
     prefix = int(batch.get("prefix_length", 0))
     base = model if signature_of is None else signature_of
@@ -182,22 +223,14 @@ def completion_logits(
     if prefix:
         check_prefix_sharing(base)
         inputs["past_key_values"] = prefix_cache(model, batch["input_ids"], prefix)
-    logits: Tensor = model(
-        input_ids=batch["input_ids"][:, prefix:], use_cache=bool(prefix), **inputs
-    ).logits
-    return logits[:, -keep:]
-
-
-def _base_model(model: Any) -> Any:
-    # PEFT's forward hides the base model's arguments behind **kwargs. It may not be installed, so
-    # ask for the method and not for the class.
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
+    inputs |= {"input_ids": batch["input_ids"][:, prefix:], "use_cache": bool(prefix)}
+    return inputs, keep
 
 
 def _accepts(model: Any, name: str) -> bool:
     """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
-    for part in (model, _base_model(model)):
+    # PEFT's forward hides the base model's arguments behind **kwargs.
+    for part in (model, base_model(model)):
         parameters = inspect.signature(part.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if name not in parameters and not open_ended:
@@ -207,7 +240,7 @@ def _accepts(model: Any, name: str) -> bool:
 
 def _names(model: Any, name: str) -> bool:
     """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
-    return name in inspect.signature(_base_model(model).forward).parameters
+    return name in inspect.signature(base_model(model).forward).parameters
 
 
 def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +248,7 @@ def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(n for n in inputs if not (_names(model, n) and _accepts(model, n)))
     if unknown:
         raise ValueError(
-            f"the batch holds {', '.join(unknown)}, which {type(_base_model(model)).__name__}.forward "
+            f"the batch holds {', '.join(unknown)}, which {type(base_model(model)).__name__}.forward "
             "does not take by name and the loss does not use; drop them in the data collator, or "
             "name them in the model's forward"
         )
@@ -248,7 +281,7 @@ def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, mode
         moved = moved & mask.bool()
     if bool(moved.any()):
         raise ValueError(
-            f"{type(_base_model(model)).__name__}.forward takes no position_ids, but the batch is "
+            f"{type(base_model(model)).__name__}.forward takes no position_ids, but the batch is "
             "padded before its tokens: the model would count the padding and move them; use "
             "batches without padding (one sequence each), or let the model's forward take "
             "position_ids (and ignore them where it needs no positions)"

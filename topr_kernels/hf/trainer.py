@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from topr_kernels import PRESETS, Limits, TOPROutput, topr_loss
-from topr_kernels.hf.collator import CompletionCollator, completion_logits
+from topr_kernels import PRESETS, Limits, TOPROutput, linear_topr_loss, topr_loss
+from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
+from topr_kernels.hf.heads import find_head
 from topr_kernels.layout import IGNORE_INDEX
-from topr_kernels.validation import RATIOS, check_choice, check_number, check_transforms
+from topr_kernels.validation import (
+    RATIOS,
+    check_choice,
+    check_number,
+    check_tolerance,
+    check_transforms,
+    check_workspace,
+)
 
 if TYPE_CHECKING:
     _LimitsOption = Any
@@ -40,16 +48,22 @@ class TOPRConfig(TrainingArguments):
         reduction: "sequence_mean" (the paper's: 1/B of 1/|y|) or "token_mean".
         temperature: divides the logits, as in sampling.
         entropy: also log the mean entropy of the policy; costs a little.
-        impl: implementation of the loss, as in ``topr_loss``.
+        impl: implementation of the loss, as in ``topr_loss`` and ``linear_topr_loss``.
+        fused_head: compute the loss from the hidden states and the head (``linear_topr_loss``), so that
+            logits are never made. False makes the logits of the completions: for heads that are
+            quantised, sharded over processes or have LoRA on them.
+        workspace_bytes: budget for a tile of logits of the fused head, as in ``linear_topr_loss``.
+        grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
         share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
             most of the time with few-shot prompts; needs plain full attention.
 
     ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
 
     Raises:
-        TypeError: if ``baseline`` or ``temperature`` is not a number.
+        TypeError: if ``baseline``, ``temperature`` or ``grad_tolerance`` is not a number.
         ValueError: on an unknown preset, ratio or reduction, a temperature that is not above 0, a
-            baseline that is not finite, or ``remove_unused_columns=True``.
+            baseline that is not finite, a ``grad_tolerance`` outside [0, 1),
+            ``remove_unused_columns=True``, or settings that do not go with ``fused_head``.
     """
 
     limits: _LimitsOption = field(
@@ -63,6 +77,16 @@ class TOPRConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits."})
     entropy: bool = field(default=False, metadata={"help": "Log the policy's entropy."})
     impl: str = field(default="auto", metadata={"help": "Implementation of the loss."})
+    fused_head: bool = field(
+        default=True, metadata={"help": "Compute the loss from hidden states, without logits."}
+    )
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Budget for a tile of logits of the fused head."}
+    )
+    grad_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Relative gradient energy the fused head may leave out; 0 is exact."},
+    )
     share_prefix: bool = field(
         default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
     )
@@ -86,10 +110,26 @@ class TOPRConfig(TrainingArguments):
         check_transforms(self.temperature, None)
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
+        check_tolerance(self.grad_tolerance, torch.empty(0), False, 0.0)
+        self._check_fused_head()
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: got True, which would drop reward and behavior_log_prob "
                 "from the data set; leave it False"
+            )
+
+    def _check_fused_head(self) -> None:
+        for name in ("workspace_bytes", "grad_tolerance"):
+            if not self.fused_head and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} with fused_head=False, which has no use for it; "
+                    "drop one of them"
+                )
+        # Such a DistributedDataParallel waits for the backward of the model's outputs.
+        if self.fused_head and self.ddp_static_graph:
+            raise ValueError(
+                "ddp_static_graph: got True, but the fused head's loss does not come from the model's "
+                "outputs, so gradients would not be averaged; leave it out, or use fused_head=False"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,8 +160,14 @@ class TOPRTrainer(Trainer):
     ``reward``, and ``attention_mask`` or ``position_ids``; further entries go to the model's
     forward, see ``completion_logits``.
 
+    With ``fused_head`` the first batch also compares the model's own logits of a few rows with those of
+    its head, since a model may do to them what is not known here (see ``find_head``).
+
     Raises:
-        ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given.
+        TypeError: if ``workspace_bytes`` is not an int.
+        ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; with
+            ``fused_head``, if the model's head cannot be fused (see ``find_head``) or
+            ``workspace_bytes`` is too small for it.
 
     Warns:
         UserWarning: once per training set, if no reward is below the baseline although the limits
@@ -157,6 +203,10 @@ class TOPRTrainer(Trainer):
         )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
+        self._head_checked = False
+        if args.fused_head:
+            weight = find_head(self.model).weight
+            check_workspace(args.workspace_bytes, weight, weight.shape[0])
         self._train_metrics = MetricMean()
         self._eval_metrics = MetricMean()
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
@@ -180,22 +230,42 @@ class TOPRTrainer(Trainer):
 
     def _topr(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> TOPROutput:
         keep = int(inputs.get("logits_to_keep", inputs["input_ids"].shape[1]))
-        logits = completion_logits(model, inputs, signature_of=self.accelerator.unwrap_model(model))
-        behavior = inputs["behavior_log_prob"]
-        return topr_loss(
-            logits,
-            inputs["labels"][:, -keep:],
-            behavior[:, -keep:] if behavior.dim() == 2 else behavior,
-            inputs["reward"],
-            limits=self.args.limits,
-            ratio=self.args.ratio,
-            baseline=self.args.baseline,
-            reduction=self.args.reduction,
-            normalizer=items,
-            temperature=self.args.temperature,
-            entropy=self.args.entropy,
-            impl=self.args.impl,
-        )
+        labels, behavior = inputs["labels"][:, -keep:], inputs["behavior_log_prob"]
+        behavior = behavior[:, -keep:] if behavior.dim() == 2 else behavior
+        options: dict[str, Any] = {
+            "limits": self.args.limits,
+            "ratio": self.args.ratio,
+            "baseline": self.args.baseline,
+            "reduction": self.args.reduction,
+            "normalizer": items,
+            "temperature": self.args.temperature,
+            "entropy": self.args.entropy,
+            "impl": self.args.impl,
+        }
+        unwrapped = self.accelerator.unwrap_model(model)
+        if not self.args.fused_head:
+            logits = completion_logits(model, inputs, signature_of=unwrapped)
+            return topr_loss(logits, labels, behavior, inputs["reward"], **options)
+        # Before the forward pass: inside one, a sharded head may look whole.
+        head = find_head(unwrapped)
+        check = None if self._head_checked else head
+        hidden = completion_hidden(model, inputs, signature_of=unwrapped, check=check)
+        self._head_checked = True
+        # Accelerate runs the model's forward under autocast, and nothing after it.
+        with self.accelerator.autocast():
+            return linear_topr_loss(
+                hidden,
+                head.weight,
+                labels,
+                behavior,
+                inputs["reward"],
+                bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                grad_tolerance=self.args.grad_tolerance,
+                workspace_bytes=self.args.workspace_bytes,
+                **options,
+            )
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device

@@ -5,8 +5,8 @@ token results as in :mod:`topr_kernels.ops.logits`. The logits are logit_scale (
 softcap, then over the temperature; they never exist as a whole. Operands of the matmuls have
 ``compute_dtype``; logits, sums and d_weight are fp32 (fp64 for fp64).
 
-``linear_topr_fwd`` returns the gradients with the loss, so nothing is recomputed: d_hidden without the
-coefficients of its rows, d_weight and d_bias without the denominator. The backward multiplies them in.
+``linear_topr_fwd`` returns the gradients with the loss, so nothing is recomputed: d_weight, d_bias, and
+d_hidden without the coefficients of its rows. The backward multiplies the upstream gradient in.
 """
 
 from __future__ import annotations
@@ -184,11 +184,11 @@ def linear_topr_fwd(
 ]:
     """-> (two of the batch, four of tokens, five of sequences, two of the backward, four gradients).
 
-    loss, denominator: 0-dim. log_prob, lse, entropy, token_log_ratio: [O, T]. log_ratio, weight,
-    objective, reward, length: [B], the last int64. active_share, left_out: 0-dim, NaN without gradient.
-    row_coefficient: [O, T], one per row of hidden. d_hidden: [O, T, D] in the dtype of hidden; times
-    row_coefficient over denominator it is the gradient. d_weight: [V, D] fp32 and d_bias: [V]; over
-    denominator they are the gradients. A gradient that is not wanted has shape [0].
+    loss, sound: 0-dim; sound is 1, or NaN for unsound offsets. log_prob, lse, entropy, token_log_ratio:
+    [O, T]. log_ratio, weight, objective, reward, length: [B], the last int64. active_share, left_out:
+    0-dim, NaN without gradient. row_coefficient: [O, T], one per row of hidden; times it d_hidden,
+    [O, T, D] in the dtype of hidden, is the gradient. d_weight: [V, D] fp32; d_bias: [V]. A gradient
+    that is not wanted has shape [0].
     """
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -277,8 +277,8 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
 
 def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:8]
-    _, denominator, *_, row_coefficient, _, _, _ = output
-    ctx.save_for_backward(denominator, row_coefficient, *tensors)
+    _, sound, *_, row_coefficient, _, _, _ = output
+    ctx.save_for_backward(sound, row_coefficient, *tensors)
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
     ctx.settings = inputs[8:]
@@ -297,7 +297,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
             "the gradient of linear_topr_loss is not differentiable a second time "
             "(create_graph=True); for second derivatives use topr_kernels.reference"
         )
-    denominator, coefficient, *inputs = ctx.saved_tensors
+    sound, coefficient, *inputs = ctx.saved_tensors
     gradients = ctx.gradients
     if gradients is None:
         # A retained graph: what the first backward handed over must be computed again.
@@ -305,15 +305,19 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     elif not compiling:
         ctx.gradients = None
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
-    scale = d_loss / denominator
+    scale = d_loss * sound
     # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale; a NaN scale
     # (unsound offsets) reaches every row.
     rows = torch.where((coefficient == 0) & ~scale.isnan(), 0.0, coefficient * scale)
     factors = (rows.unsqueeze(-1), scale, scale)
+    # A plain loss.backward() on a CPU, where looking costs nothing: a pass over d_weight less.
+    plain = not compiling and scale.device.type == "cpu" and scale.item() == 1
     result: list[Tensor | None] = []
     for x, gradient, factor, want in zip(inputs[:3], gradients, factors, wanted, strict=True):
         if not want:
             result.append(None)
+        elif plain and factor is scale and gradient.dtype == x.dtype:
+            result.append(gradient)
         elif compiling:
             result.append((gradient * factor).to(x.dtype))
         elif gradient.dtype != x.dtype:

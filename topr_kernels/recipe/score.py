@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from topr_kernels import log_prob
+from topr_kernels import linear_log_prob
 from topr_kernels.hf.collator import (
     CompletionCollator,
-    completion_logits,
+    completion_hidden,
     prefix_sharing_problem,
 )
+from topr_kernels.hf.heads import find_head
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.recipe.records import Record, RecordError
+
+#: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
+_TILE_ROWS = 64
+
+
+def workspace_bytes(model: Any) -> int:
+    """Budget of the fused head, for scoring and for training: only equal ones give equal log-probs."""
+    return _TILE_ROWS * find_head(model).weight.shape[0] * 4
 
 
 def score(
@@ -41,6 +50,7 @@ def score(
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
             full softmax is not the policy that sampled it.
+        ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     for i, record in enumerate(records):
         _check_full_softmax(record, i)
@@ -101,10 +111,20 @@ def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -
         for name, x in collate(unscored).items()
     }
     labels = batch["labels"][:, -batch["logits_to_keep"] :]
-    logits = completion_logits(model, batch)
-    # Nearly always one temperature; the logits are computed once in any case.
+    head = find_head(model)
+    hidden = completion_hidden(model, batch, check=head)
+    # Nearly always one temperature; each of several costs the head's product again.
     values = {
-        t: log_prob(logits, labels, temperature=t).log_prob.cpu()
+        t: linear_log_prob(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            temperature=t,
+            workspace_bytes=workspace_bytes(model),
+        ).log_prob.cpu()
         for t in {record.sampling.temperature for record in records}
     }
     scored = labels.ne(IGNORE_INDEX).cpu()

@@ -16,6 +16,7 @@ from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.collator import prefix_sharing_problem
 from topr_kernels.limits import Limits
 from topr_kernels.recipe.records import Record, training_rows
+from topr_kernels.recipe.score import workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
 
     Raises:
         RecordError: if a record has not been scored.
+        ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     _drop_damaged(checkpoints)
     args = TOPRConfig(
@@ -77,6 +79,7 @@ def train(
         ratio=settings.ratio,
         baseline=settings.baseline,
         share_prefix=prefix_sharing_problem(model) is None,
+        workspace_bytes=workspace_bytes(model),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.0,
