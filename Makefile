@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install hidden-states clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
@@ -19,6 +19,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 install: $(STAMP)
+
+# Real hidden states for the benchmarks of the fused-linear path: some minutes, 58 MB in benchmarks/.cache.
+hidden-states: $(STAMP)
+	$(BIN)/python benchmarks/hidden_states.py
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

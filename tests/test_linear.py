@@ -64,6 +64,12 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def summed(batch: LinearBatch) -> LinearBatch:
+    """The same with log mu summed per sequence."""
+    scored = batch.labels != -100
+    return batch._replace(behavior_log_prob=(batch.behavior_log_prob * scored).sum(1))
+
+
 def a_bias(batch: LinearBatch) -> Tensor:
     g = torch.Generator().manual_seed(7)
     return torch.randn(len(batch.weight), generator=g, dtype=torch.float64).to(batch.weight.dtype)
@@ -110,6 +116,8 @@ def plain(
     st.integers(0, 10**6),
     st.sampled_from([(2, 2), (4, 8), (16, 16), (256, 512)]),
     st.booleans(),
+    st.booleans(),
+    st.booleans(),
 )
 def test_fp64_equals_the_reference(
     lengths: list[tuple[int, int]],
@@ -117,8 +125,14 @@ def test_fp64_equals_the_reference(
     seed: int,
     rows: tuple[int, int],
     with_bias: bool,
+    sum_behavior: bool,
+    normalize: bool,
 ) -> None:
     batch = make_linear_batch(lengths, VOCAB, DIM, seed=seed)
+    if sum_behavior and kw["ratio"] != "token":
+        batch = summed(batch)
+    if normalize and kw["reduction"] != "sum":
+        kw = {**kw, "normalizer": 7.5}
     bias = a_bias(batch) if with_bias else None
     with tiles(*rows):
         out, grads = run(batch, bias, **kw)
@@ -249,10 +263,8 @@ def test_packed_equals_padded(lengths: list[tuple[int, int]], seed: int, ratio: 
 
 def test_aligned_rows_and_summed_behavior() -> None:
     batch = make_linear_batch([(1, 6), (2, 3)], VOCAB, DIM)
-    scored = batch.labels != -100
-    summed = torch.where(scored, batch.behavior_log_prob, 0.0).sum(1)
     a, grads = run(batch)
-    b, same = run(batch._replace(behavior_log_prob=summed))
+    b, same = run(summed(batch))
     torch.testing.assert_close(a.loss, b.loss)
     assert b.token_log_ratio.isnan().all()
     torch.testing.assert_close(grads[0], same[0])
@@ -524,6 +536,72 @@ def test_small_coefficients_do_not_underflow(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("reward", "limits", "tolerance"),
+    [
+        (1e-7, TOPR, 0.0),
+        (1.0, IS, 0.0),
+        (3e4, IS, 0.0),
+        (1e-7, TOPR, 2.0**-5),
+        (3e4, IS, 2.0**-5),
+    ],
+)
+def test_fp16_operands_neither_underflow_nor_overflow(
+    reward: float, limits: Limits, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: operands of the products rounded to fp16, weights up to e^9 with unbounded limits."""
+
+    def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+
+    class Head(fused_linear._Head):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.operand = torch.float16
+
+    batch = make_linear_batch([(2, 9), (1, 12), (2, 7)], 1024, 16, dtype=torch.float16, sharpness=9)
+    batch = batch._replace(reward=reward * torch.tensor([1.0, -1.0, 0.5]))
+    batch.behavior_log_prob[0] -= 1.0
+    bias = a_bias(batch)
+    wide = LinearBatch(*(x.double() if x.is_floating_point() else x for x in batch))
+    _, expected = plain(wide, bias.double(), limits=limits)
+    monkeypatch.setattr(fused_linear, "_Head", Head)
+    monkeypatch.setattr(fused_linear, "_mm", mm)
+    # The loss scale that fp16 training brings, and half-precision gradients need.
+    scale = 2.0**-10 / reward
+    hidden, weight, b = (x.clone().requires_grad_() for x in (*batch[:2], bias))
+    with tiles(8, 16):
+        kw: dict[str, Any] = {"limits": limits, "grad_tolerance": tolerance}
+        out = linear_topr_loss(hidden, weight, *batch[2:], bias=b, **kw)
+        (scale * out.loss).backward()
+    assert tolerance == 0 or out.active_share < 1
+    for name, got, want in zip("hwb", (hidden.grad, weight.grad, b.grad), expected, strict=True):
+        assert got is not None
+        want = want * scale
+        wrong = (got.double() - want.double()).norm() / want.double().norm()
+        assert wrong < 4e-3 + 2 * tolerance, name
+
+
+def test_buffers_of_inference_mode_and_refilled_ones() -> None:
+    batch = signed([1, -1, 1])
+    _, expected = run(batch)
+    with torch.inference_mode():
+        constants = [x.clone() for x in batch[2:]]
+    hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
+    linear_topr_loss(hidden, weight, *constants).loss.backward()
+    torch.testing.assert_close(weight.grad, expected[1])
+    hidden.grad = weight.grad = None
+    again = [x.clone() for x in batch[2:]]
+    loss = linear_topr_loss(hidden, weight, *again).loss
+    again[0].fill_(0)
+    again[2].fill_(9)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, expected[1])
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * expected[1])  # type: ignore[operator]
+
+
 def test_a_retained_graph_gives_the_same_gradient_again() -> None:
     batch = signed([1, -1, 1])
     hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
@@ -715,6 +793,17 @@ def test_masked_nan_never_spreads_and_scored_nan_always_does() -> None:
     assert grads[1].isnan().any()
 
 
+def test_a_nan_of_a_sequence_with_reward_0_reaches_every_gradient() -> None:
+    """It leaves the backward, and the loss is NaN all the same."""
+    batch = signed([1, 0, 1])
+    batch.behavior_log_prob[1][batch.labels[1] != -100] = torch.nan
+    out, grads = run(batch, a_bias(batch))
+    assert out.loss.isnan()
+    for grad in grads:
+        assert grad is not None
+        assert grad.isnan().any()
+
+
 def test_banned_tokens() -> None:
     """A head row whose logit is -inf everywhere, by its bias: gradient 0, never NaN."""
     batch = signed([1, -1, 1])
@@ -747,6 +836,29 @@ def test_unsound_offsets_and_labels_poison_in_graphs() -> None:
     assert loss.isnan()
     assert hidden.grad is not None
     assert hidden.grad.isnan().all()
+
+    def g(hidden: Tensor) -> Tensor:
+        return linear_log_prob(hidden, *inputs[1:3], cu_seqlens=offsets).log_prob
+
+    assert torch.compile(g, fullgraph=True, backend="aot_eager")(hidden).isnan().all()
+    wrong = torch.where(inputs[2] >= 0, inputs[2] + VOCAB, inputs[2])
+
+    def h(hidden: Tensor) -> Tensor:
+        _, sound = packed(batch, LENGTHS)
+        return linear_topr_loss(hidden, inputs[1], wrong, *inputs[3:], cu_seqlens=sound).loss
+
+    assert torch.compile(h, backend="aot_eager")(hidden).isnan()
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_scoring_packed_and_aligned_rows(shift: bool) -> None:
+    batch = signed([1, -1, 1])
+    inputs, offsets = packed(batch, LENGTHS)
+    kw: dict[str, Any] = {"cu_seqlens": offsets, "shift": shift, "entropy": True}
+    got = linear_log_prob(*inputs[:3], **kw)
+    want = log_prob(inputs[0] @ inputs[1].T, inputs[2], **kw)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_matches_the_logits_path() -> None:

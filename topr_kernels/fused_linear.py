@@ -1,9 +1,9 @@
 """The fused-linear path: hidden states and head to loss and gradients, one tile of logits at a time.
 
-What never exists: the [N, V] logits, their gradient, a copy of the head (half precision on a CPU casts
-it block by block). Only scored rows are multiplied. A tile holds up to R rows of fp32 logits in one
-fixed workspace; its forward matmul always has the same shape, so a row's log-prob does not depend on
-its neighbours.
+What never exists: the [N, V] logits, their gradient, a copy of the head (a CPU casts half precision in
+blocks; a GPU casts the head once per call, under autocast alone). Only scored rows are multiplied. A
+tile holds up to R rows of fp32 logits in one fixed workspace; its forward matmul always has the same
+shape, so a row's log-prob does not depend on its neighbours.
 
 The gradient of a row of logits is c J with J = onehot - softmax and c known once the sequence's
 log-ratio is. c is one number per row, so it moves to the D side of both products,
@@ -26,8 +26,10 @@ This file is the algorithm; what reads and writes the logits of a tile is a :cla
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,7 +52,7 @@ GPU_ROWS, GPU_TILE_ROWS, GPU_SPARSE_ROWS = 1024, 2048, 2048
 # Columns of one forward matmul on a CPU: its result stays in cache while it is summed, a seventh faster.
 CPU_COLUMNS = 2048
 # Elements of a block of the head that is cast, or of active rows that are gathered.
-CPU_BLOCK, GPU_BLOCK = 1 << 22, 1 << 27
+CPU_BLOCK, GPU_BLOCK = 1 << 22, 1 << 25
 # Clusters of a tile's rows, and profiles of their tails that wait so that the head is read once for all.
 CLUSTERS, CLUSTER_STEPS, PENDING_PROFILES = 8, 3, 64
 # Active columns come in multiples of this, as matmuls like them; more of them than half are too many.
@@ -100,17 +102,9 @@ class TileKernels(NamedTuple):
 
 def linear_kernels(tile: TileKernels) -> ops.Kernels:
     """The operators of the fused-linear path over some tile kernels."""
-
-    def log_prob_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-        return _log_prob_fwd(tile, *args)  # type: ignore[arg-type]
-
-    def log_prob_bwd(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-        return _log_prob_bwd(tile, *args)  # type: ignore[arg-type]
-
-    def topr_fwd(*args: object) -> tuple[Tensor, ...]:
-        return _topr_fwd(tile, *args)  # type: ignore[arg-type]
-
-    return ops.Kernels(log_prob_fwd, log_prob_bwd, topr_fwd)
+    return ops.Kernels(
+        partial(_log_prob_fwd, tile), partial(_log_prob_bwd, tile), partial(_topr_fwd, tile)
+    )
 
 
 # ---- the plan --------------------------------------------------------------------------------------
@@ -236,7 +230,7 @@ class _Head:
         self.step = max(COLUMN_MULTIPLE, elements // max(self.dim, 1))
         self.blocks = (
             [slice(0, self.vocab)]
-            if self.weight.dtype == self.operand
+            if self.weight.dtype == self.compute == self.operand
             else [slice(v, v + self.step) for v in range(0, self.vocab, self.step)]
         )
 
@@ -331,7 +325,9 @@ class _Workspace:
         """
         n = len(row)
         padded = -(-n // self.unit) * self.unit
-        self.hidden[:n] = head.cast(hidden.index_select(0, row))
+        # By two indices: flattening a slice of the hidden states would copy all of them.
+        t = hidden.shape[1]
+        self.hidden[:n] = head.cast(hidden[row // t, row % t])
         # Rows of an earlier tile could hold NaN, which slows some CPUs down; they reach nothing.
         self.hidden[n:padded] = 0
         for a in range(0, padded, self.unit):
@@ -374,7 +370,6 @@ class _Gradient:
         transforms: Transforms,
         tolerance: float,
         wanted: tuple[bool, bool, bool],
-        largest: Tensor,
         scaled: bool,
     ) -> None:
         self.kernels, self.head, self.transforms = kernels, head, transforms
@@ -382,17 +377,15 @@ class _Gradient:
         self.want_hidden, self.want_weight, self.want_bias = wanted
         rows = hidden.shape[:-1].numel()
         self.d_hidden = hidden.new_zeros((rows, head.dim) if self.want_hidden else 0)
-        wide = largest.new_zeros(0, dtype=head.arithmetic)
+        wide = hidden.new_zeros(0, dtype=head.arithmetic)
         self.row_scale = wide.new_ones(rows)
         self.d_weight = wide.new_empty((head.vocab, head.dim) if self.want_weight else 0)
         self.d_bias = wide.new_zeros(head.vocab if self.want_bias else 0)
         #: d_weight holds nothing yet: the first dense product overwrites it.
         self.empty = True
-        # fp16 operands: coefficients over a power of two near the largest, so that none underflows.
-        self.unit = None
-        if head.operand == torch.float16:
-            unit = torch.exp2(torch.floor(torch.log2(largest.to(head.arithmetic))))
-            self.unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+        # fp16 operands: d_weight and d_bias in units of a power of two near the largest coefficient so
+        # far, so that c * H neither underflows nor overflows.
+        self.unit = 0.0 if head.operand == torch.float16 else None
         self.tails: list[_Tail] = []
         self.waiting = 0
         self.tiles, self.active = 0, 0.0
@@ -422,6 +415,7 @@ class _Gradient:
         self.tiles += 1
         factor = c * stats.factor
         if self.unit is not None:
+            self._raise_unit(float(factor.abs().amax()))
             factor = factor / self.unit
         columns = None
         if self.tolerance > 0:
@@ -443,7 +437,7 @@ class _Gradient:
             return
         product, kept = self._active(z, label, stats, hidden, factor, columns)
         if self.want_bias:
-            *_, signed = sums
+            signed = sums[-1]
             self.d_bias += signed if self.unit is None else signed / self.unit
         # Rows of J sum to 0 (but for a softcap), so the tail has what the kept columns lack.
         mass = stats.factor * (stats.total - kept)
@@ -453,6 +447,19 @@ class _Gradient:
         self.waiting += len(profile)
         if self.waiting >= PENDING_PROFILES:
             self._flush()
+
+    def _raise_unit(self, largest: float) -> None:
+        """Makes the unit of d_weight and d_bias fit a tile; a copy to the host, for fp16 alone."""
+        exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+        unit = 2.0**exponent
+        if self.unit and unit <= self.unit:
+            return
+        if self.unit:
+            self._flush()
+            self.d_bias.mul_(self.unit / unit)
+            if not self.empty:
+                self.d_weight.mul_(self.unit / unit)
+        self.unit = unit
 
     def _dense(
         self,
@@ -527,9 +534,10 @@ class _Gradient:
         if self.want_weight:
             direction = torch.cat([t.direction for t in self.tails]) / total.unsqueeze(-1)
             if self.unit is not None:
-                direction = direction / self.unit
+                # The range of fp16 is too small for a product of two means; bf16 has that of fp32.
+                direction, operand = direction / self.unit, operand.to(torch.bfloat16)
             self.head.transposed(
-                operand, direction.to(self.head.operand), self.d_weight, accumulate=True
+                operand, direction.to(operand.dtype), self.d_weight, accumulate=True
             )
         self.tails.clear()
         self.waiting = 0
@@ -551,7 +559,7 @@ class _Gradient:
         self._flush()
         if self.want_weight and self.empty:
             self.d_weight.zero_()
-        if self.unit is not None:
+        if self.unit:
             self.d_weight.mul_(self.unit)
             self.d_bias.mul_(self.unit)
 
@@ -593,8 +601,8 @@ def select_columns(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Finds the columns that carry all but tolerance^2 of the energy, labels always among them.
 
-    Counts energies into bins of an eighth of an octave and drops the lowest bins that fit: no sort. The
-    counts are integers, so the order of their sum does not matter.
+    Counts energies into bins of an eighth of an octave and drops the lowest bins that fit. The counts
+    are integers, so the order of their sum does not matter.
 
     Args:
         energy: [V] >= 0.
@@ -659,11 +667,11 @@ def _log_prob_fwd(
         space = _Workspace(head, len(rows.row), workspace_bytes, hidden)
         transforms = Transforms(logit_scale, softcap, temperature)
         out = _TokenResults(labels, head.arithmetic)
-        flat = hidden.detach().reshape(-1, head.dim)
+        hidden = hidden.detach()
         for a in range(0, len(rows.row), space.capacity):
             part = slice(a, a + space.capacity)
             row, label = rows.row[part], rows.label[part]
-            *_, stats = space.forward(kernels, head, flat, row, label, transforms, entropy, False)
+            *_, stats = space.forward(kernels, head, hidden, row, label, transforms, entropy, False)
             out.put(rows.position[part], stats)
         return out.log_prob, out.lse, out.finished_entropy(entropy)
 
@@ -715,16 +723,15 @@ def _log_prob_bwd(
             transforms,
             grad_tolerance,
             (grad_hidden, grad_weight, grad_bias),
-            c.abs().amax() if len(c) else c.sum(),
             scaled=True,
         )
         # Rows without an upstream gradient are not multiplied again.
         live = (c != 0).nonzero().squeeze(-1)
         space = _Workspace(head, len(live), workspace_bytes, hidden)
-        flat = hidden.detach().reshape(-1, head.dim)
+        hidden = hidden.detach()
         for index in torch.split(live, space.capacity) if len(live) else ():
             row, label = rows.row[index], rows.label[index]
-            h, z, stats = space.forward(kernels, head, flat, row, label, transforms, False, True)
+            h, z, stats = space.forward(kernels, head, hidden, row, label, transforms, False, True)
             gradient.add(z, label, stats, row, h, c[index])
         gradient.finish()
         d_weight = gradient.d_weight.to(head_weight.dtype)
@@ -778,7 +785,10 @@ class _Batch(NamedTuple):
             offsets,
             rows.sound,
             None,
-            *self[3:],
+            self.log_limits,
+            self.ratio,
+            self.baseline,
+            self.reduction,
             length=rows.length[sequence],
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)
@@ -787,13 +797,6 @@ class _Batch(NamedTuple):
         """Whether a row's coefficient needs nothing of its sequence but the length."""
         low, high = self.log_limits[2:] if branch < 0 else self.log_limits[:2]
         return self.ratio == "token" or low == high
-
-    def largest_share(self, rows: _Rows) -> Tensor:
-        """Largest |coefficient| at weight 1."""
-        share = (self.reward - torch.full_like(self.reward, self.baseline)).abs()
-        if self.reduction == "sequence_mean":
-            share = share / rows.length.clamp(min=1).to(share.dtype)
-        return (share.amax() if len(share) else share.sum()) / self.denominator
 
 
 def _topr_fwd(
@@ -832,17 +835,16 @@ def _topr_fwd(
         head = _Head(head_weight, bias, compute_dtype)
         space = _Workspace(head, len(rows.row), workspace_bytes, hidden)
         transforms = Transforms(logit_scale, softcap, temperature)
-        flat = hidden.detach().reshape(-1, head.dim)
+        hidden = hidden.detach()
         out = _TokenResults(labels, head.arithmetic)
         wanted = (grad_hidden, grad_weight, grad_bias)
-        largest = batch.largest_share(rows)
         gradient = _Gradient(
-            kernels, head, hidden, transforms, grad_tolerance, wanted, largest, scaled=False
+            kernels, head, hidden, transforms, grad_tolerance, wanted, scaled=False
         )
 
         def forward(index: Tensor, graded: bool) -> tuple[Tensor, Tensor, RowStats]:
             row, label = rows.row[index], rows.label[index]
-            found = space.forward(kernels, head, flat, row, label, transforms, entropy, graded)
+            found = space.forward(kernels, head, hidden, row, label, transforms, entropy, graded)
             out.put(rows.position[index], found[2])
             return found
 
@@ -874,7 +876,7 @@ def _topr_fwd(
             c = torch.where(scored_first[index], given[index], c)
             live = (c != 0).nonzero().squeeze(-1)
             if len(live):
-                live = _compact_(z, live)
+                live = _compact_(z, live) if len(live) < tile.graded else live
                 gradient.add(
                     z[: len(live)],
                     rows.label[index][live],
@@ -901,7 +903,10 @@ def _topr_fwd(
         coefficient = coefficient * gradient.row_scale.view(coefficient.shape)
         return (
             stage.loss,
-            torch.where(rows.sound, torch.ones_like(stage.loss), torch.nan),
+            # A NaN of a sequence that left the backward, by its reward, is in no row of d_weight.
+            torch.where(rows.sound & ~stage.d_log_prob.isnan().any(), 1.0, torch.nan).to(
+                stage.loss.dtype
+            ),
             out.log_prob,
             out.lse,
             out.finished_entropy(entropy),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from topr_kernels import kernels, validation
+from topr_kernels.layout import sequence_offsets
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 
@@ -68,8 +70,8 @@ def log_prob(
         validation.check_values(y, x.shape[-1], offsets)
     name = kernels.resolve(impl, x)
     out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
-    log_prob, lse, _, ent = (t.view(labels.shape) for t in out)
-    return LogProbOutput(log_prob, lse, ent)
+    log_prob, lse, _, ent = out
+    return _aligned((log_prob, lse, ent), labels, y, offsets)
 
 
 def linear_log_prob(
@@ -93,7 +95,8 @@ def linear_log_prob(
 
     Differentiable with any upstream gradient per token, at the cost of one more matmul in the backward;
     under ``no_grad`` one matmul over the scored rows in all. With equal ``workspace_bytes`` it gives
-    bitwise the log-probs of :func:`topr_kernels.linear_topr_loss`: score log mu with it.
+    bitwise the log-probs of :func:`topr_kernels.linear_topr_loss`: score log mu with it. It copies to
+    the host as that does.
 
     Args:
         hidden: [B, T, D], or packed [N, D] / [1, N, D] with ``cu_seqlens``: the input of the head.
@@ -122,7 +125,7 @@ def linear_log_prob(
     head, bias, compute_dtype = validation.check_head(x, weight, bias)
     logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
     temperature, softcap = validation.check_transforms(temperature, softcap)
-    tolerance = validation.check_tolerance(grad_tolerance, x, False, 0.0)
+    tolerance = validation.check_tolerance(grad_tolerance, compute_dtype, False, 0.0)
     workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
     if validation.values_readable(x, debug):
         validation.check_values(y, head.shape[0], offsets)
@@ -143,4 +146,15 @@ def linear_log_prob(
         workspace,
         name,
     )
-    return LogProbOutput(*(t.view(labels.shape) for t in out))
+    return _aligned(out, labels, y, offsets)
+
+
+def _aligned(
+    out: tuple[Tensor, Tensor, Tensor], labels: Tensor, y: Tensor, offsets: Tensor | None
+) -> LogProbOutput:
+    """Results in the shape of the labels; NaN for offsets that are not sound."""
+    if offsets is not None:
+        _, sound = sequence_offsets(y, offsets)
+        log_prob, lse, entropy = (torch.where(sound, x, torch.nan) for x in out)
+        out = log_prob, lse, entropy
+    return LogProbOutput(*(x.view(labels.shape) for x in out))

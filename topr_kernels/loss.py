@@ -32,7 +32,7 @@ class TOPROutput(NamedTuple):
         reward: [B], baseline subtracted.
         length: [B] int64, number of scored tokens.
         active_share: 0-dim, share of the vocabulary the backward touched; NaN where not measured.
-        left_out: 0-dim, relative gradient energy left out; NaN where not measured.
+        left_out: 0-dim, relative norm of the logits' gradient left out; NaN where not measured.
     """
 
     loss: Tensor
@@ -188,12 +188,13 @@ def linear_topr_loss(
 
     Equivalent to ``topr_loss(logits, ...)`` with ``logits = logit_scale * F.linear(hidden, weight,
     bias)`` in fp32. Only scored rows are multiplied, a tile at a time; the gradients are computed with
-    the loss, so nothing is recomputed, and sequences of weight or reward 0 cost no gradient work. One
-    copy to the host per call (the scored rows of every sequence) and one per tile: not for CUDA graphs.
+    the loss, so nothing is recomputed, and sequences of weight or reward 0 cost no gradient work. It
+    copies to the host, one small tensor per call and a few per tile of a backward: not for CUDA graphs.
 
     Args:
         hidden: [B, T, D], or packed [N, D] / [1, N, D] with ``cu_seqlens``: the input of the head;
-            fp32, bf16, fp16 or fp64. Logits, sums and d_weight are fp32 (fp64 for fp64).
+            fp32, bf16, fp16 or fp64. Logits, sums and d_weight are fp32 (fp64 for fp64); fp32 inputs
+            follow torch's own setting of TF32.
         weight: [V, D], ``lm_head.weight``, in the dtype of ``hidden``; under autocast both are rounded
             to its dtype inside. A head that does not require grad costs no matmul for it.
         labels: as in :func:`topr_loss`.
@@ -214,11 +215,12 @@ def linear_topr_loss(
         shift: as in :func:`topr_loss`.
         grad_tolerance: 0 is exact. With tau > 0 the gradient of every tile leaves out columns of the
             vocabulary that hold at most tau^2 of the energy of the logits' gradient, and adds their mean
-            back; ``left_out`` of the result is what was left out, ``active_share`` what was kept. None
-            is 0, and 2 ** -10 for a frozen head in half precision.
-        workspace_bytes: budget for a tile of logits; None is 192 MiB on CPU and 2 GiB on GPU. With a
-            small batch a smaller one pads less: a tile has 256 rows on CPU where they fit, a GPU's
-            2048 in steps of 1024, smaller powers of two where they do not.
+            back; ``left_out`` <= tau of the result is what was left out, ``active_share`` the columns
+            kept. None is 0, and 2 ** -10 for a frozen head in half precision.
+        workspace_bytes: budget for a tile of logits; None is 192 MiB on CPU and 2 GiB on GPU. A tile
+            has up to 512 rows in steps of 256 on CPU, 2048 in steps of 1024 on GPU, smaller powers of
+            two where they do not fit; a small batch is padded to a step, so it wants a small budget.
+            A CPU thread keeps the largest it has used.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -244,7 +246,9 @@ def linear_topr_loss(
     wanted = [
         t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, head, bias)
     ]
-    tolerance = validation.check_tolerance(grad_tolerance, x, not wanted[1], FROZEN_HEAD_TOLERANCE)
+    tolerance = validation.check_tolerance(
+        grad_tolerance, compute_dtype, not wanted[1], FROZEN_HEAD_TOLERANCE
+    )
     workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
     if validation.values_readable(x, debug):
         validation.check_values(y, head.shape[0], offsets, signed_reward, normalizer)

@@ -35,7 +35,7 @@ def check_tensor(
         raise TypeError(f"{name}: expected dtype {expected}, got {got}{hint}")
     if x.device != device:
         raise ValueError(
-            f"{name}: on {x.device}, expected {device} like the logits; move it there first"
+            f"{name}: on {x.device}, expected {device} like the logits or hidden states; move it"
         )
     return x
 
@@ -156,7 +156,8 @@ def check_head(
             f"weight: expected a torch.Tensor [V, D], got {type(weight).__name__}; pass "
             "lm_head.weight, not the module"
         )
-    if hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"):
+    # A DTensor, or a placeholder of ZeRO-3 that has not been gathered.
+    if hasattr(weight, "full_tensor") or (hasattr(weight, "ds_id") and weight.numel() == 0):
         kind = type(weight).__name__
         raise TypeError(
             f"weight: a {kind} that is sharded over processes; pass the whole matrix "
@@ -187,17 +188,17 @@ def check_head(
 
 
 def check_tolerance(
-    grad_tolerance: object, hidden: Tensor, head_frozen: bool, default: float
+    grad_tolerance: object, compute: torch.dtype, head_frozen: bool, default: float
 ) -> float:
-    """Checks ``grad_tolerance``; None is exact, but ``default`` for half precision, frozen head."""
+    """Checks ``grad_tolerance``; None is 0, or ``default`` for a frozen head in half precision."""
     if grad_tolerance is None:
-        half = hidden.dtype in (torch.float16, torch.bfloat16)
+        half = compute in (torch.float16, torch.bfloat16)
         return default if head_frozen and half else 0.0
     tolerance = check_number("grad_tolerance", grad_tolerance)
     if not 0 <= tolerance < 1:
         raise ValueError(
-            "grad_tolerance: expected 0 (exact) or the relative gradient energy to leave out, below "
-            f"1, e.g. 2 ** -10, got {tolerance}"
+            "grad_tolerance: expected 0 (exact) or the relative norm of the logits' gradient to leave "
+            f"out, below 1, e.g. 2 ** -10, got {tolerance}"
         )
     return tolerance
 

@@ -85,7 +85,9 @@ class TOPRConfig(TrainingArguments):
     )
     grad_tolerance: float | None = field(
         default=None,
-        metadata={"help": "Relative gradient energy the fused head may leave out; 0 is exact."},
+        metadata={
+            "help": "Relative norm of the gradient the fused head may leave out; 0 is exact."
+        },
     )
     share_prefix: bool = field(
         default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
@@ -110,7 +112,7 @@ class TOPRConfig(TrainingArguments):
         check_transforms(self.temperature, None)
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
-        check_tolerance(self.grad_tolerance, torch.empty(0), False, 0.0)
+        check_tolerance(self.grad_tolerance, torch.float32, False, 0.0)
         self._check_fused_head()
         if self.remove_unused_columns:
             raise ValueError(
@@ -204,6 +206,12 @@ class TOPRTrainer(Trainer):
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
         self._head_checked = False
+        if args.fused_head and args.n_gpu > 1:
+            raise ValueError(
+                f"fused_head: one process drives {args.n_gpu} GPUs by nn.DataParallel, whose replicas "
+                "cannot share a head; launch one process per GPU (torchrun, accelerate launch), or use "
+                "fused_head=False"
+            )
         if args.fused_head:
             weight = find_head(self.model).weight
             check_workspace(args.workspace_bytes, weight, weight.shape[0])

@@ -41,6 +41,10 @@ def rows(
             if slope is not None:
                 block.mul_(slope)
                 total = block.sum(-1)
+            if z.is_cuda:
+                # Operands may be fp16 there, and a sum over the vocabulary is beyond it.
+                block.mul_(factor.unsqueeze(-1))
+                factor, total = torch.ones_like(factor), total * factor
         parts.append(
             RowStats(
                 r.log_prob,

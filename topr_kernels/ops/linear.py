@@ -127,10 +127,11 @@ def _log_prob_bwd_fake(
     hidden: Tensor, head_weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     *_, grad_hidden, grad_weight, grad_bias, _ = args
+    like = head_weight if bias is None else bias
     return (
         hidden.new_empty(hidden.shape if grad_hidden else 0),
         head_weight.new_empty(head_weight.shape if grad_weight else 0),
-        head_weight.new_empty(head_weight.shape[0] if grad_bias else 0),
+        like.new_empty(head_weight.shape[0] if grad_bias else 0),
     )
 
 
@@ -184,11 +185,11 @@ def linear_topr_fwd(
 ]:
     """-> (two of the batch, four of tokens, five of sequences, two of the backward, four gradients).
 
-    loss, sound: 0-dim; sound is 1, or NaN for unsound offsets. log_prob, lse, entropy, token_log_ratio:
-    [O, T]. log_ratio, weight, objective, reward, length: [B], the last int64. active_share, left_out:
-    0-dim, NaN without gradient. row_coefficient: [O, T], one per row of hidden; times it d_hidden,
-    [O, T, D] in the dtype of hidden, is the gradient. d_weight: [V, D] fp32; d_bias: [V]. A gradient
-    that is not wanted has shape [0].
+    loss, sound: 0-dim; sound is 1, or NaN for unsound offsets or a NaN anywhere. log_prob, lse, entropy,
+    token_log_ratio: [O, T]. log_ratio, weight, objective, reward, length: [B], the last int64.
+    active_share, left_out: 0-dim, NaN without gradient. row_coefficient: [O, T], one per row of hidden;
+    times it d_hidden, [O, T, D] in the dtype of hidden, is the gradient. d_weight: [V, D] fp32; d_bias:
+    [V]. A gradient that is not wanted has shape [0].
     """
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -276,9 +277,11 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = inputs[:8]
     _, sound, *_, row_coefficient, _, _, _ = output
-    ctx.save_for_backward(sound, row_coefficient, *tensors)
+    ctx.save_for_backward(sound, row_coefficient, *inputs[:3])
+    # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
+    # inference mode cannot be saved.
+    ctx.constants = tuple(None if x is None else x.clone() for x in inputs[3:8])
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
     ctx.settings = inputs[8:]
@@ -301,19 +304,18 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = ctx.gradients
     if gradients is None:
         # A retained graph: what the first backward handed over must be computed again.
-        gradients = linear_topr_fwd(*inputs, *ctx.settings)[-3:]
+        gradients = linear_topr_fwd(*inputs, *ctx.constants, *ctx.settings)[-3:]
     elif not compiling:
         ctx.gradients = None
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
     scale = d_loss * sound
-    # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale; a NaN scale
-    # (unsound offsets) reaches every row.
-    rows = torch.where((coefficient == 0) & ~scale.isnan(), 0.0, coefficient * scale)
+    # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale, not a NaN one.
+    rows = torch.where((coefficient == 0) & ~d_loss.isnan(), 0.0, coefficient * d_loss)
     factors = (rows.unsqueeze(-1), scale, scale)
     # A plain loss.backward() on a CPU, where looking costs nothing: a pass over d_weight less.
     plain = not compiling and scale.device.type == "cpu" and scale.item() == 1
     result: list[Tensor | None] = []
-    for x, gradient, factor, want in zip(inputs[:3], gradients, factors, wanted, strict=True):
+    for x, gradient, factor, want in zip(inputs, gradients, factors, wanted, strict=True):
         if not want:
             result.append(None)
         elif plain and factor is scale and gradient.dtype == x.dtype:
