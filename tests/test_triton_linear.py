@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from topr_kernels import SFT, TOPR, linear_log_prob, linear_topr_loss
+from topr_kernels import SFT, TOPR, fused_linear, linear_log_prob, linear_topr_loss
 from topr_kernels.fused_linear import RowStats, Transforms
 from topr_kernels.kernels import portable_linear
 from topr_kernels.layout import IGNORE_INDEX
@@ -452,11 +452,14 @@ def step(case: Case, impl: str, dtype: torch.dtype, **kw: Any) -> tuple[Any, lis
     [{}, {"logit_scale": 0.7, "softcap": 20.0, "temperature": 0.8, "limits": SFT}],
     ids=["plain", "capped"],
 )
+@pytest.mark.parametrize("rows", [4, 256])
 def test_the_loss_is_within_the_budget_of_plain_torch(
-    tolerance: float, options: dict[str, Any]
+    tolerance: float, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(2311, sharpness=2.0)
-    # Small tiles: several of them, and a sequence that is longer than one would be scored first.
+    # Small tiles: several of them, and sequences that are longer than one and scored first.
+    for name in ("CPU_ROWS", "CPU_TILE_ROWS", "GPU_ROWS", "GPU_TILE_ROWS"):
+        monkeypatch.setattr(fused_linear, name, rows)
     kw = {"entropy": True, **options}
     exact, exact_grads = step(case, "torch", torch.float64, grad_tolerance=0.0, **kw)
     plain, grads = step(case, "torch", torch.float32, grad_tolerance=tolerance, **kw)

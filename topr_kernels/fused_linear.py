@@ -28,7 +28,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -121,7 +121,11 @@ class Tile(NamedTuple):
 
 
 def plan_tiles(
-    lengths: list[int], graded: list[bool], whole: list[bool], capacity: int
+    lengths: list[int],
+    graded: list[bool],
+    whole: list[bool],
+    capacity: int,
+    done: Collection[int] = (),
 ) -> tuple[Tensor, list[Tile]]:
     """Packs the scored rows of sequences into tiles of ``capacity`` rows.
 
@@ -130,6 +134,7 @@ def plan_tiles(
         graded: whether a sequence takes part in the backward.
         whole: whether it must lie in one tile; such a sequence has at most ``capacity`` rows.
         capacity: rows of a tile.
+        done: sequences that need no tile.
 
     Returns:
         (order [N] int64 on the host, tiles): order lists the rows, numbered through all sequences, as
@@ -146,7 +151,7 @@ def plan_tiles(
         bins[i_bin].append((sequence, start, count))
         room[i_bin] -= count
 
-    sequences = range(len(lengths))
+    sequences = [s for s in range(len(lengths)) if s not in done]
     for s in sorted((s for s in sequences if graded[s] and whole[s]), key=lambda s: -lengths[s]):
         if lengths[s]:
             fits = (i for i, free in enumerate(room) if free >= lengths[s])
@@ -853,6 +858,7 @@ def _topr_fwd(
         # Longer than a tile: scored first, so that its rows know their coefficient.
         given = torch.zeros_like(rows.label, dtype=head.arithmetic)
         scored_first = torch.zeros_like(rows.label, dtype=torch.bool)
+        dead: set[int] = set()
         first = [0, *itertools.accumulate(lengths)]
         for s, length in enumerate(lengths):
             if not (graded[s] and whole[s] and length > space.capacity):
@@ -863,8 +869,9 @@ def _topr_fwd(
             c = batch.coefficients(out.log_prob, rows, index, [(s, length)])
             given[index], scored_first[index] = c, True
             whole[s] = False
-            graded[s] = bool((c != 0).any())
-        order, tiles = plan_tiles(lengths, graded, whole, space.capacity)
+            if not bool((c != 0).any()):
+                dead.add(s)
+        order, tiles = plan_tiles(lengths, graded, whole, space.capacity, dead)
         order = order.to(hidden.device)
         for tile in tiles:
             index = order[tile.start : tile.start + tile.rows]
