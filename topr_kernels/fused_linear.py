@@ -52,9 +52,9 @@ GPU_ROWS, GPU_TILE_ROWS, GPU_SPARSE_ROWS = 1024, 2048, 2048
 # Columns of one forward matmul on a CPU: its result stays in cache while it is summed, a seventh faster.
 CPU_COLUMNS = 2048
 # Elements of a block of the head that is cast, or of active rows that are gathered.
-CPU_BLOCK, GPU_BLOCK = 1 << 22, 1 << 25
+CPU_BLOCK, GPU_BLOCK = 1 << 21, 1 << 25
 # Clusters of a tile's rows, and profiles of their tails that wait so that the head is read once for all.
-CLUSTERS, CLUSTER_STEPS, PENDING_PROFILES = 8, 3, 64
+CLUSTERS, CLUSTER_STEPS, PENDING_PROFILES = 8, 3, 32
 # Active columns come in multiples of this, as matmuls like them; more of them than half are too many.
 COLUMN_MULTIPLE, DENSE_SHARE = 128, 0.5
 
