@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes: the tests, then the benchmarks beside the peers that
-# are installed. Numbers go to the folder given. Needs torch with CUDA, triton, pytest and hypothesis; runs
-# from a checkout, without installing the package.
+# In under nine minutes the tests that need a GPU, then throughput beside the peers that are installed.
+# Numbers go to the folder given. Needs torch with CUDA, triton, pytest and hypothesis; runs from a
+# checkout, without installing the package.
 #
 #   benchmarks/gpu_suite.sh OUT
 #
@@ -37,6 +37,8 @@ fi
 for entropy in 1.2 0.5 2.6; do
     timeout 75 python benchmarks/linear_throughput.py --device cuda --entropies "$entropy" --repetitions 5 --out "$out" \
         2>&1 | tee -a "$out/linear_throughput.log"
-    [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+    # 124: out of time, as announced.
+    code=${PIPESTATUS[0]}
+    [ "$code" -eq 0 ] || [ "$code" -eq 124 ] || status=1
 done
 exit "$status"
