@@ -67,3 +67,12 @@ def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
     command = [sys.executable, str(script), "--table-only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in README
+
+
+def test_the_tables_of_the_fused_head_are_those_that_were_measured() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "linear_report.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    tables = done.stdout.strip().split("\n\n")
+    assert len(tables) == 4
+    for table in tables:
+        assert table in README

@@ -14,7 +14,7 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
-FROZEN_HEAD_TOLERANCE = 2.0**-10
+FROZEN_HEAD_TOLERANCE = 2.0**-11
 
 
 class TOPROutput(NamedTuple):
@@ -216,7 +216,7 @@ def linear_topr_loss(
         grad_tolerance: 0 is exact. With tau > 0 the gradient of every tile leaves out columns of the
             vocabulary that hold at most tau^2 of the energy of the logits' gradient, and adds their mean
             back; ``left_out`` <= tau of the result is what was left out, ``active_share`` the columns
-            kept. None is 0, and 2 ** -10 for a frozen head in half precision.
+            kept. None is 0, and 2 ** -11 for a frozen head in half precision.
         workspace_bytes: budget for a tile of logits; None is 192 MiB on CPU and 2 GiB on GPU. A tile
             has up to 512 rows in steps of 256 on CPU, 2048 in steps of 1024 on GPU, smaller powers of
             two where they do not fit; a small batch is padded to a step, so it wants a small budget.
