@@ -125,7 +125,7 @@ def plan_tiles(
     graded: list[bool],
     whole: list[bool],
     capacity: int,
-    done: Collection[int] = (),
+    skip: Collection[int] = (),
 ) -> tuple[Tensor, list[Tile]]:
     """Packs the scored rows of sequences into tiles of ``capacity`` rows.
 
@@ -134,7 +134,7 @@ def plan_tiles(
         graded: whether a sequence takes part in the backward.
         whole: whether it must lie in one tile; such a sequence has at most ``capacity`` rows.
         capacity: rows of a tile.
-        done: sequences that need no tile.
+        skip: sequences that need no tile.
 
     Returns:
         (order [N] int64 on the host, tiles): order lists the rows, numbered through all sequences, as
@@ -151,7 +151,7 @@ def plan_tiles(
         bins[i_bin].append((sequence, start, count))
         room[i_bin] -= count
 
-    sequences = [s for s in range(len(lengths)) if s not in done]
+    sequences = [s for s in range(len(lengths)) if s not in skip]
     for s in sorted((s for s in sequences if graded[s] and whole[s]), key=lambda s: -lengths[s]):
         if lengths[s]:
             fits = (i for i, free in enumerate(room) if free >= lengths[s])
