@@ -9,7 +9,7 @@ last third of the steps objective, weight of the negatives and entropy; the drif
 apart for rows that were active in some step of the tau run and rows that never were. Seed noise is
 the spread of the exact runs; the gate asks whether tau stays inside it.
 
-Every finished run is a JSON file in FOLDER and is not run again.
+Every finished run is a file in FOLDER and is not run again; gate.json has the figures of all.
 """
 
 from __future__ import annotations

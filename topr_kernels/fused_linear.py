@@ -297,10 +297,20 @@ def _buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor
 
 
 class _Workspace:
-    """Buffers of one call: hidden states and logits of a tile."""
+    """The forward of the tiles of one call, and its buffers: hidden states and logits of a tile."""
 
-    def __init__(self, head: _Head, rows: int, workspace_bytes: int, like: Tensor) -> None:
-        unit, most = (GPU_ROWS, GPU_TILE_ROWS) if like.is_cuda else (CPU_ROWS, CPU_TILE_ROWS)
+    def __init__(
+        self,
+        kernels: TileKernels,
+        head: _Head,
+        hidden: Tensor,
+        transforms: Transforms,
+        rows: int,
+        workspace_bytes: int,
+    ) -> None:
+        self.kernels, self.head, self.transforms = kernels, head, transforms
+        self.source = hidden.detach()
+        unit, most = (GPU_ROWS, GPU_TILE_ROWS) if hidden.is_cuda else (CPU_ROWS, CPU_TILE_ROWS)
         fits = workspace_bytes // (head.vocab * torch.finfo(head.arithmetic).bits // 8)
         #: Rows of one forward matmul, from the budget alone: a batch must not choose its own shapes.
         self.unit = unit
@@ -309,19 +319,11 @@ class _Workspace:
         #: Rows of a tile.
         self.capacity = self.unit * max(1, min(fits, most) // self.unit)
         n = min(self.capacity, -(-rows // self.unit) * self.unit)
-        self.hidden = like.new_empty((n, head.dim), dtype=head.operand)
-        self.logits = _buffer(like, n, head.vocab, head.arithmetic)
+        self.hidden = hidden.new_empty((n, head.dim), dtype=head.operand)
+        self.logits = _buffer(hidden, n, head.vocab, head.arithmetic)
 
     def forward(
-        self,
-        kernels: TileKernels,
-        head: _Head,
-        hidden: Tensor,
-        row: Tensor,
-        label: Tensor,
-        transforms: Transforms,
-        entropy: bool,
-        gradient: bool,
+        self, row: Tensor, label: Tensor, entropy: bool, gradient: bool
     ) -> tuple[Tensor, Tensor, RowStats]:
         """-> (hidden states [n, D], logits [n, V], their statistics) of some rows.
 
@@ -331,14 +333,14 @@ class _Workspace:
         n = len(row)
         padded = -(-n // self.unit) * self.unit
         # By two indices: flattening a slice of the hidden states would copy all of them.
-        t = hidden.shape[1]
-        self.hidden[:n] = head.cast(hidden[row // t, row % t])
+        t = self.source.shape[1]
+        self.hidden[:n] = self.head.cast(self.source[row // t, row % t])
         # Rows of an earlier tile could hold NaN, which slows some CPUs down; they reach nothing.
         self.hidden[n:padded] = 0
         for a in range(0, padded, self.unit):
-            head.logits(self.hidden[a : a + self.unit], self.logits[a : a + self.unit])
+            self.head.logits(self.hidden[a : a + self.unit], self.logits[a : a + self.unit])
         label = torch.nn.functional.pad(label, (0, padded - n), value=IGNORE_INDEX)
-        stats = kernels.rows(self.logits[:padded], label, transforms, entropy, gradient)
+        stats = self.kernels.rows(self.logits[:padded], label, self.transforms, entropy, gradient)
         return self.hidden[:n], self.logits[:n], RowStats(*(x[:n] for x in stats))
 
 
@@ -392,7 +394,6 @@ class _Gradient:
         # far, so that c * H neither underflows nor overflows.
         self.unit = 0.0 if head.operand == torch.float16 else None
         self.tails: list[_Tail] = []
-        self.waiting = 0
         self.tiles, self.active = 0, 0.0
         self.left = wide.new_zeros((), dtype=torch.float64)
         self.energy = torch.zeros_like(self.left)
@@ -449,8 +450,7 @@ class _Gradient:
         profile = sums[: len(member)].index_fill(1, columns, 0.0)
         direction = (member * (c * mass)) @ hidden.to(c.dtype)
         self.tails.append(_Tail(row, c, product, mass, cluster, profile, direction))
-        self.waiting += len(profile)
-        if self.waiting >= PENDING_PROFILES:
+        if sum(len(t.profile) for t in self.tails) >= PENDING_PROFILES:
             self._flush()
 
     def _raise_unit(self, largest: float) -> None:
@@ -545,7 +545,6 @@ class _Gradient:
                 operand, direction.to(operand.dtype), self.d_weight, accumulate=True
             )
         self.tails.clear()
-        self.waiting = 0
 
     def _weighted(self, factor: Tensor, hidden: Tensor) -> Tensor:
         return (factor.unsqueeze(-1) * hidden).to(self.head.operand)
@@ -669,14 +668,12 @@ def _log_prob_fwd(
     with torch.autocast(hidden.device.type, enabled=False):
         rows, _ = _find_rows(labels, cu_seqlens, shift)
         head = _Head(head_weight, bias, compute_dtype)
-        space = _Workspace(head, len(rows.row), workspace_bytes, hidden)
         transforms = Transforms(logit_scale, softcap, temperature)
+        space = _Workspace(kernels, head, hidden, transforms, len(rows.row), workspace_bytes)
         out = _TokenResults(labels, head.arithmetic)
-        hidden = hidden.detach()
         for a in range(0, len(rows.row), space.capacity):
             part = slice(a, a + space.capacity)
-            row, label = rows.row[part], rows.label[part]
-            *_, stats = space.forward(kernels, head, hidden, row, label, transforms, entropy, False)
+            *_, stats = space.forward(rows.row[part], rows.label[part], entropy, False)
             out.put(rows.position[part], stats)
         return out.log_prob, out.lse, out.finished_entropy(entropy)
 
@@ -732,11 +729,10 @@ def _log_prob_bwd(
         )
         # Rows without an upstream gradient are not multiplied again.
         live = (c != 0).nonzero().squeeze(-1)
-        space = _Workspace(head, len(live), workspace_bytes, hidden)
-        hidden = hidden.detach()
+        space = _Workspace(kernels, head, hidden, transforms, len(live), workspace_bytes)
         for index in torch.split(live, space.capacity) if len(live) else ():
             row, label = rows.row[index], rows.label[index]
-            h, z, stats = space.forward(kernels, head, hidden, row, label, transforms, False, True)
+            h, z, stats = space.forward(row, label, False, True)
             gradient.add(z, label, stats, row, h, c[index])
         gradient.finish()
         d_weight = gradient.d_weight.to(head_weight.dtype)
@@ -838,9 +834,8 @@ def _topr_fwd(
             behavior_log_prob, reward, denominator, log_limits, ratio, baseline, reduction
         )
         head = _Head(head_weight, bias, compute_dtype)
-        space = _Workspace(head, len(rows.row), workspace_bytes, hidden)
         transforms = Transforms(logit_scale, softcap, temperature)
-        hidden = hidden.detach()
+        space = _Workspace(kernels, head, hidden, transforms, len(rows.row), workspace_bytes)
         out = _TokenResults(labels, head.arithmetic)
         wanted = (grad_hidden, grad_weight, grad_bias)
         gradient = _Gradient(
@@ -848,8 +843,7 @@ def _topr_fwd(
         )
 
         def forward(index: Tensor, graded: bool) -> tuple[Tensor, Tensor, RowStats]:
-            row, label = rows.row[index], rows.label[index]
-            found = space.forward(kernels, head, hidden, row, label, transforms, entropy, graded)
+            found = space.forward(rows.row[index], rows.label[index], entropy, graded)
             out.put(rows.position[index], found[2])
             return found
 
