@@ -32,7 +32,7 @@ from topr_kernels import (
     reference,
     topr_loss,
 )
-from topr_kernels.ops import logits as ops
+from topr_kernels.ops import accumulate_dtype
 from topr_kernels.testing import Batch, assert_within_budget, make_batch
 
 #: Number -> the part of the project that will hold it.
@@ -89,7 +89,7 @@ def one_row(
     """One sequence of one scored token, aligned; mu = None samples it from the policy itself."""
     z = row.detach().clone().view(1, 1, -1).requires_grad_()
     y = torch.tensor([[label]])
-    wide = ops.accumulate_dtype(row)
+    wide = accumulate_dtype(row.dtype)
     behavior = log_prob(z.detach(), y, shift=False).log_prob if mu is None else None
     if behavior is None:
         behavior = torch.full((1, 1), mu, dtype=wide)

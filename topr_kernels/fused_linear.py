@@ -41,6 +41,7 @@ from topr_kernels.layout import (
     sequence_offsets,
     to_rows,
 )
+from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import linear as ops
 from topr_kernels.sequence import loss_denominator, segment_sum, sequence_stage
 
@@ -221,7 +222,7 @@ class _Head:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
-        self.arithmetic = ops.accumulate_dtype(compute)
+        self.arithmetic = accumulate_dtype(compute)
         half = compute in (torch.float16, torch.bfloat16)
         self.compute = compute
         self.operand = compute if weight.is_cuda and half else self.arithmetic

@@ -20,6 +20,7 @@ from topr_kernels.layout import (
     to_labels,
     to_rows,
 )
+from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import logits as ops
 from topr_kernels.rows import softmax_rows_, transform_
 from topr_kernels.sequence import sequence_stage
@@ -44,7 +45,7 @@ def _row_blocks(wanted: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _read(logits: Tensor, block: tuple[Tensor, Tensor]) -> Tensor:
     # Advanced indexing copies one block out of any strides, so the transform may work in place.
-    return logits.detach()[block].to(ops.accumulate_dtype(logits))
+    return logits.detach()[block].to(accumulate_dtype(logits.dtype))
 
 
 def log_prob_fwd(
@@ -61,7 +62,7 @@ def log_prob_fwd(
     labels = labels.contiguous()
     target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
     scored = target != IGNORE_INDEX
-    dtype = ops.accumulate_dtype(logits)
+    dtype = accumulate_dtype(logits.dtype)
     row_log_prob = logits.new_zeros(labels.shape, dtype=dtype)
     row_lse, row_low, row_entropy = (torch.zeros_like(row_log_prob) for _ in range(3))
     for block in _row_blocks(scored, vocab):

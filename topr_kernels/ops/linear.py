@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topr_kernels.ops import accumulate_dtype
+
 
 class Kernels(NamedTuple):
     """One implementation of the fused-linear path; signatures are the operators' less ``impl``."""
@@ -32,11 +34,6 @@ _KERNELS: dict[str, Kernels] = {}
 def register(impl: str, kernels: Kernels) -> None:
     """Makes an implementation callable as ``impl`` from the operators of this module."""
     _KERNELS[impl] = kernels
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of logits, sums and results: fp64 for fp64, fp32 for the rest."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("topr_kernels::linear_log_prob_fwd", mutates_args=())

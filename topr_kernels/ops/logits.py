@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topr_kernels.ops import accumulate_dtype
+
 
 class Kernels(NamedTuple):
     """One implementation of the logits path."""
@@ -33,11 +35,6 @@ _KERNELS: dict[str, Kernels] = {}
 def register(impl: str, kernels: Kernels) -> None:
     """Makes an implementation callable as ``impl`` from the operators of this module."""
     _KERNELS[impl] = kernels
-
-
-def accumulate_dtype(logits: Tensor) -> torch.dtype:
-    """Dtype of everything but the logits and their gradient: fp64 for fp64, fp32 for the rest."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("topr_kernels::log_prob_fwd", mutates_args=())
@@ -64,7 +61,7 @@ def log_prob_fwd(
 @log_prob_fwd.register_fake
 def _log_prob_fwd_fake(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
     def token() -> Tensor:
-        return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits))
+        return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
 
     return token(), token(), token(), token()
 
@@ -138,7 +135,7 @@ def _topr_fwd_fake(
     reward: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(logits)
+    dtype = accumulate_dtype(logits.dtype)
 
     def token() -> Tensor:
         return logits.new_empty(labels.shape, dtype=dtype)
