@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from topr_kernels import kernels
+from topr_kernels.kernels import native_library
+
 # Two workers share two cores; more threads than cores would only slow both.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -27,6 +30,35 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NEEDS_GPU = "needs a GPU"
+
+#: Tests of what impl="auto" computes on a CPU run once with each implementation it may stand for.
+ONCE_PER_CPU_IMPL = {
+    "test_autograd",
+    "test_linear",
+    "test_linear_tolerance",
+    "test_loss",
+    "test_metrics",
+    "test_pitfalls",
+    "test_taper",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__ in ONCE_PER_CPU_IMPL:
+        metafunc.parametrize("cpu_impl", ["torch", "native"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What "auto" is on a CPU; as installed where a test is not run once per implementation."""
+    name: str | None = getattr(request, "param", None)
+    if name is not None:
+        if name == "native" and not native_library.PATH.exists():
+            pytest.skip("needs the native library: a C++17 compiler")
+        monkeypatch.setattr(kernels, "native_serves", lambda module: name == "native")
+        kernels.load(kernels.LOGITS[name])
+        kernels.load(kernels.LINEAR[name])
+    return name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from topr_kernels import IS, TIS, TOPR, Limits, log_prob, topr_loss
+from topr_kernels import IS, TIS, TOPR, Limits, kernels, log_prob, topr_loss
 from topr_kernels.ops import logits as ops
 from topr_kernels.testing import Batch, make_batch, pack
 
 LENGTHS = [(2, 3), (1, 2), (3, 1), (2, 0)]
 # Kinks at these ratios: no drawn ratio is near one, and both sides of each are reached.
 WIDE = Limits(0.71, 1.31, 0.62, 1.13)
-portable = importlib.import_module("topr_kernels.kernels.portable")
 
 
 def arguments(layout: str, dtype: torch.dtype = torch.float64, vocab: int = 5) -> dict[str, Any]:
@@ -106,27 +105,27 @@ def rows(
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_forward(layout: str, dtype: torch.dtype) -> None:
+def test_opcheck_forward(layout: str, dtype: torch.dtype, cpu_impl: str) -> None:
     x, y, offsets, mu, reward = rows(layout, dtype)
-    torch.library.opcheck(ops.log_prob_fwd, (x, y, offsets, 0.8, 5.0, True, True, "torch"))
+    torch.library.opcheck(ops.log_prob_fwd, (x, y, offsets, 0.8, 5.0, True, True, cpu_impl))
     denominator = torch.tensor(3.0)
     for normalizer, ratio, reduction in (
         (None, "token", "sequence_mean"),
         (denominator, "sequence", "token_mean"),
         (None, "geometric", "sum"),
     ):
-        choice = (ratio, 0.1, reduction, 1.0, None, True, True, False, "torch")
+        choice = (ratio, 0.1, reduction, 1.0, None, True, True, False, cpu_impl)
         args = (x, y, offsets, mu, reward, normalizer, *TOPR.log(), *choice)
         torch.library.opcheck(ops.topr_fwd, args)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_backward(layout: str, dtype: torch.dtype) -> None:
+def test_opcheck_backward(layout: str, dtype: torch.dtype, cpu_impl: str) -> None:
     x, y, offsets, *_ = rows(layout, dtype, grad=False)
-    scores, lse, low, _ = ops.log_prob_fwd(x, y, offsets, 1.0, None, False, True, "torch")
+    scores, lse, low, _ = ops.log_prob_fwd(x, y, offsets, 1.0, None, False, True, cpu_impl)
     d, d_loss, denominator = torch.randn_like(scores), torch.tensor(2.5), torch.tensor(3.0)
-    args = (y, offsets, lse, low, scores, d, d_loss, denominator, 1.0, None, True, "torch")
+    args = (y, offsets, lse, low, scores, d, d_loss, denominator, 1.0, None, True, cpu_impl)
     torch.library.opcheck(ops.logits_bwd, (x, *args))
     torch.library.opcheck(ops.logits_bwd_, (x.clone(), *args))
 
@@ -299,15 +298,13 @@ def test_inplace_is_bitwise_the_same_in_the_same_storage(layout: str, dtype: tor
         leaf.grad = None
 
 
-def test_inplace_allocates_nothing_of_the_size_of_the_logits() -> None:
-    with mock.patch.object(portable, "logits_bwd", side_effect=AssertionError("allocates")):
-        rest = arguments("padded", torch.float32)
-        logits = rest.pop("logits").requires_grad_() * 1
-        with mock.patch.dict(
-            ops._KERNELS,
-            {"torch": ops._KERNELS["torch"]._replace(logits_bwd=portable.logits_bwd)},
-        ):
-            topr_loss(logits, **rest, inplace=True).loss.backward()
+def test_inplace_allocates_nothing_of_the_size_of_the_logits(cpu_impl: str) -> None:
+    rest = arguments("padded", torch.float32)
+    logits = rest.pop("logits").requires_grad_() * 1
+    allocates = mock.Mock(side_effect=AssertionError("allocates"))
+    forbidden = ops._KERNELS[cpu_impl]._replace(logits_bwd=allocates)
+    with mock.patch.dict(ops._KERNELS, {cpu_impl: forbidden}):
+        topr_loss(logits, **rest, inplace=True).loss.backward()
 
 
 def test_inplace_does_not_touch_the_logits_before_backward() -> None:
@@ -359,10 +356,11 @@ def test_double_backward_raises() -> None:
 # --- What is not done ------------------------------------------------------------------------------
 
 
-def test_no_grad_does_no_gradient_work() -> None:
+def test_no_grad_does_no_gradient_work(cpu_impl: str) -> None:
     rest = arguments("padded", torch.float32)
     z = rest.pop("logits").requires_grad_()
-    with mock.patch.object(portable, "_write_gradient") as write:
+    module = importlib.import_module(f"topr_kernels.kernels.{kernels.LOGITS[cpu_impl]}")
+    with mock.patch.object(module, "_write_gradient") as write:
         with torch.no_grad():
             out = topr_loss(z, **rest)
             scores = log_prob(z, rest["labels"])

@@ -699,7 +699,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_dw_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
-def test_operators_keep_their_contract(tolerance: float) -> None:
+def test_operators_keep_their_contract(tolerance: float, cpu_impl: str) -> None:
     from topr_kernels.ops import linear as ops
 
     batch = make_linear_batch([(2, 5), (1, 9)], 1024, DIM, dtype=torch.float32)
@@ -720,7 +720,7 @@ def test_operators_keep_their_contract(tolerance: float) -> None:
             True,
             tolerance,
             1 << 20,
-            "torch",
+            cpu_impl,
         ),
         test_utils=tests,
     )
@@ -729,7 +729,7 @@ def test_operators_keep_their_contract(tolerance: float) -> None:
         (
             *(hidden.detach(), weight.detach(), None, batch.labels, None),
             *(torch.rand(batch.labels.shape), *common, True, tolerance, 1 << 20),
-            *(True, True, False, "torch"),
+            *(True, True, False, cpu_impl),
         ),
         test_utils=tests,
     )
@@ -738,7 +738,7 @@ def test_operators_keep_their_contract(tolerance: float) -> None:
         (
             *(hidden, weight, None, batch.labels, None, *batch[3:], None),
             *(*TOPR.log(), "sequence", 0.0, "sequence_mean", *common, False, True),
-            *(tolerance, 1 << 20, True, True, False, "torch"),
+            *(tolerance, 1 << 20, True, True, False, cpu_impl),
         ),
         test_utils=tests,
     )

@@ -28,6 +28,7 @@ from topr_kernels import (
     TOPR,
     TOPROutput,
     fused_linear,
+    kernels,
     log_prob,
     reference,
     topr_loss,
@@ -374,11 +375,11 @@ def test_pitfall_23_checkpointing_runs_forward_twice(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_pitfall_24_no_gradient_work_without_a_backward(requires_grad: bool) -> None:
+def test_pitfall_24_no_gradient_work_without_a_backward(requires_grad: bool, cpu_impl: str) -> None:
     """Gradient work done under no_grad or in evaluation: the logits are only read."""
     batch = make_batch([(1, 4), (2, 2)], 64, dtype=torch.float32)
     batch.logits.requires_grad_(requires_grad)
-    module = importlib.import_module("topr_kernels.kernels.portable")
+    module = importlib.import_module(f"topr_kernels.kernels.{kernels.LOGITS[cpu_impl]}")
     with (
         torch.no_grad() if requires_grad else torch.enable_grad(),
         mock.patch.object(module, "_write_gradient", side_effect=AssertionError("gradient work")),

@@ -1,0 +1,302 @@
+"""The compiled CPU kernels: what only they promise; their results are in the tests of every module."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+from topr_kernels import PRESETS, kernels, linear_topr_loss, log_prob, topr_loss
+from topr_kernels.kernels import native_library
+from topr_kernels.testing import make_batch, make_linear_batch, pack
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not native_library.PATH.exists(), reason="needs the native library: a C++17 compiler"
+)
+
+BASELINE, AVX2, AVX512 = 1, 2, 3
+
+
+def sets() -> list[int]:
+    """Instruction sets of this machine."""
+    if not native_library.PATH.exists():
+        return []
+    return list(range(BASELINE, native_library.library().topr_isa_available() + 1))
+
+
+def exponential(x: Tensor, isa: int) -> Tensor:
+    y = torch.empty_like(x)
+    native_library.call("topr_exp", dtype=0, isa=isa, outer=1, time=x.numel(), logits=x, gradient=y)
+    return y
+
+
+def floats(first: int, last: int) -> Tensor:
+    """The fp32 numbers with bit patterns in [first, last)."""
+    return torch.arange(first, last, dtype=torch.int64).to(torch.uint32).view(torch.float32)
+
+
+def of_bits(x: float) -> int:
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32).item()) & 0xFFFFFFFF
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sign", [0, 1], ids=["positive", "negative"])
+def test_exp_is_within_two_ulp_of_every_float(sign: int) -> None:
+    # Small enough for memory to be used again instead of given back.
+    step, base = 1 << 20, sign << 31
+    worst = 0.0
+    for start in range(0, 1 << 31, step):
+        x = floats(base + start, base + min(start + step, 1 << 31))
+        magnitude = abs(float(x[0]))
+        results = [exponential(x, isa) for isa in sets()]
+        if start == (of_bits(math.inf) // step) * step or math.isnan(magnitude):
+            for y in results:
+                assert torch.equal(y.isnan(), x.isnan())
+                assert (y[x == math.inf] == math.inf).all() and (y[x == -math.inf] == 0).all()
+        if magnitude > 128:
+            for y in results:
+                known = y[~x.isnan()]
+                assert (known == (0 if sign else math.inf)).all()
+            continue
+        want = x.double()
+        # Below 2^-26 the rest of the series is less than half an ulp of fp64.
+        want = want.exp_() if float(x[-1].abs()) > 2.0**-26 else want.add_(1)
+        overflow = want >= 2.0**128 * (1 - 2.0**-25)
+        ulp = want.clamp(2.0**-126, 2.0**127).log2_().floor_().sub_(23).exp2_()
+        for y in results:
+            assert (y[overflow] == math.inf).all()
+            error = (y.double() - want).abs_().div_(ulp).masked_fill_(overflow, 0)
+            worst = max(worst, error.max().item())
+    assert worst <= 2, f"{worst} ulp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("preset", "reward", "log_ratio", "value", "weight"), golden.cases())
+def test_golden_table_of_the_cpp_taper(
+    preset: str, reward: float, log_ratio: float, value: float, weight: float, dtype: torch.dtype
+) -> None:
+    def number(x: float = 0.0) -> Tensor:
+        return torch.tensor([x], dtype=dtype)
+
+    pos_min, pos_max, neg_min, neg_max = PRESETS[preset].log()
+    got = {k: number() for k in ("weight", "objective", "loss", "denominator", "d_log_prob")}
+    native_library.call(
+        "topr_sequences",
+        dtype=native_library.DTYPES[dtype],
+        outer=1,
+        time=1,
+        labels=torch.tensor([0]),
+        offsets=torch.tensor([0, 1]),
+        sequences=1,
+        log_prob=number(log_ratio),
+        behavior_log_prob=number(),
+        behavior_dtype=native_library.DTYPES[dtype],
+        reward=number(reward),
+        log_pos_min=pos_min,
+        log_pos_max=pos_max,
+        log_neg_min=neg_min,
+        log_neg_max=neg_max,
+        token_log_ratio=number(),
+        log_ratio=number(),
+        length=torch.tensor([0]),
+        **got,
+    )
+    eps = 4 * torch.finfo(dtype).eps
+    close = dict(rel=eps, abs=0.0, nan_ok=True)
+    assert got["objective"].item() == pytest.approx(value, **close)  # type: ignore[arg-type]
+    assert got["weight"].item() == pytest.approx(weight, **close)  # type: ignore[arg-type]
+    assert got["d_log_prob"].item() == pytest.approx(-reward * weight, **close)  # type: ignore[arg-type]
+
+
+def test_params_mirror_the_header() -> None:
+    header = (ROOT / "csrc/topr_kernels.h").read_text()
+    body = re.search(r"typedef struct topr_params \{(.*?)\} topr_params;", header, re.DOTALL)
+    assert body is not None
+    text = re.sub(r"/\*.*?\*/", "", body[1], flags=re.DOTALL)
+    kinds = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "double": ctypes.c_double}
+    declared = []
+    for statement in filter(None, (part.strip() for part in text.split(";"))):
+        base, names = re.fullmatch(r"(?:const )?(\w+)\s+(.*)", statement, re.DOTALL).groups()  # type: ignore[union-attr]
+        for name in names.split(","):
+            pointer = "*" in name
+            declared.append((name.strip(" *\n"), ctypes.c_void_p if pointer else kinds[base]))
+    assert declared == [tuple(field) for field in native_library.Params._fields_]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    lengths = [(4, 33), (0, 9), (7, 50)]
+    batch = pack(make_batch(lengths, 5003, dtype=dtype), lengths)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits = batch.logits.clone().requires_grad_()
+            out = topr_loss(logits, *batch[1:4], cu_seqlens=batch.cu_seqlens, impl="native")
+            out.loss.backward()
+            assert logits.grad is not None
+            runs.append([*out[:2], *out[3:9], logits.grad])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_too_large_for_a_cache(dtype: torch.dtype, inplace: bool) -> None:
+    # Those are written past it, in whole vectors: the rows here are as long as a real vocabulary.
+    vocab, rows = 32064, 32 if dtype == torch.float32 else 64
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(17, rows, vocab)).to(dtype)
+    assert logits.nbytes >= 64 << 20
+    labels = torch.randint(0, vocab, (17, rows))
+    labels[0, :10] = -100
+    reward = torch.ones(17)
+    reward[3] = 0
+    grads = []
+    for impl in ("torch", "native"):
+        x = logits.clone().requires_grad_()
+        # The in-place gradient lies in the memory of the logits themselves.
+        loss = topr_loss(x * 1.0, labels, torch.zeros(17), reward, inplace=inplace, impl=impl).loss
+        loss.backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-9)
+
+
+def test_every_instruction_set_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch([(3, 20), (5, 40)], 4099, dtype=torch.bfloat16)
+    linear = make_linear_batch([(3, 20), (5, 40)], 513, 24, dtype=torch.float32)
+    found = []
+    for isa in sets():
+        call = functools.partial(native_library.call, isa=isa)
+        for module in ("native", "native_linear"):
+            monkeypatch.setattr(f"topr_kernels.kernels.{module}.call", call)
+        logits = batch.logits.clone().requires_grad_()
+        out = topr_loss(logits, *batch[1:4], softcap=9.0, entropy=True, impl="native")
+        out.loss.backward()
+        hidden, weight = (x.clone().requires_grad_() for x in linear[:2])
+        tail = linear_topr_loss(
+            hidden, weight, *linear[2:5], softcap=9.0, grad_tolerance=0.1, impl="native"
+        )
+        tail.loss.backward()
+        found.append([out.log_prob, out.entropy, logits.grad, hidden.grad, weight.grad])
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 2e-5, atol=2e-6
+            )
+
+
+def python(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loaded_when_needed_beside_one_openmp_runtime() -> None:
+    script = """
+import torch, topr_kernels
+maps = lambda: open("/proc/self/maps").read()
+print("_native.so" in maps())
+topr_kernels.log_prob(torch.randn(2, 9, 40000), torch.zeros(2, 9, dtype=torch.int64))
+print("_native.so" in maps())
+print(len({line.split()[-1] for line in maps().splitlines() if "omp" in line.split("/")[-1]}))
+"""
+    assert python(script).split() == ["False", "True", "1"]
+
+
+def test_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(
+        ImportError, match=r"impl='native': .*not built.*TOPR_BUILD=cpu.*impl='torch'"
+    ):
+        native_library.load(tmp_path / "_native.so")
+    monkeypatch.setattr(native_library, "PATH", tmp_path / "_native.so")
+    kernels._native_serves.cache_clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.resolve("auto", torch.zeros(1)) == "torch"
+    finally:
+        kernels._native_serves.cache_clear()
+
+
+BROKEN = """
+import warnings, torch
+from pathlib import Path
+from topr_kernels import log_prob
+from topr_kernels.kernels import native_library
+native_library.PATH = Path({path!r})
+x, y = torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.int64)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        print(float(log_prob(x, y).log_prob.sum().exp()))
+print(len(caught), caught[0].filename == "<string>", caught[0].message)
+try:
+    log_prob(x, y, impl="native")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_broken_library_warns_once_and_an_explicit_name_raises(tmp_path: Path) -> None:
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"\x7fELF, but no more than that")
+    first, second, warned, raised = python(BROKEN.format(path=str(broken))).splitlines()
+    assert float(first) == float(second) == pytest.approx(1 / 16)
+    assert warned.startswith("1 ") and "cannot load" in warned and "impl='torch'" in warned
+    assert raised.startswith("impl='native': cannot load") and "TOPR_BUILD=cpu" in raised
+
+
+def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shorter(ctypes.Structure):
+        _fields_ = native_library.Params._fields_[:-1]
+
+    monkeypatch.setattr(native_library, "Params", Shorter)
+    with pytest.raises(ImportError, match=r"another version .* expected \d+"):
+        native_library.load(native_library.PATH)
+
+
+def test_refused_params_say_why() -> None:
+    with pytest.raises(RuntimeError, match=r"topr_exp: dtype: "):
+        native_library.call("topr_exp", dtype=1)
+
+
+def test_native_wants_tensors_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match=r"impl: 'native' needs tensors on the CPU, got meta"):
+        kernels.resolve("native", torch.empty(1, device="meta"))
+
+
+def test_auto_is_native_on_a_cpu() -> None:
+    assert kernels.resolve("auto", torch.zeros(1)) == "native"
+    assert kernels.resolve("auto", torch.zeros(1), kernels.LINEAR) == "native"
+
+
+def test_log_prob_error_does_not_grow_with_the_vocabulary() -> None:
+    # Lanes sum 32 numbers at a time and chunks are summed in fp64; one running fp32 sum is a hundred
+    # times worse here.
+    torch.manual_seed(0)
+    logits = torch.randn(16, 1, 151936)
+    labels = torch.zeros(16, 1, dtype=torch.int64)
+    got = log_prob(logits, labels, shift=False, impl="native").log_prob
+    want = logits.double().log_softmax(-1)[..., 0]
+    assert (got - want).abs().max() <= 4 * torch.finfo(torch.float32).eps * want.abs().max()

@@ -1,0 +1,202 @@
+"""The logits path on the CPU, in the compiled kernels of csrc/.
+
+Per scored row and logit: one read from memory forward (chunks of a row are reduced around a running
+maximum), one read and one write backward; a gradient beyond the caches is written past them. Rows that
+are not scored are not read; rows with coefficient 0 are zero-filled unread. Nothing is allocated but
+results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topr_kernels.kernels.native_library import DTYPES, call, library
+from topr_kernels.layout import sequence_offsets
+from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops import logits as ops
+
+# enum topr_ratio and topr_reduction.
+RATIOS = {"sequence": 0, "geometric": 1, "token": 2}
+REDUCTIONS = {"sequence_mean": 0, "token_mean": 1, "sum": 2}
+
+
+def _shape(
+    logits: Tensor, temperature: float, softcap: float | None, shift: bool
+) -> dict[str, Any]:
+    outer, time, vocab = logits.shape
+    stride_outer, stride_time, stride_vocab = logits.stride()
+    return {
+        "dtype": DTYPES[logits.dtype],
+        "outer": outer,
+        "time": time,
+        "vocab": vocab,
+        "logits": logits,
+        "stride_outer": stride_outer,
+        "stride_time": stride_time,
+        "stride_vocab": stride_vocab,
+        "logit_scale": 1.0,
+        "softcap": softcap or 0.0,
+        "temperature": temperature,
+        "shift": shift,
+    }
+
+
+def log_prob_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels = labels.contiguous()
+    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    log_prob, lse, low, ent = (
+        logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype)) for _ in range(4)
+    )
+    call(
+        "topr_log_prob",
+        **_shape(logits, temperature, softcap, shift),
+        labels=labels,
+        offsets=offsets,
+        sequences=len(offsets) - 1,
+        entropy=entropy,
+        log_prob=log_prob,
+        lse=lse,
+        lse_low=low,
+        row_entropy=ent,
+    )
+    return log_prob, lse, low, ent
+
+
+def topr_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    normalizer: Tensor | None,
+    log_limits: tuple[float, float, float, float],
+    ratio: str,
+    baseline: float,
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, ...]:
+    rows = log_prob_fwd(logits, labels, cu_seqlens, temperature, softcap, entropy, shift)
+    log_prob = rows[0]
+    dtype = log_prob.dtype
+    labels = labels.contiguous()
+    offsets, sound = sequence_offsets(labels, cu_seqlens)
+    behavior = behavior_log_prob.contiguous()
+    # The baseline in the dtype of the rewards: 0.7 - 0.7 is 0, and not a negative of 1e-8.
+    reward = (reward - torch.full_like(reward, baseline)).to(dtype).contiguous()
+    loss, denominator = (log_prob.new_empty(()) for _ in range(2))
+    token_log_ratio, d_log_prob = (torch.empty_like(log_prob) for _ in range(2))
+    log_ratio, weight, objective = (torch.empty_like(reward) for _ in range(3))
+    length = torch.empty_like(reward, dtype=torch.int64)
+    pos_min, pos_max, neg_min, neg_max = log_limits
+    call(
+        "topr_sequences",
+        dtype=DTYPES[dtype],
+        outer=labels.shape[0],
+        time=labels.shape[1],
+        shift=shift,
+        labels=labels,
+        offsets=offsets,
+        sequences=len(offsets) - 1,
+        log_prob=log_prob,
+        behavior_log_prob=behavior,
+        behavior_dtype=DTYPES[behavior.dtype],
+        behavior_per_sequence=behavior.dim() == 1,
+        reward=reward,
+        normalizer=None if normalizer is None else normalizer.to(dtype),
+        log_pos_min=pos_min,
+        log_pos_max=pos_max,
+        log_neg_min=neg_min,
+        log_neg_max=neg_max,
+        ratio=RATIOS[ratio],
+        reduction=REDUCTIONS[reduction],
+        loss=loss,
+        denominator=denominator,
+        token_log_ratio=token_log_ratio,
+        log_ratio=log_ratio,
+        weight=weight,
+        objective=objective,
+        length=length,
+        d_log_prob=d_log_prob,
+    )
+    if not sound:
+        # Unsound offsets poison both the loss and every coefficient.
+        loss.fill_(torch.nan)
+        denominator.fill_(torch.nan)
+    return (
+        loss,
+        denominator,
+        *rows,
+        token_log_ratio,
+        log_ratio,
+        weight,
+        objective,
+        reward,
+        length,
+        d_log_prob,
+    )
+
+
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor,
+    log_prob: Tensor,
+    d_log_prob: Tensor,
+    d_loss: Tensor | None,
+    denominator: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    labels = labels.contiguous()
+    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    stride_outer, stride_time, stride_vocab = out.stride()
+    d_log_prob = d_log_prob.contiguous()
+    call(
+        "topr_gradient",
+        **_shape(logits, temperature, softcap, shift),
+        gradient=out,
+        gradient_stride_outer=stride_outer,
+        gradient_stride_time=stride_time,
+        gradient_stride_vocab=stride_vocab,
+        labels=labels,
+        offsets=offsets,
+        sequences=len(offsets) - 1,
+        log_prob=log_prob,
+        lse=lse,
+        lse_low=lse_low,
+        d_log_prob=d_log_prob,
+        d_loss=d_loss,
+        loss_denominator=denominator,
+    )
+
+
+def logits_bwd(logits: Tensor, *args: Any) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    _write_gradient(out, logits, *args)
+    return out
+
+
+def logits_bwd_(logits: Tensor, *args: Any) -> None:
+    _write_gradient(logits, logits, *args)
+
+
+library()
+ops.register("native", ops.Kernels(log_prob_fwd, topr_fwd, logits_bwd, logits_bwd_))

@@ -1,0 +1,110 @@
+"""The compiled CPU library: finds it, loads it with ctypes, calls its functions with a params struct.
+
+Loaded when an implementation asks for it, after torch: then the dynamic linker gives both the same
+OpenMP runtime, one pool of threads instead of two that spin against each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Where setup.py puts the library.
+PATH = Path(__file__).parent.parent / f"_native.{'dll' if sys.platform == 'win32' else 'so'}"
+
+_INT32, _INT64, _DOUBLE, _POINTER = (
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_double,
+    ctypes.c_void_p,
+)
+
+
+class Params(ctypes.Structure):
+    """``topr_params`` of csrc/topr_kernels.h, which says what the fields mean."""
+
+    _fields_ = [
+        ("size", _INT64),
+        *((name, _INT32) for name in ("threads", "isa", "dtype", "shift", "entropy", "grad")),
+        *((n, _INT32) for n in ("ratio", "reduction", "behavior_dtype", "behavior_per_sequence")),
+        *((name, _DOUBLE) for name in ("logit_scale", "softcap", "temperature")),
+        *((name, _INT64) for name in ("outer", "time", "vocab")),
+        *((name, _INT64) for name in ("stride_outer", "stride_time", "stride_vocab")),
+        ("logits", _POINTER),
+        ("gradient_stride_outer", _INT64),
+        ("gradient_stride_time", _INT64),
+        ("gradient_stride_vocab", _INT64),
+        ("gradient", _POINTER),
+        ("labels", _POINTER),
+        ("offsets", _POINTER),
+        ("sequences", _INT64),
+        *((name, _POINTER) for name in ("log_prob", "lse", "lse_low", "row_entropy")),
+        *((name, _POINTER) for name in ("d_log_prob", "d_loss", "loss_denominator")),
+        *((name, _POINTER) for name in ("behavior_log_prob", "reward", "normalizer")),
+        *((n, _DOUBLE) for n in ("log_pos_min", "log_pos_max", "log_neg_min", "log_neg_max")),
+        *((name, _POINTER) for name in ("loss", "denominator", "token_log_ratio")),
+        *((name, _POINTER) for name in ("log_ratio", "weight", "objective", "length")),
+        *((name, _POINTER) for name in ("factor", "total", "coefficient", "groups")),
+        ("group_count", _INT64),
+        *((name, _POINTER) for name in ("energy", "sums", "columns")),
+        ("column_count", _INT64),
+        *((name, _POINTER) for name in ("gathered", "gathered_sums")),
+    ]
+
+
+#: enum topr_dtype.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Loads the library and checks that it is of this version of the package.
+
+    Raises:
+        ImportError: if it is not there, does not load or is another version's; names the remedy.
+    """
+    remedy = (
+        "; reinstall with a C++17 compiler at hand (TOPR_BUILD=cpu pip install topr_kernels says what "
+        "is in the way), or use impl='torch'"
+    )
+    if not path.exists():
+        raise ImportError(
+            f"impl='native': the native library was not built ({path} is missing)" + remedy
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        library.topr_params_size.restype = ctypes.c_int64
+        library.topr_error_message.restype = ctypes.c_char_p
+        size = library.topr_params_size()
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"impl='native': cannot load {path}: {error}" + remedy) from error
+    if size != ctypes.sizeof(Params):
+        raise ImportError(
+            f"impl='native': {path} was built from another version of the package (its params have "
+            f"{size} bytes, expected {ctypes.sizeof(Params)})" + remedy
+        )
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, loaded once per process."""
+    return load(PATH)
+
+
+def call(function: str, **fields: Tensor | float | None) -> None:
+    """Calls a function of the library with the threads of torch; tensors are passed as pointers.
+
+    Raises:
+        RuntimeError: if the library refuses its params, with its reason.
+    """
+    p = Params(size=ctypes.sizeof(Params), threads=torch.get_num_threads())
+    for name, value in fields.items():
+        setattr(p, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    code = getattr(library(), function)(ctypes.byref(p))
+    if code:
+        raise RuntimeError(f"{function}: {library().topr_error_message(code).decode()}")
