@@ -1,7 +1,7 @@
 """Time, traffic and peak memory of the logits path, forward, backward and both, beside its peers.
 
     python benchmarks/logits_throughput.py --out results_folder            # a CUDA device, bf16
-    python benchmarks/logits_throughput.py --device cpu --quick --out /tmp/x   # does it run at all
+    python benchmarks/logits_throughput.py --device cpu --dtype float32 --out results_folder
 
 Every provider computes a loss of the same labels with one weight per sequence, or the nearest thing
 it can express, and a gradient of the logits. Before any timing each of ours is compared with the
@@ -33,7 +33,10 @@ from topr_kernels import log_prob, reference, topr_loss
 from topr_kernels.testing import make_batch
 
 SHAPES = [(8192, 128256), (16384, 151936), (4096, 151936), (2048, 50257)]
+CPU_SHAPES = [(1024, 49152), (1024, 151936)]
 QUICK = [(64, 4096)]
+#: Implementations of ours per kind of device.
+IMPLS = {"cuda": ["triton", "triton_staged"], "cpu": ["torch", "native"]}
 SEQUENCE = 512
 
 
@@ -73,9 +76,8 @@ def plain(c: Case, x: Tensor) -> Tensor:
 
 def providers(device: str) -> dict[str, Callable[[Case, Tensor], Tensor] | str]:
     """Name to loss, or to the reason why it is missing."""
-    kernels = ["triton", "triton_staged"] if device == "cuda" else ["torch"]
     found: dict[str, Callable[[Case, Tensor], Tensor] | str] = {}
-    for impl in kernels:
+    for impl in IMPLS[device]:
         found[f"topr {impl}"] = ours(impl, False)
         found[f"topr {impl} inplace"] = ours(impl, True)
     found["torch eager"] = plain
@@ -126,7 +128,7 @@ def check(device: str) -> None:
     want = reference.topr_loss(exact, batch.labels, batch.behavior_log_prob, batch.reward)
     want.loss.backward()
     assert exact.grad is not None
-    for impl in ["triton", "triton_staged"] if device == "cuda" else ["torch"]:
+    for impl in IMPLS[device]:
         x = batch.logits.to(device).requires_grad_()
         loss = topr_loss(x, *(t.to(device) for t in batch[1:]), impl=impl).loss
         loss.backward()
@@ -211,7 +213,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one tiny shape, three repetitions")
     args = parser.parse_args()
     check(args.device)
-    dtype, shapes = getattr(torch, args.dtype), QUICK if args.quick else SHAPES
+    dtype = getattr(torch, args.dtype)
+    shapes = QUICK if args.quick else SHAPES if args.device == "cuda" else CPU_SHAPES
     repetitions = 3 if args.quick else args.repetitions
     rows: list[dict[str, Any]] = []
     args.out.mkdir(parents=True, exist_ok=True)
