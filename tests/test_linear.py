@@ -393,12 +393,12 @@ class Matmuls:
         self.rows = {"forward": 0, "hidden": 0, "weight": 0}
 
     def __enter__(self) -> Matmuls:
-        self.real = fused_linear._mm
-        fused_linear._mm = self.record  # type: ignore[assignment]
+        self.real = fused_linear.mm
+        fused_linear.mm = self.record  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
-        fused_linear._mm = self.real
+        fused_linear.mm = self.real
 
     def record(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         (m, k), n = a.shape, b.shape[1]
@@ -568,7 +568,7 @@ def test_fp16_operands_neither_underflow_nor_overflow(
     wide = LinearBatch(*(x.double() if x.is_floating_point() else x for x in batch))
     _, expected = plain(wide, bias.double(), limits=limits)
     monkeypatch.setattr(fused_linear, "_Head", Head)
-    monkeypatch.setattr(fused_linear, "_mm", mm)
+    monkeypatch.setattr(fused_linear, "mm", mm)
     # The loss scale that fp16 training brings, and half-precision gradients need.
     scale = 2.0**-10 / reward
     hidden, weight, b = (x.clone().requires_grad_() for x in (*batch[:2], bias))

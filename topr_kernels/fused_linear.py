@@ -41,6 +41,7 @@ from topr_kernels.layout import (
     sequence_offsets,
     to_rows,
 )
+from topr_kernels.matmul import mm
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import linear as ops
 from topr_kernels.sequence import loss_denominator, segment_sum, sequence_stage
@@ -248,7 +249,7 @@ class _Head:
         """Writes hidden Wt + bias to out [n, V]."""
         step = self.vocab if self.weight.is_cuda else CPU_COLUMNS
         for v in range(0, self.vocab, step):
-            _mm(hidden, self.cast(self.weight[v : v + step]).t(), out[:, v : v + step])
+            mm(hidden, self.cast(self.weight[v : v + step]).t(), out[:, v : v + step])
         if self.bias is not None:
             out.add_(self.bias)
 
@@ -256,26 +257,13 @@ class _Head:
         """[n, V] -> j W [n, D] in the arithmetic dtype."""
         out = j.new_empty((j.shape[0], self.dim), dtype=self.arithmetic)
         for v in self.blocks:
-            _mm(j[:, v], self.cast(self.weight[v]), out, accumulate=v.start > 0)
+            mm(j[:, v], self.cast(self.weight[v]), out, accumulate=v.start > 0)
         return out
 
     def transposed(self, j: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """Writes jt hidden to out [V, D], or adds it."""
         for v in self.blocks:
-            _mm(j[:, v].t(), hidden, out[v], accumulate=accumulate)
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """Writes a b to out or adds it, accumulated and written in the dtype of out."""
-    if a.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+            mm(j[:, v].t(), hidden, out[v], accumulate=accumulate)
 
 
 _HELD = threading.local()
@@ -486,7 +474,7 @@ class _Gradient:
             self.head.transposed(j, weighted, self.d_weight, accumulate=not self.empty)
             self.empty = False
         if self.want_bias:
-            _mm(factor.to(j.dtype).unsqueeze(0), j, self.d_bias.unsqueeze(0), accumulate=True)
+            mm(factor.to(j.dtype).unsqueeze(0), j, self.d_bias.unsqueeze(0), accumulate=True)
 
     def _active(
         self,
@@ -509,7 +497,7 @@ class _Gradient:
             j, sums = self.kernels.gather(z, label, stats, self.transforms, part, self.head.operand)
             kept += sums
             if self.want_hidden:
-                _mm(
+                mm(
                     j,
                     self.head.cast(self.head.weight.index_select(0, part)),
                     product,
@@ -517,7 +505,7 @@ class _Gradient:
                 )
             if self.want_weight:
                 update = self.d_weight.new_empty((len(part), self.head.dim))
-                _mm(j.t(), weighted, update)
+                mm(j.t(), weighted, update)
                 self.d_weight.index_add_(0, part, update)
         return product.mul_(stats.factor.unsqueeze(-1)), kept
 
