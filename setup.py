@@ -7,7 +7,7 @@ TOPR_BUILD=auto  compile; if that fails, warn and install without the library (t
 TOPR_BUILD=cpu   compile; if that fails, fail
 TOPR_BUILD=none  compile nothing
 
-CXX, CXXFLAGS and LDFLAGS are honoured.
+CXX, CXXFLAGS and LDFLAGS are honoured, but by MSVC; CXXFLAGS=-march=... lifts the baseline too.
 """
 
 import os
@@ -23,6 +23,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, OptionError, SetupError
 
+# In the library's place where it could not be built: why, for whoever looks for it at run time.
+REASON = Path("topr_kernels", "_native_missing.txt")
 LIBRARY = Path("topr_kernels", "_native.dll" if sys.platform == "win32" else "_native.so")
 
 # errno of a math function keeps loops from becoming vectors. Never -ffast-math: NaN and inf are results.
@@ -62,9 +64,10 @@ class BuildLibrary(build_ext):
         wanted = os.environ.get("TOPR_BUILD", "auto")
         if wanted not in {"auto", "cpu", "none"}:
             raise OptionError(f"TOPR_BUILD is {wanted!r}, expected 'auto', 'cpu' or 'none'")
-        Path(self.build_lib, LIBRARY).unlink(missing_ok=True)
-        if self.inplace:
-            LIBRARY.unlink(missing_ok=True)
+        for earlier in (LIBRARY, REASON):
+            Path(self.build_lib, earlier).unlink(missing_ok=True)
+            if self.inplace:
+                earlier.unlink(missing_ok=True)
         if wanted == "none":
             print("topr_kernels: no native CPU kernels, as TOPR_BUILD=none asks")
             self.extensions = []
@@ -82,10 +85,13 @@ class BuildLibrary(build_ext):
             print(
                 f"warning: topr_kernels is built without its native CPU kernels: {cause}. The "
                 "portable torch kernels will serve in their place. For the native ones install "
-                f"{COMPILER} and reinstall with pip install --force-reinstall --no-cache-dir; "
+                f"{COMPILER} and reinstall with pip install --force-reinstall --no-deps --no-cache-dir; "
                 "TOPR_BUILD=cpu makes this an error.",
                 file=sys.stderr,
             )
+            reason = Path("" if self.inplace else self.build_lib, REASON)
+            self.mkpath(str(reason.parent))
+            reason.write_text("the compiler failed" if said else str(error))
             # Nothing to copy into the source tree or to record.
             self.extensions = []
 

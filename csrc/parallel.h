@@ -16,8 +16,8 @@ namespace {  // every instruction set has its own copy: none may be linked in pl
 
 template <class Body>
 void parallel(int threads, int64_t blocks, const Body &body) {
-  if (blocks < threads) threads = blocks > 1 ? static_cast<int>(blocks) : 1;
-  if (threads <= 1) {
+  // Never a smaller team: OpenMP would rebuild its pool, and again for the next caller that wants it whole.
+  if (threads <= 1 || blocks <= 1) {
     for (int64_t b = 0; b < blocks; ++b) body(b);
     return;
   }

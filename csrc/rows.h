@@ -1,6 +1,6 @@
 // Row and tile kernels, compiled once per instruction set. Everything here is in an unnamed namespace, and
-// nothing inline of the standard library is used: the linker keeps one copy of such a function, and it must
-// not be the one with instructions that another machine lacks.
+// nothing inline of the standard library is used, not even isnan: the linker keeps one copy of such a function,
+// and it must not be the one with instructions that another machine lacks.
 //
 // A row is read in chunks that stay in the first-level cache: transformed into a buffer, reduced there,
 // and, where something is written, written from there. fp32 and fp64 chunks that need no transform are used
@@ -30,6 +30,14 @@ constexpr int64_t kStreamBytes = 64 << 20;
 // A gradient in fresh memory of this size is worth asking for large pages.
 constexpr int64_t kLargePageBytes = 4 << 20;
 
+template <class R>
+bool is_nan(R x) {
+  return x != x;
+}
+template <class R>
+bool is_finite(R x) {
+  return x - x == 0;
+}
 inline int64_t at_least_one(int64_t x) { return x > 0 ? x : 1; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -171,10 +179,10 @@ RowResult<R> finish(R m, double total, double surprise, R z_label, bool inside, 
   // What rounding took; for fp64 by Knuth's two-sum, for fp32 the same line is exact.
   const double rest = sum - m, lost = (m - (sum - rest)) + (log_total - rest);
   const double low = (sum - static_cast<double>(r.lse)) + lost;
-  r.lse_low = isfinite(static_cast<double>(r.lse)) ? static_cast<R>(low) : R(0);
+  r.lse_low = is_finite(r.lse) ? static_cast<R>(low) : R(0);
   // (z_y - m) - log sum: no large common offset to lose digits to.
   r.log_prob = static_cast<R>((static_cast<double>(z_label) - m) - log_total);
-  if (z_label == -INFINITY && !isnan(sum)) r.log_prob = -INFINITY;
+  if (z_label == -INFINITY && !is_nan(sum)) r.log_prob = -INFINITY;
   if (!inside) r.log_prob = NAN;
   r.entropy = entropy ? static_cast<R>(log_total - surprise / total) : R(NAN);
   return r;
@@ -271,7 +279,7 @@ void write_gradient(const Row<T> &row, const Destination<T> &d, Chunks<V, T> &ch
                     typename V::real coefficient) {
   using real = typename V::real;
   // One NaN for all: its low half is empty, as Floats asks of what it rounds to bf16.
-  const auto plain = [](real x) { return isnan(x) ? real(NAN) : x; };
+  const auto plain = [](real x) { return is_nan(x) ? real(NAN) : x; };
   const V high = V::all(plain(lse)), rest = V::all(plain(low)), factor = V::all(plain(-coefficient));
   // One that is out of range has a log-prob of NaN, which must not get lost.
   label = label < 0 ? 0 : smaller(label, row.vocab - 1);
@@ -351,7 +359,7 @@ void gradient(const topr_params &p) {
     if ((!p.shift || t + 1 < p.time) && scored(p, i)) {
       c = d_log_prob[i];
       // Exactly 0 stays 0, also under an infinite loss scale; a NaN scale reaches every row.
-      if (c != 0 || isnan(scale)) c = c * scale / temperature;
+      if (c != 0 || is_nan(scale)) c = c * scale / temperature;
     }
     if (c == 0) {
       write_zeros<V>(d, p.vocab);

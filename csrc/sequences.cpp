@@ -35,7 +35,7 @@ void sequences(const topr_params &p) {
   for (int64_t s = 0; s < p.sequences; ++s) {
     const int64_t begin = p.offsets[s], end = p.offsets[s + 1];
     const auto scored = [&](int64_t i) {
-      return p.labels[i] != TOPR_IGNORE_INDEX && !(p.shift && i == begin);
+      return p.labels[i] != TOPR_IGNORE_INDEX && !(p.shift && (i == begin || i % p.time == 0));
     };
     // NaN takes the positive branch and poisons below.
     const Limits<R> limits = reward[s] < 0 ? negative : positive;

@@ -1,8 +1,8 @@
 /* The native CPU kernels of topr_kernels behind a plain C ABI.
  *
  * One params struct is the whole interface: set `size`, the fields that the function names, and leave
- * the others zero. Every function returns an error code and never throws, aborts or allocates; outputs
- * are written only when the code is 0. Nothing here knows torch: one binary serves all of its versions.
+ * the others zero. Every function returns an error code and never throws; outputs are written only when the
+ * code is 0. Nothing is allocated but what OpenMP's runtime needs for its threads. Nothing here knows torch: one binary serves all of its versions.
  *
  * Arithmetic: fp32 for fp32, bf16 and fp16 logits, fp64 for fp64. `real` below is that type, float or
  * double. Sizes and strides are in elements. Results do not depend on the number of threads.
@@ -37,7 +37,7 @@ enum topr_error {
   TOPR_OK = 0,
   TOPR_BAD_SIZE = 1,    /* params->size: the caller was built against another version */
   TOPR_BAD_DTYPE = 2,   /* dtype or behavior_dtype is none of topr_dtype that the function takes */
-  TOPR_BAD_SHAPE = 3,   /* a negative size, no vocabulary, more than TOPR_MAX_GROUPS groups */
+  TOPR_BAD_SHAPE = 3,   /* a negative size, no vocabulary, offsets or columns out of range, too many groups */
   TOPR_BAD_OPTION = 4,  /* threads, isa, ratio, reduction, temperature, softcap or logit_scale */
   TOPR_NULL_POINTER = 5 /* a pointer that the function needs is null */
 };
@@ -110,7 +110,8 @@ TOPR_API int topr_log_prob(const topr_params *p);
 /* d_log_prob (onehot - softmax), through softcap and temperature, for every row of the logits; rows whose
  * coefficient is 0 are zero-filled and their logits not read. The coefficient of a token is d_log_prob,
  * times d_loss / loss_denominator where those are given. Reads what topr_log_prob reads and its outputs
- * log_prob, lse, lse_low; writes gradient. */
+ * log_prob, lse, lse_low; writes gradient. Where that is large and not the logits, the system is asked for
+ * large pages (madvise). */
 TOPR_API int topr_gradient(const topr_params *p);
 
 /* Log-ratios, tapered weights (Eq. 3), objective and loss (Eq. 6) of arXiv 2503.14286 and the gradient of
@@ -123,7 +124,7 @@ TOPR_API int topr_sequences(const topr_params *p);
 /* Statistics of the rows of a tile, [time, vocab] with stride_time, given as `gradient`; and with `grad`, in
  * its place, E = exp(z - max z), whose entry at the label is total expm1(log_prob), times the slope of the
  * softcap: factor E is then the gradient of log_prob by what was there. Without `grad` the tile stays as it
- * is, and all statistics are the same to the bit. Reads labels [time], one per row (no shift): TOPR_IGNORE_INDEX
+ * is, and all statistics are the same to the bit. Reads the transforms, entropy and labels [time], one per row (no shift): TOPR_IGNORE_INDEX
  * gives log_prob 0, one outside the vocabulary NaN. Writes log_prob, lse, lse_low, row_entropy, factor and
  * total, each real [time]; total are the row sums of E, 0 but for a softcap. */
 TOPR_API int topr_rows(const topr_params *p);

@@ -55,7 +55,7 @@ def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if name is not None:
         if name == "native" and not native_library.PATH.exists():
             pytest.skip("needs the native library: a C++17 compiler")
-        monkeypatch.setattr(kernels, "native_serves", lambda module: name == "native")
+        monkeypatch.setattr(kernels, "native_serves", lambda: name == "native")
         kernels.load(kernels.LOGITS[name])
         kernels.load(kernels.LINEAR[name])
     return name

@@ -41,7 +41,7 @@ def resolve(impl: str, x: Tensor, path: dict[str, str] = LOGITS) -> str:
     if impl != "auto" and impl not in path:
         raise ValueError(f"impl: expected 'auto' or one of {sorted(path)}, got {impl!r}")
     if impl == "auto":
-        impl = _automatic(x, path)
+        impl = _automatic(x)
     device = x.device
     if impl.startswith("triton") and device.type != "cuda" and not _interpreted():
         raise ValueError(
@@ -60,29 +60,32 @@ def resolve(impl: str, x: Tensor, path: dict[str, str] = LOGITS) -> str:
     return impl
 
 
-def _automatic(x: Tensor, path: dict[str, str]) -> str:
+def _automatic(x: Tensor) -> str:
     if x.is_cuda and x.dtype != torch.float64 and find_spec("triton"):
         return "triton"
-    if x.device.type == "cpu" and native_serves(path["native"]):
+    if x.device.type == "cpu" and native_serves():
         return "native"
     return "torch"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def native_serves(module: str) -> bool:
-    """Whether the native library was built and loads; warns once where it was built and does not."""
-    return _native_serves(module)
+def native_serves() -> bool:
+    """Whether the native library is there and loads; warns once where it was wanted and is not."""
+    return _native_loads()
 
 
-@functools.cache
-def _native_serves(module: str) -> bool:
-    if not importlib.import_module(f"{__name__}.native_library").PATH.exists():
+@functools.cache  # apart from the above: torch.compile looks through this decorator
+def _native_loads() -> bool:
+    native = importlib.import_module(f"{__name__}.native_library")
+    # Neither the library nor a reason: the install was told to build none.
+    if not native.PATH.exists() and not native.REASON.exists():
         return False
     try:
-        importlib.import_module(f"{__name__}.{module}")
+        native.library()
         return True
     except ImportError as error:
-        warnings.warn(f"{error}; impl='auto' uses impl='torch', which is slower", stacklevel=5)
+        # The frames between: native_serves, _automatic, resolve, a public function.
+        warnings.warn(f"{error}. Until then impl='auto' is impl='torch'.", stacklevel=6)
         return False
 
 

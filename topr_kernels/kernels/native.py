@@ -55,6 +55,18 @@ def log_prob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = labels.contiguous()
     offsets, _ = sequence_offsets(labels, cu_seqlens)
+    return _rows(logits, labels, offsets, temperature, softcap, entropy, shift)
+
+
+def _rows(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_prob, lse, low, ent = (
         logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype)) for _ in range(4)
     )
@@ -89,11 +101,11 @@ def topr_fwd(
     entropy: bool,
     shift: bool,
 ) -> tuple[Tensor, ...]:
-    rows = log_prob_fwd(logits, labels, cu_seqlens, temperature, softcap, entropy, shift)
-    log_prob = rows[0]
-    dtype = log_prob.dtype
     labels = labels.contiguous()
     offsets, sound = sequence_offsets(labels, cu_seqlens)
+    rows = _rows(logits, labels, offsets, temperature, softcap, entropy, shift)
+    log_prob = rows[0]
+    dtype = log_prob.dtype
     behavior = behavior_log_prob.contiguous()
     # The baseline in the dtype of the rewards: 0.7 - 0.7 is 0, and not a negative of 1e-8.
     reward = (reward - torch.full_like(reward, baseline)).to(dtype).contiguous()
@@ -133,9 +145,9 @@ def topr_fwd(
         d_log_prob=d_log_prob,
     )
     if not sound:
-        # Unsound offsets poison both the loss and every coefficient.
-        loss.fill_(torch.nan)
-        denominator.fill_(torch.nan)
+        # Unsound offsets poison the loss, every coefficient, and what would look like a ratio of 1.
+        for poisoned in (loss, denominator, token_log_ratio):
+            poisoned.fill_(torch.nan)
     return (
         loss,
         denominator,
@@ -168,7 +180,16 @@ def _write_gradient(
     labels = labels.contiguous()
     offsets, _ = sequence_offsets(labels, cu_seqlens)
     stride_outer, stride_time, stride_vocab = out.stride()
-    d_log_prob = d_log_prob.contiguous()
+    # Saved tensors come back as a hook likes to return them.
+    dense = {
+        "lse": lse,
+        "lse_low": lse_low,
+        "log_prob": log_prob,
+        "d_log_prob": d_log_prob,
+        "d_loss": d_loss,
+        "loss_denominator": denominator,
+    }
+    dtype = accumulate_dtype(logits.dtype)
     call(
         "topr_gradient",
         **_shape(logits, temperature, softcap, shift),
@@ -179,12 +200,7 @@ def _write_gradient(
         labels=labels,
         offsets=offsets,
         sequences=len(offsets) - 1,
-        log_prob=log_prob,
-        lse=lse,
-        lse_low=lse_low,
-        d_log_prob=d_log_prob,
-        d_loss=d_loss,
-        loss_denominator=denominator,
+        **{k: None if x is None else x.to(dtype).contiguous() for k, x in dense.items()},
     )
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 #: Where setup.py puts the library.
 PATH = Path(__file__).parent.parent / f"_native.{'dll' if sys.platform == 'win32' else 'so'}"
 
+#: What setup.py leaves in its place where it tried and could not: the reason.
+REASON = PATH.with_name("_native_missing.txt")
+
 _INT32, _INT64, _DOUBLE, _POINTER = (
     ctypes.c_int32,
     ctypes.c_int64,
@@ -57,6 +60,13 @@ class Params(ctypes.Structure):
     ]
 
 
+#: How to get the library where it is missing.
+REMEDY = (
+    "; for the native kernels install a C++17 compiler, then TOPR_BUILD=cpu pip install "
+    "--force-reinstall --no-deps --no-cache-dir --no-binary topr_kernels topr_kernels; "
+    "impl='torch' does without"
+)
+
 #: enum topr_dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -67,13 +77,9 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
         ImportError: if it is not there, does not load or is another version's; names the remedy.
     """
-    remedy = (
-        "; reinstall with a C++17 compiler at hand (TOPR_BUILD=cpu pip install topr_kernels says what "
-        "is in the way), or use impl='torch'"
-    )
     if not path.exists():
         raise ImportError(
-            f"impl='native': the native library was not built ({path} is missing)" + remedy
+            f"impl='native': the native library was not built ({path} is missing)" + REMEDY
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -81,11 +87,11 @@ def load(path: Path) -> ctypes.CDLL:
         library.topr_error_message.restype = ctypes.c_char_p
         size = library.topr_params_size()
     except (OSError, AttributeError) as error:
-        raise ImportError(f"impl='native': cannot load {path}: {error}" + remedy) from error
+        raise ImportError(f"cannot load the native library {path}: {error}" + REMEDY) from error
     if size != ctypes.sizeof(Params):
         raise ImportError(
-            f"impl='native': {path} was built from another version of the package (its params have "
-            f"{size} bytes, expected {ctypes.sizeof(Params)})" + remedy
+            f"the native library {path} was built from other sources than this package (its params have "
+            f"{size} bytes, expected {ctypes.sizeof(Params)})" + REMEDY
         )
     return library
 
@@ -100,11 +106,18 @@ def call(function: str, **fields: Tensor | float | None) -> None:
     """Calls a function of the library with the threads of torch; tensors are passed as pointers.
 
     Raises:
-        RuntimeError: if the library refuses its params, with its reason.
+        AttributeError: for a field that is none of ``Params``.
+        RuntimeError: if the library refuses its params, with its reason, or a tensor that has no strides
+            among the fields is not contiguous.
     """
     p = Params(size=ctypes.sizeof(Params), threads=torch.get_num_threads())
     for name, value in fields.items():
-        setattr(p, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        getattr(Params, name)  # ctypes would make a new attribute of a misspelled one
+        if isinstance(value, Tensor):
+            if name not in ("logits", "gradient") and not value.is_contiguous():
+                raise RuntimeError(f"{function}: {name} must be contiguous")
+            value = value.data_ptr()
+        setattr(p, name, value)
     code = getattr(library(), function)(ctypes.byref(p))
     if code:
         raise RuntimeError(f"{function}: {library().topr_error_message(code).decode()}")

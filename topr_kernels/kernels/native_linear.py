@@ -21,7 +21,7 @@ def _tile(z: Tensor) -> dict[str, Tensor | float]:
         "time": z.shape[0],
         "vocab": z.shape[1],
         "stride_time": z.stride(0),
-        "stride_vocab": 1,
+        "stride_vocab": z.stride(1),
         "logits": z,
     }
 
