@@ -40,7 +40,7 @@ SANITIZE := build/sanitize
 SANITIZE_address := -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
 # ThreadSanitizer does not know OpenMP's runtime: its threads are std::thread.
 SANITIZE_thread := -O1 -g -DTOPR_STD_THREADS -fsanitize=thread
-SANITIZE_plain := -O3 -fopenmp
+SANITIZE_plain := -O3 -fopenmp -fno-math-errno -ffp-contract=off
 NATIVE := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp)) tests/test_kernels.o
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 ISA_rows_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized

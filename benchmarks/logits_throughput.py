@@ -6,7 +6,8 @@
 Every provider computes a loss of the same labels with one weight per sequence, or the nearest thing
 it can express, and a gradient of the logits. Before any timing each of ours is compared with the
 fp64 reference on a small batch: a red comparison stops the script. Timings are medians over
-interleaved repetitions with the L2 cache flushed in between; the share of bandwidth is against a
+interleaved repetitions, on CUDA with the
+L2 cache flushed in between (on a CPU the logits are larger than it); the share of bandwidth is against a
 copy measured in the same run. Rows go to <out>/logits_throughput.csv in long format.
 
 The logits are 4 * randn in sequences of 512, all scored but for the first position, half of them
@@ -199,8 +200,16 @@ def environment(device: str) -> dict[str, str]:
         "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))),
         "torch": torch.__version__,
         "triton": triton_version,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
     }
+
+
+def processor() -> str:
+    """The CPU and the threads torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"cpu: {names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -232,7 +241,7 @@ def measure_shape(
     """Rows of one shape, all providers interleaved."""
     clock, case = Clock(device), Case(*shape, dtype, device)
     bandwidth = copy_bandwidth(case, clock, repetitions)
-    print(f"\n{shape[0]} x {shape[1]} {dtype}: copy {bandwidth / 1e12:.2f} TB/s, ", end="")
+    print(f"\n{shape[0]} x {shape[1]} {dtype}: copy {bandwidth / 1e9:.0f} GB/s, ", end="")
     print(f"mean entropy {case.entropy:.2f} nats")
     samples: dict[str, list[dict[str, float]]] = {}
     calls = {}

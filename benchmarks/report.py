@@ -1,6 +1,6 @@
-"""Prints the README tables of the fused-linear path from the committed CSVs.
+"""Prints the README tables from the committed CSVs.
 
-    python benchmarks/linear_report.py [FOLDER]       # default: benchmarks/results
+    python benchmarks/report.py [FOLDER]       # default: benchmarks/results
 
 Where a setting was measured several times, the last one counts.
 """
@@ -63,6 +63,32 @@ def throughput(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def logits(folder: Path) -> str:
+    """Milliseconds of the logits path on a CPU, ratio to eager, and the share of a copy's bandwidth."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in read(folder / "logits_throughput.csv"):
+        if row["machine"].startswith("cpu") and row["metric"] == "total_ms":
+            size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
+            traffic = 3 * size * int(row["rows"]) * int(row["vocab"])  # two reads and a write
+            ms = float(row["median"])
+            found[row["provider"], row["dtype"], f"{row['rows']} x {row['vocab']}"] = {
+                "ms": ms,
+                "copy": traffic / float(row["copy_bytes_per_s"]) * 1e3 / ms,
+            }
+    cases = list(dict.fromkeys(k[1:] for k in found))
+    lines = [["ms (x eager; share of a copy's bandwidth)", *(f"{d}, {s}" for d, s in cases)]]
+    for name in dict.fromkeys(k[0] for k in found):
+        cells = []
+        for case in cases:
+            value, eager = found.get((name, *case)), found[("torch eager", *case)]
+            ratio = "" if value is None else f"{eager['ms'] / value['ms']:.1f}"
+            cells.append(
+                "" if value is None else f"{value['ms']:.0f} ({ratio}; {value['copy']:.0%})"
+            )
+        lines.append([name, *cells])
+    return table(lines)
+
+
 def memory(folder: Path) -> str:
     """MiB beyond inputs and gradients."""
     found: dict[tuple[str, str, str], float] = {}
@@ -99,8 +125,14 @@ def accuracy(folder: Path) -> str:
 def main() -> None:
     """Prints the tables whose CSV is there."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    for make in (throughput, memory, accuracy):
-        if (folder / f"linear_{make.__name__}.csv").exists():
+    tables = {
+        "linear_throughput.csv": throughput,
+        "linear_memory.csv": memory,
+        "linear_accuracy.csv": accuracy,
+        "logits_throughput.csv": logits,
+    }
+    for name, make in tables.items():
+        if (folder / name).exists():
             print(make(folder), end="\n\n")
 
 
