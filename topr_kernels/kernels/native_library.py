@@ -78,9 +78,8 @@ def load(path: Path) -> ctypes.CDLL:
         ImportError: if it is not there, does not load or is another version's; names the remedy.
     """
     if not path.exists():
-        raise ImportError(
-            f"impl='native': the native library was not built ({path} is missing)" + REMEDY
-        )
+        reason = f": {REASON.read_text(encoding='utf-8').strip()}" if REASON.exists() else ""
+        raise ImportError(f"the native library was not built ({path} is missing{reason})" + REMEDY)
     try:
         library = ctypes.CDLL(str(path))
         library.topr_params_size.restype = ctypes.c_int64
