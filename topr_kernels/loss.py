@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels import kernels, validation
+from topr_kernels.layout import sequence_offsets
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.metrics import metrics
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
+from topr_kernels.sequence import SequenceLoss, SequenceStage
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
@@ -291,6 +293,88 @@ def linear_topr_loss(
         length=length,
         active_share=active_share,
         left_out=left_out,
+    )
+
+
+def topr_loss_from_log_prob(
+    log_prob: Tensor,
+    mask: Tensor,
+    behavior_log_prob: Tensor,
+    reward: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    limits: Limits = TOPR,
+    ratio: str = "sequence",
+    baseline: float = 0.0,
+    reduction: str = "sequence_mean",
+    normalizer: float | Tensor | None = None,
+    debug: bool = False,
+) -> TOPROutput:
+    """Computes :func:`topr_loss` from log-probs per token, for loops that have made them already.
+
+    The sequence stage alone: what remains for the caller is exact only if the log-probs are, so let
+    :func:`log_prob` or :func:`linear_log_prob` make them where there is a choice.
+
+    Args:
+        log_prob: [B, T], or packed [N] / [1, N] with ``cu_seqlens``; log pi per token in nats, fp32 or
+            fp64, differentiable.
+        mask: bool, or 0 and 1, in the shape of ``log_prob``: which tokens are scored. Nothing under 0 is
+            read, NaN included.
+        behavior_log_prob: log mu, fp32 or fp64, per token in the shape of ``log_prob``, or summed, [B].
+        reward: as in :func:`topr_loss`.
+        cu_seqlens: as in :func:`topr_loss`.
+        limits: as in :func:`topr_loss`.
+        ratio: as in :func:`topr_loss`.
+        baseline: as in :func:`topr_loss`.
+        reduction: as in :func:`topr_loss`.
+        normalizer: as in :func:`topr_loss`.
+        debug: check values on the host even where that costs a device sync.
+
+    Returns:
+        TOPROutput; ``entropy``, ``active_share`` and ``left_out`` are NaN. A double backward raises.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument; half-precision log-probs among them.
+        ValueError: as :func:`topr_loss`.
+    """
+    x, scored, offsets = validation.check_token_log_prob(log_prob, mask, cu_seqlens)
+    behavior, signed_reward, denominator = validation.check_sequences(
+        scored, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
+    )
+    limits = validation.check_limits(limits)
+    baseline = validation.check_number("baseline", baseline)
+    if validation.values_readable(x, debug):
+        validation.check_sequence_values(scored, offsets, signed_reward, normalizer)
+    starts, sound = sequence_offsets(scored, offsets)
+    x = torch.where(scored, x, 0.0)
+    stage = SequenceStage(
+        *SequenceLoss.apply(  # type: ignore[no-untyped-call]
+            x,
+            scored,
+            behavior,
+            signed_reward,
+            starts,
+            sound,
+            denominator,
+            limits.log(),
+            ratio,
+            baseline,
+            reduction,
+        )
+    )
+    nan = torch.full_like(stage.loss, torch.nan, requires_grad=False)
+    return TOPROutput(
+        loss=stage.loss,
+        log_prob=x.detach().view(log_prob.shape),
+        entropy=nan.expand(log_prob.shape),
+        token_log_ratio=stage.token_log_ratio.view(log_prob.shape),
+        log_ratio=stage.log_ratio,
+        weight=stage.weight,
+        objective=stage.objective,
+        reward=stage.reward,
+        length=stage.length,
+        active_share=nan,
+        left_out=nan,
     )
 
 

@@ -7,7 +7,7 @@ own to the fp32 log-probs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,3 +156,32 @@ def sequence_stage(
         length=length,
         d_log_prob=d_log_prob.view_as(log_prob),
     )
+
+
+class SequenceLoss(torch.autograd.Function):
+    """The sequence stage as a differentiable function of the token log-probs; see ``sequence_stage``."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """-> the fields of SequenceStage; all but the loss are constants."""
+        stage = sequence_stage(log_prob.detach(), *args)
+        ctx.save_for_backward(stage.d_log_prob, stage.denominator)
+        ctx.mark_non_differentiable(*stage[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(stage)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """-> d_loss * d_log_prob / denominator, for the log-probs alone."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the TOPR loss has no double backward (create_graph=True); for second derivatives use "
+                "topr_kernels.reference"
+            )
+        d_log_prob, denominator = ctx.saved_tensors
+        nothing = [None] * 10
+        if d_loss is None:
+            return None, *nothing
+        # Selected, not multiplied: a coefficient of 0 stays 0 under an infinite loss scale.
+        gradient = d_log_prob * (d_loss / denominator)
+        return torch.where(d_log_prob == 0, 0.0, gradient), *nothing

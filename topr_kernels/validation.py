@@ -119,14 +119,7 @@ def check_rows(
                 f"[B + 1] offsets of the sequences, or [B, T, {size}] {name} for padded input"
             )
         return x, labels, None
-    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), x.device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.shape[0] == 1 and labels.numel() > 0:
-        raise ValueError(
-            f"cu_seqlens: a single entry holds no sequence, but there are {labels.numel()} tokens; "
-            "pass [B + 1] offsets from 0 to N"
-        )
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, labels)
     if x.dim() == 3 and x.shape[0] != 1:
         raise ValueError(
             f"{name}: with cu_seqlens expected [N, {size}] or [1, N, {size}], got {tuple(x.shape)}; "
@@ -135,6 +128,58 @@ def check_rows(
     if x.dim() == 2:
         x, labels = x.unsqueeze(0), labels.unsqueeze(0)
     return x, labels, cu_seqlens
+
+
+def check_token_log_prob(
+    log_prob: object, mask: object, cu_seqlens: object
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks log-probs per token and their mask and brings them to [O, T].
+
+    Returns:
+        (log_prob [O, T], mask [O, T] bool, cu_seqlens [B + 1] or None).
+    """
+    if not isinstance(log_prob, Tensor):
+        raise TypeError(f"log_prob: expected a torch.Tensor, got {type(log_prob).__name__}")
+    log_prob = check_tensor(
+        "log_prob",
+        log_prob,
+        (torch.float32, torch.float64),
+        log_prob.device,
+        "half precision loses whole nats on a sequence, and a cast would come too late; "
+        "topr_kernels.log_prob gives fp32 from half-precision logits",
+    )
+    integers = (torch.int64, torch.int32, torch.uint8)
+    mask = check_tensor("mask", mask, (torch.bool, *integers, *LOGITS_DTYPES), log_prob.device)
+    if mask.shape != log_prob.shape:
+        raise ValueError(
+            f"mask: expected shape {tuple(log_prob.shape)} like log_prob, got {tuple(mask.shape)}"
+        )
+    mask = mask != 0
+    if cu_seqlens is None:
+        if log_prob.dim() != 2:
+            raise ValueError(
+                "log_prob: expected [B, T], or [N] / [1, N] with cu_seqlens, got shape "
+                f"{tuple(log_prob.shape)}"
+            )
+        return log_prob, mask, None
+    if log_prob.dim() not in (1, 2) or (log_prob.dim() == 2 and log_prob.shape[0] != 1):
+        raise ValueError(
+            f"log_prob: with cu_seqlens expected [N] or [1, N], got {tuple(log_prob.shape)}; flatten "
+            "the batch, or drop cu_seqlens for padded input"
+        )
+    return log_prob.view(1, -1), mask.view(1, -1), _check_cu_seqlens(cu_seqlens, mask)
+
+
+def _check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> Tensor:
+    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), tokens.device)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and tokens.numel() > 0:
+        raise ValueError(
+            f"cu_seqlens: a single entry holds no sequence, but there are {tokens.numel()} tokens; "
+            "pass [B + 1] offsets from 0 to N"
+        )
+    return cu_seqlens
 
 
 def check_head(
@@ -340,12 +385,19 @@ def check_values(
 ) -> None:
     """Raises on values that are not sound; reads them on the host."""
     check_label_values(labels, vocab)
+    check_sequence_values(labels != IGNORE_INDEX, cu_seqlens, reward, normalizer)
+
+
+def check_sequence_values(
+    scored: Tensor, cu_seqlens: Tensor | None, reward: Tensor | None, normalizer: object
+) -> None:
+    """Raises on values of sequences that are not sound; reads them on the host."""
     if reward is not None:
         check_reward_values(reward)
     if isinstance(normalizer, Tensor):
-        check_normalizer_value(normalizer, bool((labels != IGNORE_INDEX).any()))
+        check_normalizer_value(normalizer, bool(scored.any()))
     if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, labels.shape[1])
+        check_cu_seqlens_values(cu_seqlens, scored.shape[1])
 
 
 def check_label_values(labels: Tensor, vocab: int) -> None:
