@@ -1,5 +1,6 @@
 """TOPR at home in Hugging Face: a Trainer, its settings and its collator. Needs transformers."""
 
+from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
 from topr_kernels.hf.heads import Head, find_head
 from topr_kernels.hf.trainer import TOPRConfig, TOPRTrainer
@@ -9,6 +10,8 @@ __all__ = [
     "Head",
     "TOPRConfig",
     "TOPRTrainer",
+    "causal_lm_log_prob",
+    "causal_lm_topr_loss",
     "completion_hidden",
     "completion_logits",
     "find_head",

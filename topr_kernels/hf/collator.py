@@ -13,19 +13,25 @@ a system message) come first and are run through the model once instead of once 
 
 Attention never sees the padding and the position ids do not count it, so both layouts give every
 token the log-probability it has alone.
+
+With ``packing=True`` there is no padding: the sequences lie in one row, one after another, and the
+attention keeps them apart (``topr_kernels.hf.packing``)::
+
+    [ prompt | completion | prompt | completion | ... ]
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
+from topr_kernels.hf.packing import VARLEN, accepts, is_packed, names, pack, packed_inputs
 from topr_kernels.layout import IGNORE_INDEX
 
 #: What a batch holds for the loss, or for the functions below; the rest is the model's.
@@ -37,20 +43,24 @@ _NOT_MODEL_INPUTS = frozenset(
         "labels",
         "behavior_log_prob",
         "reward",
+        "group",
         "logits_to_keep",
         "prefix_length",
+        *VARLEN,
     }
 )
 
 
 @dataclass
 class CompletionCollator:
-    """Pads prompt + completion records to a batch for ``TOPRTrainer``.
+    """Makes a batch of prompt + completion records for ``TOPRTrainer``.
 
     Each record is a mapping with ``prompt_token_ids`` (P int, P >= 1), ``completion_token_ids``
     (C int, may be empty: such a sequence is not counted), ``behavior_log_prob`` (C float, the
     log-probability of each completion token under the policy that sampled it) and ``reward``
     (float, signed). Token ids are used as they are: re-tokenising a completion drifts.
+    ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
+    the question, of which there are several samples) and ``finish_reason`` ("length": cut off).
 
     The batch holds, for B records and T columns:
 
@@ -60,45 +70,101 @@ class CompletionCollator:
       the completion's EOS stays scored;
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
+    - ``group``, if the records have it: [B] int64, or a list of B str;
     - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
+
+    With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels`` and
+    ``behavior_log_prob`` as [1, N], position ids restarting at 0; ``reward`` [B] and ``group``; and for
+    attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and ``max_length_q``,
+    ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would ignore the
+    packing.
 
     Args:
         pad_token_id: id that fills the padding; any id of the vocabulary will do.
         share_prefix: lay the common prefix of the prompts out in the first columns, to be computed
             once per batch. Exact for models whose attention reaches all earlier tokens.
+        packing: lay the sequences out in one row without padding, for models that keep them apart
+            (see ``check_packing``).
+        mask_truncated: do not score completions that were cut off: their ``finish_reason`` is
+            "length" or, where no record of the batch has one, they do not end with ``eos_token_id``.
+            Such a sequence is not counted, as if it were empty.
+        eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
 
     Raises:
-        ValueError: on a call, if a record lacks a field, has an empty prompt, or its
-            ``behavior_log_prob`` is not as long as its completion.
+        ValueError: if ``packing`` and ``share_prefix`` are both asked for; on a call, if a record
+            lacks a field, has an empty prompt, or its ``behavior_log_prob`` is not as long as its
+            completion, if only some have a ``group`` or ``finish_reason``, or if it is not known
+            which completions were cut off.
+        TypeError: on a call, if a ``group`` is neither int nor str, or both occur.
     """
 
     pad_token_id: int
     share_prefix: bool = False
+    packing: bool = False
+    mask_truncated: bool = False
+    eos_token_id: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.packing and self.share_prefix:
+            raise ValueError(
+                "packing=True and share_prefix=True: expected one of them; a packed batch has no "
+                "columns that its sequences share. Use share_prefix=False, or packing=False if the "
+                "prompts begin with a long common text"
+            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pads B records to one batch; see the class for its fields."""
+        """Lays B records out as one batch; see the class for its fields."""
         for i, record in enumerate(features):
             _check(record, i)
         prompts = [list(record["prompt_token_ids"]) for record in features]
         completions = [list(record["completion_token_ids"]) for record in features]
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-        prefix = common_prefix_length(prompts) if self.share_prefix else 0
-        batch: dict[str, Any] = dict(pad_left(rows, self.pad_token_id, prefix))
-        width = batch["input_ids"].shape[1]
-        labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
-        behavior = torch.zeros(len(rows), width, dtype=torch.float32)
-        for i, (record, completion) in enumerate(zip(features, completions, strict=True)):
-            if completion:
-                labels[i, -len(completion) :] = torch.tensor(completion)
-                behavior[i, -len(completion) :] = torch.tensor(
-                    record["behavior_log_prob"], dtype=torch.float32
-                )
-        batch["labels"] = labels
-        batch["behavior_log_prob"] = behavior
+        scored = [not cut for cut in self._truncated(features)]
+        labels = [
+            [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
+            for p, c, keep in zip(prompts, completions, scored, strict=True)
+        ]
+        behavior = [
+            [0.0] * len(p) + (list(r["behavior_log_prob"]) if keep else [0.0] * len(c))
+            for p, c, keep, r in zip(prompts, completions, scored, features, strict=True)
+        ]
+        batch: dict[str, Any]
+        if self.packing:
+            batch = pack(rows)
+            batch["labels"] = torch.tensor([x for row in labels for x in row])[None]
+            flat = [x for row in behavior for x in row]
+            batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
+        else:
+            prefix = common_prefix_length(prompts) if self.share_prefix else 0
+            batch = dict(pad_left(rows, self.pad_token_id, prefix))
+            width = batch["input_ids"].shape[1]
+            batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
+            batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
+            kept = [len(c) for c, keep in zip(completions, scored, strict=True) if keep]
+            batch["logits_to_keep"] = max(kept, default=0) + 1
+            batch["prefix_length"] = prefix
         batch["reward"] = torch.tensor([float(r["reward"]) for r in features])
-        batch["logits_to_keep"] = max(map(len, completions)) + 1
-        batch["prefix_length"] = prefix
+        groups = _optional(features, "group")
+        if groups is not None:
+            batch["group"] = _groups(groups)
         return batch
+
+    def _truncated(self, features: Sequence[Mapping[str, Any]]) -> list[bool]:
+        if not self.mask_truncated:
+            return [False] * len(features)
+        reasons = _optional(features, "finish_reason")
+        if reasons is not None:
+            return [reason == "length" for reason in reasons]
+        if self.eos_token_id is None:
+            raise ValueError(
+                "mask_truncated=True, but the records have no finish_reason and eos_token_id is None, "
+                "so it is not known which completions were cut off; give the records a finish_reason "
+                '("length" for those), or CompletionCollator the eos_token_id that ends a completion'
+            )
+        ids = self.eos_token_id
+        ends = set(ids) if isinstance(ids, Sequence) else {ids}
+        completions = [list(record["completion_token_ids"]) for record in features]
+        return [not tokens or tokens[-1] not in ends for tokens in completions]
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -140,8 +206,17 @@ def pad_left(
     }
 
 
+def _right_align(
+    rows: Sequence[Sequence[float]], width: int, fill: float, dtype: torch.dtype
+) -> Tensor:
+    result = torch.full((len(rows), width), fill, dtype=dtype)
+    for i, row in enumerate(rows):
+        result[i, -len(row) :] = torch.tensor(row, dtype=dtype)
+    return result
+
+
 def completion_logits(
-    model: torch.nn.Module, batch: Mapping[str, Any], *, signature_of: torch.nn.Module | None = None
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
 ) -> Tensor:
     """Logits of the last ``logits_to_keep`` columns of a batch, and of no others.
 
@@ -158,24 +233,21 @@ def completion_logits(
             model is asked for its base model, whose arguments it passes on.
 
     Returns:
-        [B, logits_to_keep, V] in the model's dtype.
+        [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
 
     Raises:
-        ValueError: if the batch has a shared prefix and the model cannot share it (see
-            ``check_prefix_sharing``); if padding moves tokens and the model takes no
-            ``position_ids``; if there are neither positions nor a mask to count them from; if the
-            batch has entries that the model's forward does not name.
+        ValueError: as ``model_inputs``.
     """
-    inputs, keep = _model_inputs(model, batch, signature_of)
+    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
     logits: Tensor = model(**inputs).logits
     return logits[:, -keep:]
 
 
 def completion_hidden(
-    model: torch.nn.Module,
+    model: nn.Module,
     batch: Mapping[str, Any],
     *,
-    signature_of: torch.nn.Module | None = None,
+    signature_of: nn.Module | None = None,
     check: Head | None = None,
 ) -> Tensor:
     """What the model's head would make ``completion_logits`` of; the head's product is not made.
@@ -187,13 +259,13 @@ def completion_hidden(
         check: the model's head, to be compared with the logits the model makes of up to 4 rows.
 
     Returns:
-        [B, logits_to_keep, D], attached to the graph: for ``linear_topr_loss`` with the head of
-        ``find_head``.
+        [B, logits_to_keep, D], of a packed batch [1, N, D], attached to the graph: for
+        ``linear_topr_loss`` with the head of ``find_head``.
 
     Raises:
         ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
     """
-    inputs, keep = _model_inputs(model, batch, signature_of)
+    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
     unwrapped = model if signature_of is None else signature_of
     with capture_hidden(unwrapped, sample=check is not None) as capture:
         logits = model(**inputs).logits
@@ -202,23 +274,44 @@ def completion_hidden(
     return capture.hidden[:, -keep:]
 
 
-def _model_inputs(
-    model: torch.nn.Module, batch: Mapping[str, Any], signature_of: torch.nn.Module | None
+def model_inputs(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
 ) -> tuple[dict[str, Any], int]:
-    """Arguments of the forward pass over a batch, and how many of its last columns to keep."""
-    keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
-    prefix = int(batch.get("prefix_length", 0))
+    """Arguments of the forward pass over a batch, and how many of its last columns to keep.
+
+    Args:
+        model: as in ``completion_logits``; runs the common prefix, if there is one.
+        batch: as in ``completion_logits``, or packed: with ``cu_seq_lens_q`` and the like, see
+            ``CompletionCollator``.
+        signature_of: as in ``completion_logits``.
+
+    Returns:
+        ``(inputs, keep)``: keyword arguments for ``model``, and ``logits_to_keep`` of a padded batch,
+        all columns N of a packed one.
+
+    Raises:
+        ValueError: if the batch has a shared prefix and the model cannot share it (see
+            ``check_prefix_sharing``); if padding moves tokens and the model takes no
+            ``position_ids``; if there are neither positions nor a mask to count them from; if the
+            batch has entries that the model's forward does not name; if the batch is packed and
+            has an ``attention_mask``, lacks a field, or the model would let its sequences see each
+            other (see ``packing_problem``).
+    """
     base = model if signature_of is None else signature_of
     inputs = _further_inputs(base, batch)
+    if is_packed(batch):
+        return inputs | packed_inputs(base, batch), batch["input_ids"].shape[1]
+    keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
+    prefix = int(batch.get("prefix_length", 0))
     if batch.get("attention_mask") is not None:
         inputs["attention_mask"] = batch["attention_mask"]
     # Without explicit positions most models number the padding too, which moves every token.
     position_ids = _position_ids(batch)
-    if _accepts(base, "position_ids"):
+    if accepts(base, "position_ids"):
         inputs["position_ids"] = position_ids[:, prefix:]
     else:
         _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
-    if _accepts(base, "logits_to_keep"):
+    if accepts(base, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
     if prefix:
         check_prefix_sharing(base)
@@ -227,25 +320,9 @@ def _model_inputs(
     return inputs, keep
 
 
-def _accepts(model: Any, name: str) -> bool:
-    """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
-    # PEFT's forward hides the base model's arguments behind **kwargs.
-    for part in (model, base_model(model)):
-        parameters = inspect.signature(part.forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if name not in parameters and not open_ended:
-            return False
-    return True
-
-
-def _names(model: Any, name: str) -> bool:
-    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
-    return name in inspect.signature(base_model(model).forward).parameters
-
-
 def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     inputs = {name: x for name, x in batch.items() if name not in _NOT_MODEL_INPUTS}
-    unknown = sorted(n for n in inputs if not (_names(model, n) and _accepts(model, n)))
+    unknown = sorted(n for n in inputs if not (names(model, n) and accepts(model, n)))
     if unknown:
         raise ValueError(
             f"the batch holds {', '.join(unknown)}, which {type(base_model(model)).__name__}.forward "
@@ -288,7 +365,7 @@ def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, mode
         )
 
 
-def prefix_cache(model: torch.nn.Module, input_ids: Tensor, prefix: int) -> Any:
+def prefix_cache(model: nn.Module, input_ids: Tensor, prefix: int) -> Any:
     """Keys and values of the first ``prefix`` columns, computed once and repeated for every row.
 
     Gradients flow back through the repetition: the prefix gets the sum over the rows.
@@ -302,7 +379,7 @@ def prefix_cache(model: torch.nn.Module, input_ids: Tensor, prefix: int) -> Any:
     return cache
 
 
-def check_prefix_sharing(model: torch.nn.Module) -> None:
+def check_prefix_sharing(model: nn.Module) -> None:
     """Raises ``ValueError`` where running a common prefix once would not be exact."""
     problem = prefix_sharing_problem(model)
     if problem:
@@ -312,7 +389,7 @@ def check_prefix_sharing(model: torch.nn.Module) -> None:
         )
 
 
-def prefix_sharing_problem(model: torch.nn.Module) -> str | None:
+def prefix_sharing_problem(model: nn.Module) -> str | None:
     """Says why this model cannot run a common prefix once, or None if it can."""
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
@@ -321,7 +398,7 @@ def prefix_sharing_problem(model: torch.nn.Module) -> str | None:
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"the model attends to a window of {config.sliding_window} tokens only"
     needed = ("logits_to_keep", "past_key_values", "position_ids")
-    missing = [name for name in needed if not (_names(model, name) and _accepts(model, name))]
+    missing = [name for name in needed if not (names(model, name) and accepts(model, name))]
     if missing:
         return f"the model's forward does not take {', '.join(missing)}"
     if model.training and _recomputes_activations(model):
@@ -355,3 +432,29 @@ def _check(record: Mapping[str, Any], i: int) -> None:
             f"record {i} of the batch: behavior_log_prob has {scored} entries for {tokens} "
             "completion tokens; one per token is expected"
         )
+
+
+def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
+    """A column that all records have, or None where none has it."""
+    values = [record.get(name) for record in features]
+    absent = [i for i, value in enumerate(values) if value is None]
+    if len(absent) == len(values):
+        return None
+    if absent:
+        raise ValueError(
+            f"record {absent[0]} of the batch has no {name!r}, but others have; give it to all "
+            "records or to none"
+        )
+    return values
+
+
+def _groups(values: list[Any]) -> Tensor | list[str]:
+    if all(isinstance(x, str) for x in values):
+        return values
+    for i, x in enumerate(values):
+        if not isinstance(x, Integral) or isinstance(x, bool):
+            raise TypeError(
+                f"record {i} of the batch: group is {x!r} of type {type(x).__name__}; expected an int "
+                "in all records, or a str in all"
+            )
+    return torch.tensor([int(x) for x in values])

@@ -6,8 +6,9 @@ bring the hidden states to the head, and whatever the model does to its logits m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,9 @@ class Head(NamedTuple):
     """Logits are ``softcap * tanh(z / softcap)`` of ``z = logit_scale * (hidden Wt + bias)``.
 
     Attributes:
-        weight: [V, D], the parameter itself.
+        weight: [V, D], the parameter itself. With LoRA of rank r on the head [V, D + r], B beside it,
+            and the ``hidden`` of ``capture_hidden`` has r columns ``scaling * A(dropout(hidden))`` more:
+            low-rank updates far below the rounding of the weight survive, which a sum would lose.
         bias: [V] or None (Phi has one).
         logit_scale: multiplies (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
         softcap: None for none (Gemma's ``final_logit_softcapping``).
@@ -55,53 +58,40 @@ def find_head(model: Any) -> Head:
     (RecurrentGemma) and ``output_logit_soft_cap`` (xLSTM). What is done to the hidden states before
     the head (MiniCPM3, Inkling) is in its input already. ``check_logits`` finds anything else.
 
+    PEFT's LoRA and ``modules_to_save`` on the head are served as they stand: the active adapters, or
+    none where they are disabled or merged.
+
     Args:
         model: Hugging Face causal language model, not wrapped but by PEFT.
 
     Raises:
-        ValueError: if the head is not a plain ``nn.Linear`` (quantised, with LoRA on it, trained by
-            PEFT's ``modules_to_save``, ...), or is sharded over processes.
+        ValueError: if the head is anything else than a plain ``nn.Linear`` (quantised, with DoRA on
+            it, ...), or is sharded over processes.
     """
-    linear = _linear(model)
-    weight = linear.weight
-    shape = (linear.out_features, linear.in_features)
-    # FSDP2's DTensor, ZeRO-3's placeholder, FSDP1's flat shard.
-    sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
-    if sharded or tuple(weight.shape) != shape:
-        raise ValueError(
-            f"the head's weight is a {type(weight).__name__} of shape {tuple(weight.shape)}, sharded "
-            f"over processes; expected the whole {shape} on each; {_REMEDY}"
-        )
-    config = base_model(model).config
-    kinds = [config.model_type]
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-        kinds.append(config.model_type)
-    scale = 1.0
-    for name in _SCALES:
-        scale *= _number(config, name) or 1.0
-    # MiniCPM3 has the name too, for what it does to the hidden states.
-    scaling = _number(config, "logits_scaling") or 1.0
-    if any(kind.startswith("granite") for kind in kinds):
-        scale /= scaling
-    elif any(kind.startswith("hyperclovax") for kind in kinds):
-        scale *= scaling
-    caps = (_number(config, name) for name in _SOFTCAPS)
-    return Head(weight, linear.bias, scale, next((cap for cap in caps if cap), None))
+    return _find_head(model, _layer(model))
+
+
+def head_shape(model: Any) -> tuple[int, int]:
+    """[V, D] of the head, sharded over processes or not.
+
+    Raises:
+        ValueError: as ``find_head``, but for sharding.
+    """
+    linear = _layer(model).linear
+    return linear.out_features, linear.in_features
 
 
 class Capture:
     """What ``capture_hidden`` saw of one forward pass."""
 
-    def __init__(self, linear: nn.Linear, sample: bool) -> None:
-        self._linear = linear
+    def __init__(self, sample: bool) -> None:
         self._sample = sample
         self._inputs: list[Tensor] = []
         self._products: list[Tensor] = []
 
     @property
     def hidden(self) -> Tensor:
-        """Input of the head, [B, K, D], attached to the graph.
+        """Input of the head, [B, K, D], attached to the graph; with LoRA on the head [B, K, D + r].
 
         Raises:
             ValueError: if the forward pass called the head never or more than once.
@@ -113,12 +103,13 @@ class Capture:
         """[1, <= 4, V], hidden Wt + bias of some rows, whose logits the model made."""
         return _only(self._products)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, layer: _Layer, hidden: Tensor) -> Tensor:
         """Stands in for the head's forward."""
+        hidden = layer.input(hidden)
         self._inputs.append(hidden)
-        weight, bias = self._linear.weight, self._linear.bias
+        weight, bias = layer.weight(), layer.bias()
         if self._sample:
-            product = functional.linear(hidden[-1:, -_SAMPLE_ROWS:], weight, bias)
+            product = _sample(hidden, weight, bias)
             # Models may scale their logits in place.
             self._products.append(product.detach().clone())
             return product
@@ -145,22 +136,113 @@ def capture_hidden(model: Any, *, sample: bool = False) -> Iterator[Capture]:
         RuntimeError: if the head is being captured already.
         ValueError: as ``find_head``.
     """
-    linear = _linear(model)
-    before = vars(linear).get("forward")
-    if isinstance(before, Capture):
-        raise RuntimeError(
-            "capture_hidden: this model's head is being captured already; leave the outer context "
-            "first, and use one thread per model"
-        )
-    capture = Capture(linear, sample)
-    vars(linear)["forward"] = capture
-    try:
+    capture = Capture(sample)
+    with _standing_in(model, capture):
         yield capture
-    finally:
-        if before is None:
-            del vars(linear)["forward"]
+
+
+class HeadLoss:
+    """The loss of one forward pass that ``loss_in_head`` computed inside the head."""
+
+    def __init__(self, model: Any, compute: Callable[[Tensor, Head], Tensor], sample: bool) -> None:
+        self._model, self._compute, self._sample = model, compute, sample
+        self._losses: list[Tensor] = []
+        self._products: list[Tensor] = []
+        self._head: Head | None = None
+        self._upstream: list[Tensor] = []
+
+    def __call__(self, layer: _Layer, hidden: Tensor) -> Tensor:
+        """Stands in for the head's forward."""
+        head = _find_head(self._model, layer)
+        hidden = layer.input(hidden)
+        loss = self._compute(hidden, head)
+        self._losses.append(loss.detach())
+        self._head = head
+        if self._sample:
+            seen = _sample(hidden.detach(), head.weight.detach(), head.bias).detach()
+            self._products.append(seen.clone())
         else:
-            vars(linear)["forward"] = before
+            seen = hidden.new_zeros((*hidden.shape[:-1], 1))
+        carried: Tensor = _Depart.apply(loss, seen, self._upstream)  # type: ignore[no-untyped-call]
+        return carried
+
+    def arrive(self, logits: Tensor) -> Tensor:
+        """The loss, whose backward goes through the model's outputs and so through every wrapper.
+
+        Args:
+            logits: what the forward pass returned.
+
+        Raises:
+            ValueError: if the forward pass called the head never or more than once; with ``sample``, as
+                ``check_logits``.
+        """
+        loss = _only(self._losses)
+        if self._sample and self._head is not None:
+            _check_product(self._head, _only(self._products), logits)
+        arrived: Tensor = _Arrive.apply(loss, logits, self._upstream)  # type: ignore[no-untyped-call]
+        return arrived
+
+
+@contextmanager
+def loss_in_head(
+    model: Any, compute: Callable[[Tensor, Head], Tensor], *, sample: bool = False
+) -> Iterator[HeadLoss]:
+    """Lets a forward pass of a model compute a loss where it would multiply by its head.
+
+    There, and only there, a wrapper that shards parameters (FSDP2, ZeRO-3) has the head whole, and its
+    hooks fire for the head as they would for logits. The loss leaves the model by its ``logits``, so
+    the backward starts at the outputs that the wrappers watch. ``logits`` themselves mean nothing.
+
+    Args:
+        model: Hugging Face causal language model, not wrapped but by PEFT; its wrapper may be called.
+        compute: from the head's input [B, K, D] and the head to the loss, 0-dim; called once per
+            forward pass, in its autocast context.
+        sample: let ``HeadLoss.arrive`` compare the logits the model makes of up to 4 rows.
+
+    Yields:
+        HeadLoss: call its ``arrive`` with the logits of the outputs.
+
+    Raises:
+        RuntimeError: if the head is being captured already.
+        ValueError: as ``find_head``.
+    """
+    loss = HeadLoss(model, compute, sample)
+    with _standing_in(model, loss):
+        yield loss
+
+
+# The value of a loss's gradient must not pass through what a model does to logits (scales, softcaps,
+# dtypes), only its order: the backward of the outputs comes first, then that of the head. So the graph
+# leads from the loss over the logits to the result, and the value goes around them.
+
+
+class _Depart(torch.autograd.Function):
+    """(loss, x) -> x; its backward gives the loss what ``_Arrive`` left, whatever came through x."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, seen: Tensor, upstream: list[Tensor]) -> Tensor:
+        ctx.upstream = upstream
+        return seen.view_as(seen)
+
+    @staticmethod
+    def backward(ctx: Any, d_seen: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.upstream[-1], None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """(loss, x) -> loss, with x's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor, upstream: list[Tensor]) -> Tensor:
+        ctx.upstream = upstream
+        ctx.save_for_backward(logits)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[None, Tensor, None]:
+        ctx.upstream[:] = [d_loss]
+        (logits,) = ctx.saved_tensors
+        return None, torch.zeros_like(logits), None
 
 
 def check_logits(head: Head, capture: Capture, logits: Tensor) -> None:
@@ -175,7 +257,10 @@ def check_logits(head: Head, capture: Capture, logits: Tensor) -> None:
         ValueError: if they differ by more than rounding in their dtype, relative to their norm (1e-5
             in fp32), or in shape: the model does something to its logits that is not known here.
     """
-    product = capture.product
+    _check_product(head, capture.product, logits)
+
+
+def _check_product(head: Head, product: Tensor, logits: Tensor) -> None:
     expected = head.logit_scale * product.float()
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
@@ -197,19 +282,158 @@ def check_logits(head: Head, capture: Capture, logits: Tensor) -> None:
         )
 
 
-def _linear(model: Any) -> nn.Linear:
+class _Adapter(NamedTuple):
+    """A LoRA: adds ``scaling * up(down(dropout(x)))`` to the head's product."""
+
+    down: nn.Linear
+    up: nn.Linear
+    dropout: nn.Module
+    scaling: float
+
+
+class _Layer(NamedTuple):
+    """A head's module taken apart; its methods run where its parameters are whole."""
+
+    #: The one whose forward computes the product; its own hooks bring its parameters.
+    module: nn.Module
+    linear: nn.Linear
+    adapters: tuple[_Adapter, ...]
+
+    def input(self, hidden: Tensor) -> Tensor:
+        parts = [hidden]
+        for down, _, dropout, scaling in self.adapters:
+            low = down(dropout(hidden.to(down.weight.dtype)))
+            parts.append((scaling * low).to(hidden.dtype))
+        return torch.cat(parts, dim=-1) if self.adapters else hidden
+
+    def weight(self) -> Tensor:
+        weight = self.linear.weight
+        if not self.adapters:
+            return weight
+        ups = (adapter.up.weight.to(weight.dtype) for adapter in self.adapters)
+        return torch.cat([weight, *ups], dim=1)
+
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.linear.bias
+        for adapter in self.adapters:
+            if adapter.up.bias is not None:
+                up = adapter.scaling * adapter.up.bias
+                bias = up if bias is None else bias + up.to(bias.dtype)
+        return bias
+
+
+def _find_head(model: Any, layer: _Layer) -> Head:
+    linear = layer.linear
+    shape = (linear.out_features, linear.in_features)
+    # FSDP2's DTensor; ZeRO-3's placeholder and FSDP1's flat shard have another shape.
+    if hasattr(linear.weight, "full_tensor") or tuple(linear.weight.shape) != shape:
+        raise ValueError(
+            f"the head's weight is a {type(linear.weight).__name__} of shape "
+            f"{tuple(linear.weight.shape)}, sharded over processes; expected the whole {shape} on each: "
+            f"let causal_lm_topr_loss or TOPRTrainer call the wrapped model, or {_REMEDY}"
+        )
+    return Head(layer.weight(), layer.bias(), *_transforms(base_model(model).config))
+
+
+def _transforms(config: Any) -> tuple[float, float | None]:
+    """(logit_scale, softcap) of a model's config."""
+    kinds = [config.model_type]
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+        kinds.append(config.model_type)
+    scale = 1.0
+    for name in _SCALES:
+        scale *= _number(config, name) or 1.0
+    # MiniCPM3 has the name too, for what it does to the hidden states.
+    scaling = _number(config, "logits_scaling") or 1.0
+    if any(kind.startswith("granite") for kind in kinds):
+        scale /= scaling
+    elif any(kind.startswith("hyperclovax") for kind in kinds):
+        scale *= scaling
+    caps = (_number(config, name) for name in _SOFTCAPS)
+    return scale, next((cap for cap in caps if cap), None)
+
+
+def _layer(model: Any) -> _Layer:
     base = base_model(model)
     get = getattr(base, "get_output_embeddings", None)
-    linear = get() if callable(get) else None
-    # Subclasses and wrappers compute something else: LoRA, quantised weights, modules_to_save.
-    if type(linear) is not nn.Linear:
-        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-        found = "no output embeddings" if linear is None else f"a head of type {kind}"
+    module: Any = get() if callable(get) else None
+    # PEFT may not be installed, so its classes are known by what they hold. modules_to_save: a trained
+    # copy of the module for each adapter, of which the first active one runs.
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        active = [] if module.disable_adapters else module.active_adapters
+        module = module.modules_to_save[active[0]] if active else module.original_module
+    linear, adapters = module, tuple[_Adapter, ...]()
+    if _name(_kind(module)) == "peft.tuners.lora.layer.Linear":
+        linear, adapters = module.base_layer, _active_adapters(module)
+    # Subclasses and other wrappers compute something else: quantised weights, other adapters.
+    if _kind(linear) is not nn.Linear:
+        found = "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
         raise ValueError(
-            f"{type(base).__name__} has {found}; expected a plain torch.nn.Linear; {_REMEDY}, or leave "
-            "the head out of LoRA and quantisation"
+            f"{type(base).__name__} has {found}; expected a plain torch.nn.Linear, with or without "
+            f"LoRA; {_REMEDY}, or leave the head out of adapters and quantisation"
         )
-    return linear
+    return _Layer(module, linear, adapters)
+
+
+def _active_adapters(module: Any) -> tuple[_Adapter, ...]:
+    """The LoRAs that this module of PEFT adds to its base layer."""
+    if module.disable_adapters and module.merged:
+        module.unmerge()  # as its forward would
+    if module.disable_adapters or module.merged:
+        return ()
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    for name in names:
+        if variant := getattr(module, "lora_variant", {}).get(name):
+            raise ValueError(
+                f"the head has adapter {name!r} of type {type(variant).__name__} on it; expected plain "
+                f"LoRA; {_REMEDY}, or leave the head out of it (exclude_modules)"
+            )
+    return tuple(
+        _Adapter(
+            module.lora_A[name],
+            module.lora_B[name],
+            module.lora_dropout[name],
+            module.scaling[name],
+        )
+        for name in names
+    )
+
+
+@contextmanager
+def _standing_in(model: Any, compute: Callable[[_Layer, Tensor], Tensor]) -> Iterator[None]:
+    """Replaces the forward of a model's head."""
+    layer = _layer(model)
+    before = vars(layer.module).get("forward")
+    if isinstance(before, partial) and isinstance(before.func, (Capture, HeadLoss)):
+        raise RuntimeError(
+            "capture_hidden: this model's head is being captured already; leave the outer context "
+            "first, and use one thread per model"
+        )
+    vars(layer.module)["forward"] = partial(compute, layer)
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(layer.module)["forward"]
+        else:
+            vars(layer.module)["forward"] = before
+
+
+def _sample(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(hidden[-1:, -_SAMPLE_ROWS:], weight, bias)
+
+
+def _kind(module: Any) -> type:
+    """The class of a module before ``fully_shard`` made a subclass of it."""
+    kind = type(module)
+    # Without torch.distributed there is no FSDP2 either.
+    fsdp = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)
+    return kind.__bases__[-1] if fsdp is not None and issubclass(kind, fsdp) else kind
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _number(config: Any, name: str) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from topr_kernels import PRESETS, Limits, TOPROutput, linear_topr_loss, topr_loss
-from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
-from topr_kernels.hf.heads import find_head
-from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels import PRESETS, Limits, TOPROutput
+from topr_kernels.hf.causal_lm import causal_lm_topr_loss
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.heads import head_shape
+from topr_kernels.layout import IGNORE_INDEX, scored_labels
+from topr_kernels.metrics import DEAD_WEIGHT
 from topr_kernels.validation import (
     RATIOS,
     check_choice,
@@ -127,12 +130,6 @@ class TOPRConfig(TrainingArguments):
                     f"{name}: got {getattr(self, name)} with fused_head=False, which has no use for it; "
                     "drop one of them"
                 )
-        # Such a DistributedDataParallel waits for the backward of the model's outputs.
-        if self.fused_head and self.ddp_static_graph:
-            raise ValueError(
-                "ddp_static_graph: got True, but the fused head's loss does not come from the model's "
-                "outputs, so gradients would not be averaged; leave it out, or use fused_head=False"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""
@@ -151,8 +148,8 @@ class TOPRTrainer(Trainer):
 
     ``log`` carries the metrics of ``TOPROutput.metrics()``, averaged over the micro-batches since
     the last log where they are defined (keys that end in ``_min`` or ``_max``: the extreme).
-    ``evaluate`` reports the loss and the same metrics. With several processes the metrics in the
-    logs are of the logging process's share of the data; only the loss's normaliser is global.
+    ``evaluate`` reports the loss and the same metrics. With several processes both the loss's
+    normaliser and the metrics are of all of them.
 
     Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration). Training
     runs the model in train mode, so with dropout > 0 pi is noisy while mu was scored in eval mode:
@@ -213,10 +210,11 @@ class TOPRTrainer(Trainer):
                 "fused_head=False"
             )
         if args.fused_head:
-            weight = find_head(self.model).weight
-            check_workspace(args.workspace_bytes, weight, weight.shape[0])
+            vocab, _ = head_shape(self.model)
+            check_workspace(args.workspace_bytes, torch.empty(0, device=args.device), vocab)
         self._train_metrics = MetricMean()
         self._eval_metrics = MetricMean()
+        self._watch = NegativeWatch()
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
             warn_if_never_negative(_rewards(train_dataset), args.baseline, args.limits)
 
@@ -231,49 +229,38 @@ class TOPRTrainer(Trainer):
         output = self._topr(model, inputs, num_items_in_batch)
         metrics = self._train_metrics if model.training else self._eval_metrics
         metrics.add(output.metrics(), inputs["reward"].numel())
+        if model.training:
+            self._watch.add(output)
         # Data-parallel wrappers average gradients over processes; our normaliser is global already.
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         loss = output.loss * processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _topr(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> TOPROutput:
-        keep = int(inputs.get("logits_to_keep", inputs["input_ids"].shape[1]))
-        labels, behavior = inputs["labels"][:, -keep:], inputs["behavior_log_prob"]
-        behavior = behavior[:, -keep:] if behavior.dim() == 2 else behavior
-        options: dict[str, Any] = {
-            "limits": self.args.limits,
-            "ratio": self.args.ratio,
-            "baseline": self.args.baseline,
-            "reduction": self.args.reduction,
-            "normalizer": items,
-            "temperature": self.args.temperature,
-            "entropy": self.args.entropy,
-            "impl": self.args.impl,
-        }
-        unwrapped = self.accelerator.unwrap_model(model)
-        if not self.args.fused_head:
-            logits = completion_logits(model, inputs, signature_of=unwrapped)
-            return topr_loss(logits, labels, behavior, inputs["reward"], **options)
-        # Before the forward pass: inside one, a sharded head may look whole.
-        head = find_head(unwrapped)
-        check = None if self._head_checked else head
-        hidden = completion_hidden(model, inputs, signature_of=unwrapped, check=check)
+        fused: dict[str, Any] = {}
+        if self.args.fused_head:
+            fused = {
+                "grad_tolerance": self.args.grad_tolerance,
+                "workspace_bytes": self.args.workspace_bytes,
+                "check": not self._head_checked,
+            }
+        output = causal_lm_topr_loss(
+            model,
+            inputs,
+            unwrapped=self.accelerator.unwrap_model(model),
+            limits=self.args.limits,
+            ratio=self.args.ratio,
+            baseline=self.args.baseline,
+            reduction=self.args.reduction,
+            normalizer=items,
+            temperature=self.args.temperature,
+            entropy=self.args.entropy,
+            fused_head=self.args.fused_head,
+            impl=self.args.impl,
+            **fused,
+        )
         self._head_checked = True
-        # Accelerate runs the model's forward under autocast, and nothing after it.
-        with self.accelerator.autocast():
-            return linear_topr_loss(
-                hidden,
-                head.weight,
-                labels,
-                behavior,
-                inputs["reward"],
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                grad_tolerance=self.args.grad_tolerance,
-                workspace_bytes=self.args.workspace_bytes,
-                **options,
-            )
+        return output
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -284,11 +271,8 @@ class TOPRTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        # The first column is never predicted.
-        scored = [batch["labels"][:, 1:].ne(IGNORE_INDEX) for batch in batch_samples]
-        if self.args.reduction == "sequence_mean":
-            scored = [mask.any(dim=1) for mask in scored]
-        items = torch.stack([mask.sum() for mask in scored]).sum().to(device)
+        counts = [_count(batch, self.args.reduction) for batch in batch_samples]
+        items = torch.stack(counts).sum().to(device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         # A batch without anything to learn from has loss 0, not 0 / 0.
@@ -312,15 +296,68 @@ class TOPRTrainer(Trainer):
         self._eval_metrics = MetricMean()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = {f"{prefix}_{k}": v for k, v in self._eval_metrics.result().items()}
+        found = self._eval_metrics.result(self._gather)
+        metrics = {f"{prefix}_{k}": v for k, v in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log to a training log."""
         if "loss" in logs:
-            logs = {**logs, **self._train_metrics.result()}
+            logs = {**logs, **self._train_metrics.result(self._gather)}
             self._train_metrics = MetricMean()
+            self._watch.warn(self._gather)
         super().log(logs, start_time)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return self.accelerator.gather(x) if self.args.world_size > 1 else x
+
+
+class NegativeWatch:
+    """Warns, once each, when the negatives stopped teaching: time for a new iteration."""
+
+    #: Share of negatives whose weight is nothing, and effective share of their number, to warn at.
+    MOST_DEAD, LEAST_EFFECTIVE = 0.5, 0.1
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._sums: Tensor | None = None
+
+    def add(self, output: TOPROutput) -> None:
+        """Adds the sequences of a micro-batch; nothing is copied to the host."""
+        negative = (output.length > 0) & (output.reward < 0)
+        w = torch.where(negative, output.weight, 0.0).double()
+        dead = negative & (output.weight < DEAD_WEIGHT)
+        sums = torch.stack([negative.sum(), dead.sum(), w.sum(), w.square().sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def warn(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Looks at what was added since the last call, over all processes, and begins anew."""
+        if self._sums is None:
+            return
+        count, dead, total, squares = gather(self._sums[None]).sum(0).tolist()
+        self._sums = None
+        if not count:
+            return
+        if dead / count > self.MOST_DEAD:
+            self._once(
+                "dead", f"{dead / count:.0%} of the negatives have a weight below {DEAD_WEIGHT:g}"
+            )
+        elif squares and total * total / squares < self.LEAST_EFFECTIVE * count:
+            effective = total * total / squares
+            self._once(
+                "few",
+                f"{count:.0f} negatives count for only {effective:.1f} (effective sample size)",
+            )
+
+    def _once(self, kind: str, what: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(
+                f"{what}: the policy has left them behind. It is time for a new iteration: sample new "
+                "completions from the current policy, score them, and train on those.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 class MetricMean:
@@ -351,15 +388,41 @@ class MetricMean:
             self._total[name] = self._total.get(name, zero) + total
             self._weight[name] = self._weight.get(name, zero) + weight
 
-    def result(self) -> dict[str, float]:
-        """The means so far; metrics that were never defined are left out."""
-        means = {
-            name: float(total) / weight
-            if (weight := float(self._weight.get(name, 1.0)))
-            else math.nan
-            for name, total in self._total.items()
-        }
+    def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The means so far; metrics that were never defined are left out.
+
+        Args:
+            gather: from [1, K] of each of P processes to [P, K], for the means over all of them. Every
+                process must call it, with the same metrics.
+        """
+        if not self._total:
+            return {}
+        names = sorted(self._total)
+        totals = torch.stack([self._total[name] for name in names])[None]
+        ones = torch.ones_like(totals[0, 0])
+        weights = torch.stack([self._weight.get(name, ones) for name in names])[None]
+        if gather is not None:
+            totals, weights = gather(totals), gather(weights)
+        means = {}
+        for i, name in enumerate(names):
+            if name.endswith(("_min", "_max")):
+                extreme = torch.fmin if name.endswith("_min") else torch.fmax
+                means[name] = float(functools.reduce(extreme, totals[:, i]))
+            elif weight := float(weights[:, i].sum()):
+                means[name] = float(totals[:, i].sum()) / weight
         return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
+    """Non-empty sequences or scored tokens of a padded or packed batch, 0-dim."""
+    offsets = batch.get("cu_seq_lens_q")
+    scored = scored_labels(batch["labels"], offsets, shift=True).ne(IGNORE_INDEX)
+    if reduction == "token_mean":
+        return scored.sum()
+    if offsets is None:
+        return scored.any(dim=1).sum()
+    before = nn.functional.pad(scored.view(-1).cumsum(0), (1, 0))[offsets.long()]
+    return before.diff().gt(0).sum()
 
 
 def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Limits) -> bool:

@@ -1,0 +1,323 @@
+"""One call from model and batch to the loss: every family, adapters, routers, and sharded wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from processes import launch
+from test_heads import SIZE, build
+from test_trainer import PeftLike, rows
+from tiny import random_model, tiny_config
+from transformers import LlamaForCausalLM
+
+from topr_kernels import Limits, topr_loss
+from topr_kernels.hf import (
+    CompletionCollator,
+    causal_lm,
+    causal_lm_log_prob,
+    causal_lm_topr_loss,
+    completion_logits,
+)
+from topr_kernels.hf.heads import loss_in_head
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+#: Architectures and settings, tied and untied heads among them.
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"tie_word_embeddings": False}),
+    ("Llama", {"tie_word_embeddings": True}),
+    ("Qwen3", {}),
+    ("Gemma2", {"final_logit_softcapping": 3.0}),
+    ("Gemma3", {}),
+    ("Cohere", {"logit_scale": 0.25}),
+    ("Granite", {"logits_scaling": 4.0}),
+    ("Phi", {}),
+    ("GPT2LMHead", {}),
+    ("Mixtral", MOE),
+]
+NAMES = [f"{kind}-{next(iter(changes.values()), 'plain')}" for kind, changes in FAMILIES]
+LORA_TARGETS = {"GPT2LMHead": ["c_attn"], "Phi": ["q_proj", "fc1"]}
+
+
+def family(kind: str, **changes: Any) -> Any:
+    """A tiny random model; GPT-2 has other names for its sizes."""
+    if kind != "GPT2LMHead":
+        return build(kind, **changes)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ids = {k: v for k, v in SIZE.items() if k.endswith("_id") or k == "vocab_size"}
+    return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=4, **ids)).eval()
+
+
+def eager_loss(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tensor:
+    """The loss of the model's own logits, with the model's own router loss beside it."""
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda _, __, out: seen.append(out))
+    logits = completion_logits(model, batch)
+    handle.remove()
+    keep = batch["logits_to_keep"]
+    loss = topr_loss(
+        logits,
+        batch["labels"][:, -keep:],
+        batch["behavior_log_prob"][:, -keep:],
+        batch["reward"],
+        impl="torch",
+        **options,
+    ).loss
+    balancing = getattr(seen[0], "aux_loss", None)
+    if balancing is not None:
+        loss = loss + model.config.router_aux_loss_coef * balancing
+    return loss
+
+
+def check_gradients(model: Any, batch: dict[str, Any], *, rtol: float = 1e-4, **options: Any):
+    """The fused loss and the gradient of every parameter equal those of the logits."""
+    model.zero_grad()
+    expected = eager_loss(model, batch, **options)
+    expected.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert expected != 0
+    present = [g.abs().max() for g in gradients.values() if g is not None]
+    assert present and max(present) > 1e-3
+    model.zero_grad()
+    found = causal_lm_topr_loss(model, batch, check=True, workspace_bytes=SMALL, **options)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
+    for name, p in model.named_parameters():
+        if name not in gradients:
+            assert p.grad is None, name
+        elif gradients[name] is None:
+            assert p.grad is None or not p.grad.any(), name
+        else:
+            torch.testing.assert_close(
+                p.grad, gradients[name], rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    return found
+
+
+#: Random models are far off policy; with these limits both signs still teach.
+BOTH = Limits(0.5, 2.0, 0.5, 2.0)
+SMALL = 64 * 4 * SIZE["vocab_size"]
+
+
+@pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=NAMES)
+def test_every_family_gets_the_gradients_of_its_own_logits(kind: str, changes: dict[str, Any]):
+    model, batch = family(kind, **changes), CompletionCollator(0)(rows(6))
+    check_gradients(model, batch, limits=BOTH, temperature=0.7)
+    with torch.no_grad():
+        scored = causal_lm_log_prob(model, batch, workspace_bytes=SMALL, check=True).log_prob
+        found = causal_lm_topr_loss(model, batch, workspace_bytes=SMALL)
+    assert torch.equal(scored, found.log_prob) and scored.min() < -3
+
+
+@pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=NAMES)
+@pytest.mark.parametrize("on", ["backbone", "head", "modules_to_save"])
+def test_lora_gets_the_gradients_of_the_models_own_logits(
+    kind: str, changes: dict[str, Any], on: str
+):
+    """PITFALLS 26: LoRA on the head is part of the logits, and of the gradients."""
+    peft = pytest.importorskip("peft")
+    model = family(kind, **changes)
+    targets = LORA_TARGETS.get(kind, ["q_proj", "v_proj"])
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=[*targets, head] if on == "head" else targets,
+        modules_to_save=[head] if on == "modules_to_save" else None,
+        fan_in_fan_out=False,
+    )
+    model = peft.get_peft_model(model, settings).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        # B begins at 0, where the gradient of A is 0 too.
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+            elif "modules_to_save" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    batch = CompletionCollator(0)(rows(6))
+    check_gradients(model, batch, limits=BOTH)
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    if on != "backbone":
+        assert any(head in n for n in trained)
+    with torch.no_grad(), model.disable_adapter():
+        plain = causal_lm_topr_loss(model, batch, check=True).log_ratio
+    with torch.no_grad():
+        adapted = causal_lm_topr_loss(model, batch, check=True).log_ratio
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+
+
+def test_lora_on_the_head_merged_stacked_biased_and_half_precision():
+    peft = pytest.importorskip("peft")
+    batch = CompletionCollator(0)(rows(6))
+    settings = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True)
+    model = peft.get_peft_model(build("Llama", tie_word_embeddings=False), settings).eval()
+    model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=3, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    found = check_gradients(model, batch, limits=BOTH)
+    with pytest.raises(RuntimeError):
+        model.merge_adapter()  # PEFT's own refusal, for the bias
+    for adapter in ("default", "second"):
+        model.base_model.model.lm_head.lora_bias[adapter] = False
+        model.base_model.model.lm_head.lora_B[adapter].bias = None
+    found = causal_lm_topr_loss(model, batch, limits=BOTH, check=True)
+    model.merge_adapter()
+    merged = causal_lm_topr_loss(model, batch, limits=BOTH, check=True)
+    torch.testing.assert_close(merged.log_ratio, found.log_ratio, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    # PEFT keeps adapters in fp32 beside a half-precision base.
+    half = model.to(torch.bfloat16)
+    for name, p in half.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    rounded = causal_lm_topr_loss(half, batch, limits=BOTH, check=True)
+    torch.testing.assert_close(rounded.log_ratio, found.log_ratio, rtol=0.1, atol=0.3)
+
+
+def test_adapters_that_compute_something_else_are_refused():
+    peft = pytest.importorskip("peft")
+    for settings in (
+        peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True),
+        peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    ):
+        model = peft.get_peft_model(build("Llama", tie_word_embeddings=False), settings)
+        with pytest.raises(ValueError, match=r"head.*fused_head=False"):
+            causal_lm_topr_loss(model, CompletionCollator(0)(rows(2)))
+
+
+def test_lora_dropout_on_the_head_is_applied():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5)
+    model = peft.get_peft_model(build("Llama", tie_word_embeddings=False), settings).train()
+    with torch.no_grad():
+        model.base_model.model.lm_head.lora_B["default"].weight.normal_(std=0.3)
+    batch, values = CompletionCollator(0)(rows(6)), []
+    for call in (causal_lm_topr_loss, causal_lm_topr_loss, eager_loss):
+        torch.manual_seed(3)
+        out = call(model, batch)
+        values.append(float(out if isinstance(out, torch.Tensor) else out.loss))
+    other = float(causal_lm_topr_loss(model, batch).loss)
+    assert values[0] == values[1] != other
+
+
+def test_router_losses_are_kept_and_split_by_share(monkeypatch: pytest.MonkeyPatch):
+    """A mixture of experts keeps its balance; over micro-batches its loss is a weighted mean."""
+    model, data = build("Mixtral", **MOE, router_aux_loss_coef=0.5), rows(6, lengths=[3] * 6)
+    collate = CompletionCollator(0)
+    whole = causal_lm_topr_loss(model, collate(data))
+    model.config.output_router_logits = False
+    without = causal_lm_topr_loss(model, collate(data))
+    assert (whole.loss - without.loss) > 0.5
+    model.config.output_router_logits = True
+    parts = [collate(data[:2]), collate(data[2:])]
+    losses = [causal_lm_topr_loss(model, part, normalizer=6.0).loss for part in parts]
+    alone = [causal_lm_topr_loss(model, part).loss for part in parts]
+    expected = alone[0] * 2 / 6 + alone[1] * 4 / 6
+    torch.testing.assert_close(sum(losses), expected)
+    monkeypatch.setattr(causal_lm, "_ROUTER_WEIGHTS", ("its_name_elsewhere",))
+    with pytest.raises(ValueError, match="has a weight for it"):
+        causal_lm_topr_loss(model, parts[0])
+
+
+def test_the_logits_of_the_outputs_carry_the_loss():
+    """Whatever a model does to its logits, the loss and its gradient pass unchanged; twice as well."""
+    model = build("Gemma2", final_logit_softcapping=3.0)
+    batch = CompletionCollator(0)(rows(4))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")}
+
+    def compute(hidden: torch.Tensor, head: Any) -> torch.Tensor:
+        return (hidden * 2).sum() + head.weight.sum()
+
+    with loss_in_head(model, compute) as inside:
+        logits = model(**inputs).logits
+    assert logits.shape[-1] == 1
+    loss = inside.arrive(logits)
+    (5 * loss).backward(retain_graph=True)
+    first = model.lm_head.weight.grad.clone()
+    # The head is tied: 5 from its own product, the rest from the embedding.
+    loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, first * 1.2)
+    with loss_in_head(model, compute), pytest.raises(RuntimeError, match="captured already"):
+        loss_in_head(model, compute).__enter__()
+    with loss_in_head(model, compute) as inside:
+        pass
+    with pytest.raises(ValueError, match="called its head 0 times"):
+        inside.arrive(logits)
+
+
+def test_a_wrapper_is_called_and_fused_head_is_optional():
+    model, batch = random_model(), CompletionCollator(0)(rows(6))
+    a = causal_lm_topr_loss(model, batch)
+    b = causal_lm_topr_loss(PeftLike(model), batch)
+    c = causal_lm_topr_loss(model, batch, fused_head=False)
+    assert torch.equal(a.loss, b.loss)
+    torch.testing.assert_close(a.loss, c.loss, rtol=1e-5, atol=1e-6)
+    d = causal_lm_log_prob(model, batch, fused_head=False).log_prob
+    torch.testing.assert_close(d, a.log_prob, rtol=1e-5, atol=1e-5)
+
+
+def sharded_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
+
+
+def sharded_worker(own_head: bool, trained: bool) -> None:
+    """Two FSDP2 ranks with half of the batch each; rank 0 compares with one process."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data, collate = rows(6, lengths=[3, 1, 4, 0, 2, 4]), CompletionCollator(0)
+    plain, model = sharded_model(), sharded_model()
+    for m in (plain, model):
+        m.lm_head.requires_grad_(trained)
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=True)
+    if own_head:
+        fully_shard(model.lm_head, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    part = collate(data[:2] if rank == 0 else data[2:])
+    # Ranks average gradients; the normaliser is of both.
+    out = causal_lm_topr_loss(model, part, normalizer=5.0, check=True)
+    (out.loss * world).backward()
+    with torch.no_grad():
+        causal_lm_topr_loss(model, part, normalizer=5.0)
+    causal_lm_topr_loss(plain, collate(data)).loss.backward()
+    expected = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None
+            continue
+        whole = p.grad.full_tensor()
+        assert whole.abs().max() > 0, name
+        torch.testing.assert_close(whole, expected[name].grad, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+@pytest.mark.parametrize(("own_head", "trained"), [(False, True), (True, True), (True, False)])
+def test_fsdp2_shards_take_the_gradients_of_one_process(own_head: bool, trained: bool):
+    """PITFALLS 26: inside the wrapped forward the head is whole, and its hooks reduce its gradient."""
+    launch(2, f"import test_causal_lm; test_causal_lm.sharded_worker({own_head}, {trained})")
+
+
+def test_a_head_sharded_outside_the_forward_says_what_to_call():
+    model = random_model()
+    model.lm_head.weight = nn.Parameter(torch.empty(0))
+    from topr_kernels.hf import find_head
+
+    with pytest.raises(ValueError, match="let causal_lm_topr_loss or TOPRTrainer call"):
+        find_head(model)

@@ -1,0 +1,218 @@
+"""The TOPR loss of any Hugging Face causal language model, backbone and fused loss in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topr_kernels import (
+    TOPR,
+    Limits,
+    LogProbOutput,
+    TOPROutput,
+    linear_log_prob,
+    linear_topr_loss,
+    log_prob,
+    topr_loss,
+)
+from topr_kernels.hf.collator import model_inputs
+from topr_kernels.hf.heads import Head, base_model, loss_in_head
+
+#: What models call the weight of their routers' balancing loss.
+_ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def causal_lm_topr_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    unwrapped: nn.Module | None = None,
+    limits: Limits = TOPR,
+    ratio: str = "sequence",
+    baseline: float = 0.0,
+    reduction: str = "sequence_mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    fused_head: bool = True,
+    grad_tolerance: float | None = None,
+    workspace_bytes: int | None = None,
+    impl: str = "auto",
+    check: bool = False,
+) -> TOPROutput:
+    """Runs a causal language model over a batch and computes its TOPR loss, without making logits.
+
+    The loss is computed inside the model's own forward, where it would multiply by its head: logit
+    scale, softcap, bias and LoRA of the head are read from the model, and the hooks of wrappers
+    (DistributedDataParallel, FSDP2, ZeRO-3) fire as in any other forward and backward. Where the model
+    returns a router's balancing loss (mixtures of experts with ``output_router_logits=True`` in their
+    config) it is added with the model's own weight, times this batch's share of ``normalizer``.
+
+    Args:
+        model: Hugging Face causal language model, wrapped or not.
+        batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
+            least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
+            or a mask to count them from.
+        unwrapped: the model inside its wrapper; needed if it is wrapped but by PEFT.
+        limits: as in :func:`topr_kernels.topr_loss`.
+        ratio: as in :func:`topr_kernels.topr_loss`.
+        baseline: as in :func:`topr_kernels.topr_loss`.
+        reduction: as in :func:`topr_kernels.topr_loss`.
+        normalizer: as in :func:`topr_kernels.topr_loss`.
+        temperature: as in :func:`topr_kernels.topr_loss`.
+        entropy: as in :func:`topr_kernels.topr_loss`.
+        fused_head: False lets the model make the logits of the completions: for heads that
+            :func:`find_head` refuses.
+        grad_tolerance: of the fused head, as in :func:`topr_kernels.linear_topr_loss`.
+        workspace_bytes: of the fused head, as in :func:`topr_kernels.linear_topr_loss`.
+        impl: as in :func:`topr_kernels.topr_loss`.
+        check: compare the logits the model makes of up to 4 rows with those of its head: a model may
+            do something to them that its config does not tell. Worth its while on a first batch.
+
+    Returns:
+        TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
+        scored labels (``logits_to_keep``), or [1, N] packed.
+
+    Raises:
+        ValueError: if the batch does not suit the model (see :func:`completion_logits`), or its head
+            cannot be fused (see :func:`find_head`), or ``check`` finds a difference.
+    """
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
+    options: dict[str, Any] = {
+        "cu_seqlens": batch.get("cu_seq_lens_q"),
+        "limits": limits,
+        "ratio": ratio,
+        "baseline": baseline,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "temperature": temperature,
+        "entropy": entropy,
+        "impl": impl,
+    }
+    reward = batch["reward"]
+    base = base_model(model if unwrapped is None else unwrapped)
+    if not fused_head:
+        outputs = model(**inputs)
+        out = topr_loss(outputs.logits[:, -keep:], labels, behavior, reward, **options)
+        return _with_router_loss(out, base, outputs, reduction, normalizer)
+
+    found: list[TOPROutput] = []
+
+    def compute(hidden: Tensor, head: Head) -> Tensor:
+        out = linear_topr_loss(
+            hidden[:, -keep:],
+            head.weight,
+            labels,
+            behavior,
+            reward,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            grad_tolerance=grad_tolerance,
+            workspace_bytes=workspace_bytes,
+            **options,
+        )
+        found.append(out)
+        return out.loss
+
+    with loss_in_head(model if unwrapped is None else unwrapped, compute, sample=check) as inside:
+        outputs = model(**inputs)
+    loss = inside.arrive(outputs.logits)
+    return _with_router_loss(found[0]._replace(loss=loss), base, outputs, reduction, normalizer)
+
+
+def causal_lm_log_prob(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    unwrapped: nn.Module | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    fused_head: bool = True,
+    workspace_bytes: int | None = None,
+    impl: str = "auto",
+    check: bool = False,
+) -> LogProbOutput:
+    """Runs a causal language model over a batch and scores its labels: the log mu of a frozen policy.
+
+    With the batches, ``workspace_bytes`` and ``temperature`` of training the log-probs are bitwise those
+    that :func:`causal_lm_topr_loss` sees before the first update.
+
+    Args:
+        model: as in :func:`causal_lm_topr_loss`.
+        batch: as there; ``behavior_log_prob`` and ``reward`` are not read.
+        unwrapped: as there.
+        temperature: divides the logits; that of the sampler.
+        entropy: also compute the entropy of every scored row.
+        fused_head: as there.
+        workspace_bytes: as there.
+        impl: as there.
+        check: as there.
+
+    Returns:
+        LogProbOutput, detached: [B, K] of the last K columns, or [1, N] packed.
+
+    Raises:
+        ValueError: as :func:`causal_lm_topr_loss`.
+    """
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    labels = _kept(batch["labels"], keep)
+    options: dict[str, Any] = {
+        "cu_seqlens": batch.get("cu_seq_lens_q"),
+        "temperature": temperature,
+        "entropy": entropy,
+        "impl": impl,
+    }
+    with torch.no_grad():
+        if not fused_head:
+            return log_prob(model(**inputs).logits[:, -keep:], labels, **options)
+        found: list[LogProbOutput] = []
+
+        def compute(hidden: Tensor, head: Head) -> Tensor:
+            out = linear_log_prob(
+                hidden[:, -keep:],
+                head.weight,
+                labels,
+                bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                workspace_bytes=workspace_bytes,
+                **options,
+            )
+            found.append(out)
+            return out.log_prob.sum()
+
+        base = model if unwrapped is None else unwrapped
+        with loss_in_head(base, compute, sample=check) as inside:
+            inside.arrive(model(**inputs).logits)
+    return found[0]
+
+
+def _kept(tokens: Tensor, keep: int) -> Tensor:
+    """The last columns of a tensor per token; a tensor per sequence as it is."""
+    return tokens[:, -keep:] if tokens.dim() == 2 else tokens
+
+
+def _with_router_loss(
+    out: TOPROutput, base: Any, outputs: Any, reduction: str, normalizer: float | Tensor | None
+) -> TOPROutput:
+    balancing: Tensor | None = getattr(outputs, "aux_loss", None)
+    # Models that were not asked for it return None, some of them 0.
+    if not isinstance(balancing, Tensor):
+        return out
+    weights = (getattr(part, n, None) for n in _ROUTER_WEIGHTS for part in (base, base.config))
+    weight = next((w for w in weights if w is not None), None)
+    if weight is None:
+        raise ValueError(
+            f"{type(base).__name__} returned an aux_loss, but neither it nor its config has a weight "
+            f"for it ({' or '.join(_ROUTER_WEIGHTS)}); set config.router_aux_loss_coef (0 for none)"
+        )
+    share: Tensor | float = 1.0
+    if normalizer is not None:
+        units = out.length > 0 if reduction == "sequence_mean" else out.length
+        share = units.sum() / normalizer
+    return out._replace(loss=out.loss + share * weight * balancing.to(out.loss.device))

@@ -1,0 +1,288 @@
+"""Sequences one after another in one row, without padding, and the proof that they stay apart.
+
+A packed batch follows FlashAttention's convention for sequences of various lengths, under the names
+that transformers knows (``transformers.modeling_flash_attention_utils``)::
+
+    input_ids       [1, N]    | sequence 0 | sequence 1 | ...
+    position_ids    [1, N]      0 1 2 3 4    0 1 2 ...
+    cu_seq_lens_q   [B + 1]     0            5            ...  N
+
+transformers keeps the sequences apart in one of two ways. Flash attention gets the offsets; ``sdpa``,
+``eager`` and ``flex_attention`` get a mask that transformers makes where the position ids restart, but
+only without ``attention_mask`` and without cache. Some models never ask for that mask (in transformers
+5.23 GPT-OSS, OPT, Falcon and AFMoE, among others), and nothing warns: hence ``check_packing``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from topr_kernels.hf.heads import base_model
+
+#: Offsets and longest sequence of a packed batch, for the attention of the model.
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+#: Layers in which a token sees its own sequence only, given offsets or a mask.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+#: Implementations for which transformers makes a mask from the position ids.
+_MASKED = frozenset({"eager", "sdpa", "flex_attention"})
+_REMEDY = "use packing=False"
+
+#: Tokens of a sequence that ``check_packing`` runs: what leaks most are the first ones.
+_CHECK_TOKENS = 64
+#: Median rounding seen over 66 families of models: 5 eps of the dtype. Leaks: from 0.24 on.
+_EPS_ALLOWED = 12
+#: In fp32 that many eps say nothing of kernels that sum in another order.
+_LEAST_ALLOWED = 1e-4
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is packed: it then has ``cu_seq_lens_q``."""
+    return batch.get("cu_seq_lens_q") is not None
+
+
+def pack(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Lays token rows out one after another.
+
+    Args:
+        rows: B rows of token ids, each at least one.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` [1, N] int64, positions restarting at 0; ``cu_seq_lens_q``
+        and ``cu_seq_lens_k`` [B + 1] int32; ``max_length_q`` and ``max_length_k`` int.
+    """
+    lengths = [len(row) for row in rows]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tokens = [token for row in rows for token in row]
+    return {
+        "input_ids": torch.tensor(tokens, dtype=torch.int64)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets.clone(),
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the forward pass that keep the sequences of a packed batch apart.
+
+    Args:
+        model: as the ``signature_of`` of ``completion_logits``.
+        batch: packed.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``use_cache=False`` and, if the forward takes them, the
+        offsets and longest lengths.
+
+    Raises:
+        ValueError: if the batch has an ``attention_mask`` or a shared prefix, or lacks a field; if the
+            model cannot keep the sequences apart (see ``packing_problem``).
+    """
+    if batch.get("attention_mask") is not None:
+        raise ValueError(
+            "the batch is packed (it has cu_seq_lens_q) and has an attention_mask, with which "
+            "transformers ignores the packing without a word: sequences would see each other; drop "
+            f"attention_mask in the data collator, or {_REMEDY}"
+        )
+    missing = [name for name in ("position_ids", *VARLEN) if batch.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"the batch is packed (it has cu_seq_lens_q) but has no {', '.join(missing)}; give all of "
+            f"position_ids, {', '.join(VARLEN)}, as CompletionCollator(packing=True) does"
+        )
+    if batch.get("prefix_length", 0):
+        raise ValueError(
+            f"the batch is packed and has prefix_length={batch['prefix_length']}; a packed batch "
+            f"cannot share a prefix: use share_prefix=False, or {_REMEDY}"
+        )
+    problem = packing_problem(model)
+    if problem:
+        raise ValueError(f"packing=True, but {problem}; {_REMEDY}")
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    inputs |= {name: batch[name] for name in VARLEN if accepts(model, name)}
+    # With a cache, transformers does not look for packed sequences.
+    return inputs | {"use_cache": False}
+
+
+def packing_problem(model: nn.Module) -> str | None:
+    """Says why this model cannot run packed sequences, or None if nothing is known against it.
+
+    What it says follows from the config and the signature of the forward pass; only ``check_packing``
+    measures.
+    """
+    base = base_model(model)
+    kind = type(base).__name__
+    # Bloom's **kwargs take them, and drop them.
+    if not (names(model, "position_ids") and accepts(model, "position_ids")):
+        return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
+    config: Any = base.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    others = sorted(set(layers or ()) - _ATTENTION)
+    if others:
+        return (
+            f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
+        )
+    if not layers and getattr(base, "_is_stateful", False):
+        return f"{kind} carries a state from one sequence into the next"
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if attention.startswith("paged"):
+        return f"attn_implementation={attention!r} is for generation"
+    if "chunked_attention" in (layers or ()):
+        # Chunks must be counted from the start of each sequence.
+        exact = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+        if not exact or attention not in _MASKED:
+            return (
+                f"with attn_implementation={attention!r} the chunks of {kind}'s chunked attention "
+                "would be counted from the start of the batch in this version of transformers"
+            )
+    return None
+
+
+@torch.no_grad()
+def check_packing(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+) -> float:
+    """Runs a sequence behind another one and alone, and compares its hidden states.
+
+    Two forward passes over at most 64 tokens of the first two sequences (of the first one twice, if
+    there is no other, so that all processes of a sharded model do the same): the second one with its
+    tokens reversed, so that samples of one prompt differ, and the first one behind it; and the first
+    one alone, without any of the arguments that packing needs. Compared is the norm of the difference
+    of each token's input to the head, relative to the norm of that input; the median over the tokens
+    disregards the few for which rounding makes a router choose another expert. Allowed are 12 eps of
+    the dtype the model computes in (0.09 in bf16, 0.01 in fp16), 1e-4 in fp32. Rounding makes up to
+    5 eps. A leak, or positions that count all columns, makes 0.24 to 1.4 in models whose attention does
+    something; in one that was just initialised it may be less than bf16 resolves.
+
+    The model runs in eval mode and without gradients; the modes of its modules are put back, and no
+    random number is drawn. Call it on all processes or on none.
+
+    Args:
+        model: as in ``completion_logits``.
+        batch: packed, as ``CompletionCollator(packing=True)`` returns it, on the model's device.
+        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
+
+    Returns:
+        The median relative difference.
+
+    Raises:
+        ValueError: as ``completion_logits``; if the position ids are not those of the offsets; if
+            the difference is larger than allowed.
+    """
+    unwrapped = model if signature_of is None else signature_of
+    packed_inputs(unwrapped, batch)
+    sequences = _sequences(batch)
+    b, a = sequences[0][:_CHECK_TOKENS], sequences[min(1, len(sequences) - 1)][:_CHECK_TOKENS]
+    together = packed_inputs(unwrapped, pack([a[::-1], b]))
+    single = {"input_ids": torch.tensor([b]), "use_cache": False}
+    device = batch["input_ids"].device
+    with _eval_mode(unwrapped):
+        (behind, _), (alone, eps) = (
+            _hidden(
+                model,
+                unwrapped,
+                {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()},
+            )
+            for inputs in (together, single)
+        )
+    rows = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
+    difference, allowed = float(rows.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
+    # NaN is no agreement.
+    if not difference <= allowed:
+        base = base_model(unwrapped)
+        attention = getattr(base.config, "_attn_implementation", None)
+        raise ValueError(
+            f"packing=True, but {type(base).__name__} with attn_implementation={attention!r} does not "
+            "keep packed sequences apart: behind another sequence the hidden states of a token differ "
+            f"by {difference:.1e} of their norm (median) from those of the sequence alone; expected at "
+            f"most {allowed:.1e}, from rounding; {_REMEDY}, or an attn_implementation that takes "
+            "cu_seq_lens_q (flash_attention_2)"
+        )
+    return difference
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
+    # PEFT's forward hides the base model's arguments behind **kwargs.
+    for part in (model, base_model(model)):
+        parameters = inspect.signature(part.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name not in parameters and not open_ended:
+            return False
+    return True
+
+
+def names(model: Any, name: str) -> bool:
+    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
+    return name in inspect.signature(base_model(model).forward).parameters
+
+
+def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of each sequence of a packed batch, whose fields must agree."""
+    ids, offsets = batch["input_ids"][0].tolist(), batch["cu_seq_lens_q"].tolist()
+    sequences = [ids[i:j] for i, j in pairwise(offsets)]
+    expected = pack(sequences)
+    for name in ("position_ids", *VARLEN):
+        if not torch.equal(torch.as_tensor(batch[name]).cpu(), torch.as_tensor(expected[name])):
+            raise ValueError(
+                f"{name} of the packed batch is not what the sequences between cu_seq_lens_q make it: "
+                f"got {batch[name]}, expected {expected[name]}; build the batch with "
+                "CompletionCollator(packing=True)"
+            )
+    return sequences
+
+
+def _hidden(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
+    """Input of the head, [T, D] fp32, or logits where no head is found; and eps of the dtype."""
+    get = getattr(base_model(unwrapped), "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    seen: list[tuple[Tensor, float]] = []
+
+    def see(hidden: Tensor) -> None:
+        seen.append((hidden.flatten(0, -2).float(), _eps(hidden)))
+
+    if head is None:
+        see(model(**inputs).logits)
+        return seen[-1]
+    hook = head.register_forward_pre_hook(lambda _, args: see(args[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return seen[-1]
+
+
+def _eps(hidden: Tensor) -> float:
+    """Resolution of what a matmul around here reads, whatever the dtype of its operands."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.finfo(torch.get_autocast_dtype(kind)).eps
+    if hidden.dtype == torch.float32 and kind == "cuda":
+        # TF32 has the digits of fp16; "medium" may use bf16.
+        reads = {"high": torch.float16, "medium": torch.bfloat16}
+        dtype = reads.get(torch.get_float32_matmul_precision(), torch.float32)
+        return torch.finfo(dtype).eps
+    return torch.finfo(hidden.dtype).eps
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # One by one: parts of a model may be in eval mode on purpose.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
