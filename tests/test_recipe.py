@@ -457,9 +457,9 @@ def test_scoring_and_training_use_one_workspace(
 
         monkeypatch.setattr(module, name, called)
 
-    # The package has a function score, which hides the module of that name.
-    spy(importlib.import_module("topr_kernels.recipe.score"), "linear_log_prob")
-    spy(importlib.import_module("topr_kernels.hf.trainer"), "linear_topr_loss")
+    causal_lm = importlib.import_module("topr_kernels.hf.causal_lm")
+    spy(causal_lm, "linear_log_prob")
+    spy(causal_lm, "linear_topr_loss")
     model = tiny_model()
     score(model, scored[:4], pad_token_id=0, batch_size=4)
     train(model, tiny_tokenizer(), scored[:8], TrainSettings(), checkpoints=tmp_path)

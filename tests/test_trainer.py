@@ -451,10 +451,18 @@ SPLITS = [(8, 1), (4, 2), (2, 4), (3, 3)]
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize(
-    ("share_prefix", "fused_head"), [(False, True), (True, True), (False, False)]
+    "layout",
+    [
+        {},
+        {"share_prefix": True},
+        {"packing": True},
+        {"fused_head": False},
+        {"fused_head": False, "packing": True},
+    ],
+    ids=str,
 )
 def test_gradients_do_not_depend_on_accumulation(
-    tmp_path: Path, reduction: str, share_prefix: bool, fused_head: bool
+    tmp_path: Path, reduction: str, layout: dict[str, bool]
 ):
     """PITFALLS 28: accumulation 1, 2, 4 and the ragged 3 + 3 + 2, one sequence being empty."""
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
@@ -471,8 +479,7 @@ def test_gradients_do_not_depend_on_accumulation(
             gradient_accumulation_steps=steps,
             reduction=reduction,
             baseline=-0.4,
-            share_prefix=share_prefix,
-            fused_head=fused_head,
+            **layout,
         )
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         run.train()
@@ -548,6 +555,7 @@ STATIC = {
         ("sequence_mean", False, {"ddp_find_unused_parameters": False}),
         ("sequence_mean", True, STATIC),
         ("sequence_mean", False, {"fused_head": False}),
+        ("sequence_mean", True, {"packing": True}),
     ],
 )
 def test_two_processes_take_the_step_of_one(

@@ -9,16 +9,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from topr_kernels import PRESETS, Limits, TOPROutput
+from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
-from topr_kernels.hf.heads import head_shape
+from topr_kernels.hf.data import prepare_records
+from topr_kernels.hf.heads import base_model, head_shape
+from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.metrics import DEAD_WEIGHT
 from topr_kernels.validation import (
@@ -37,6 +41,7 @@ else:
     _LimitsOption = str
 
 _REDUCTIONS = ("sequence_mean", "token_mean")
+_BEHAVIORS = ("recorded", "initial")
 
 
 @dataclass
@@ -59,14 +64,23 @@ class TOPRConfig(TrainingArguments):
         grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
         share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
             most of the time with few-shot prompts; needs plain full attention.
+        packing: lay the sequences of a batch out in one row without padding (FlashAttention's varlen
+            convention; the same results with sdpa and eager). The first batch checks that the model
+            keeps them apart.
+        mask_truncated: do not count completions that were cut off.
+        behavior: "recorded" takes ``behavior_log_prob`` of the records; "initial" scores it with the
+            model as it is when the trainer is made, for data sampled from that very model at
+            ``temperature``. A resumed run must be given the same initial model.
+        beta: refused unless 0, as is entropy_coef: neither a KL penalty nor an entropy bonus is a part
+            of TOPR, whose taper is what keeps it stable.
 
     ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
 
     Raises:
         TypeError: if ``baseline``, ``temperature`` or ``grad_tolerance`` is not a number.
         ValueError: on an unknown preset, ratio or reduction, a temperature that is not above 0, a
-            baseline that is not finite, a ``grad_tolerance`` outside [0, 1),
-            ``remove_unused_columns=True``, or settings that do not go with ``fused_head``.
+            baseline that is not finite, a ``grad_tolerance`` outside [0, 1), a KL penalty or entropy
+            bonus, ``remove_unused_columns=True``, or settings that do not go together.
     """
 
     limits: _LimitsOption = field(
@@ -95,6 +109,22 @@ class TOPRConfig(TrainingArguments):
     share_prefix: bool = field(
         default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Lay sequences out in one row, without padding."}
+    )
+    mask_truncated: bool = field(
+        default=False, metadata={"help": "Do not train on completions that were cut off."}
+    )
+    behavior: str = field(
+        default="recorded",
+        metadata={
+            "help": "Where log mu comes from: recorded, or initial (the model as it starts)."
+        },
+    )
+    beta: float = field(default=0.0, metadata={"help": "Must stay 0: TOPR has no KL penalty."})
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Must stay 0: TOPR has no entropy bonus."}
+    )
     # The Trainer would drop reward and behavior_log_prob: no model's forward takes them.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the loss needs the extra columns."}
@@ -115,6 +145,16 @@ class TOPRConfig(TrainingArguments):
         check_transforms(self.temperature, None)
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
+        check_choice("behavior", self.behavior, _BEHAVIORS)
+        for name in ("beta", "entropy_coef"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}; TOPR has no KL penalty and no entropy bonus, "
+                    "its taper is what keeps it stable. For a loss with one write a loop over "
+                    "topr_kernels.linear_log_prob, which is differentiable per token"
+                )
+        if self.packing and self.share_prefix:
+            raise ValueError("packing: got True with share_prefix=True; expected one of them")
         check_tolerance(self.grad_tolerance, torch.float32, False, 0.0)
         self._check_fused_head()
         if self.remove_unused_columns:
@@ -141,9 +181,9 @@ class TOPRConfig(TrainingArguments):
 class TOPRTrainer(Trainer):
     """``transformers.Trainer`` with the TOPR loss, for any Hugging Face causal language model.
 
-    Takes the arguments of ``Trainer``. The data set holds records as ``CompletionCollator``
-    describes them; that collator is the default and needs ``processing_class`` (the tokenizer) for
-    a pad id. Gradients do not depend on how a batch is split: the loss is normalised by the
+    Takes the arguments of ``Trainer``. The data set holds prompt, completion and reward as text,
+    messages or token ids, see ``prepare_records``; the default collator needs ``processing_class`` (the
+    tokenizer). Gradients do not depend on how a batch is split: the loss is normalised by the
     non-empty sequences (or tokens) of the whole accumulated batch over all processes.
 
     ``log`` carries the metrics of ``TOPROutput.metrics()``, averaged over the micro-batches since
@@ -155,20 +195,27 @@ class TOPRTrainer(Trainer):
     runs the model in train mode, so with dropout > 0 pi is noisy while mu was scored in eval mode:
     the ratios are not 1 where the policies are equal, and their clipping acts on noise.
 
-    A collator of one's own must give ``input_ids``, ``labels``, ``behavior_log_prob`` and
-    ``reward``, and ``attention_mask`` or ``position_ids``; further entries go to the model's
-    forward, see ``completion_logits``.
+    The loss is computed inside the wrapped model's forward, see ``causal_lm_topr_loss``: adapters on
+    the head, routers' balancing losses, DistributedDataParallel, FSDP2 and ZeRO-3 are served as they
+    are for logits.
+
+    A collator of one's own gets the records as they are and must give ``input_ids``, ``labels``,
+    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
+    to the model's forward, see ``completion_logits``.
 
     With ``fused_head`` the first batch also compares the model's own logits of a few rows with those of
     its head, since a model may do to them what is not known here (see ``find_head``).
 
     Raises:
         TypeError: if ``workspace_bytes`` is not an int.
-        ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; with
+        ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
+            record is not sound (see ``prepare_records``) or lacks ``behavior_log_prob``; with
             ``fused_head``, if the model's head cannot be fused (see ``find_head``) or
             ``workspace_bytes`` is too small for it.
 
     Warns:
+        UserWarning: once, if between two logs more than half of the negatives had a weight of nothing,
+            or their effective sample size was below a tenth of their number: time for new samples.
         UserWarning: once per training set, if no reward is below the baseline although the limits
             give negatives a weight: TOPR is then positives only. Not for records without a
             ``reward``, which a collator of one's own computes.
@@ -190,7 +237,20 @@ class TOPRTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if data_collator is None:
-            data_collator = CompletionCollator(_pad_token_id(processing_class), args.share_prefix)
+            eos = _eos_token_id(model, processing_class)
+            data_collator = CompletionCollator(
+                _pad_token_id(processing_class),
+                args.share_prefix,
+                args.packing,
+                args.mask_truncated,
+                eos,
+            )
+            train_dataset, eval_dataset = (
+                _each(data, lambda part: prepare_records(part, processing_class, eos_token_id=eos))
+                for data in (train_dataset, eval_dataset)
+            )
+        else:
+            _check_own_collator(args)
         super().__init__(
             model=model,
             args=args,
@@ -202,7 +262,7 @@ class TOPRTrainer(Trainer):
         )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
-        self._head_checked = False
+        self._head_checked = self._packing_checked = False
         if args.fused_head and args.n_gpu > 1:
             raise ValueError(
                 f"fused_head: one process drives {args.n_gpu} GPUs by nn.DataParallel, whose replicas "
@@ -215,8 +275,61 @@ class TOPRTrainer(Trainer):
         self._train_metrics = MetricMean()
         self._eval_metrics = MetricMean()
         self._watch = NegativeWatch()
+        if isinstance(data_collator, CompletionCollator):
+            self.train_dataset, self.eval_dataset = (
+                _each(data, functools.partial(self._with_behavior, data_collator))
+                for data in (self.train_dataset, self.eval_dataset)
+            )
         if train_dataset is not None and hasattr(train_dataset, "__len__"):
             warn_if_never_negative(_rewards(train_dataset), args.baseline, args.limits)
+
+    def _with_behavior(self, collator: CompletionCollator, dataset: Any) -> Any:
+        """The data set with ``behavior_log_prob``: its own, or that of the initial model."""
+        if not hasattr(dataset, "__len__"):
+            if self.args.behavior == "initial":
+                raise ValueError(
+                    f"behavior: got 'initial' with a {type(dataset).__name__} that has no length; "
+                    "expected one that can be scored before training; use behavior='recorded'"
+                )
+            return dataset
+        recorded = self.args.behavior == "recorded"
+        # Reading a data set on disk takes time; the collator looks at every record of it later.
+        looked_at = 1 if recorded and not isinstance(dataset, list) else len(dataset)
+        records = [dataset[i] for i in range(min(looked_at, len(dataset)))]
+        known = [record.get("behavior_log_prob") is not None for record in records]
+        if recorded:
+            if not all(known):
+                raise ValueError(
+                    f"record {known.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
+                    "Record the sampler's log-probabilities, score them with causal_lm_log_prob, or, "
+                    "for data sampled from this very model, set behavior='initial'"
+                )
+            return dataset
+        if any(known):
+            raise ValueError(
+                f"behavior: got 'initial', but record {known.index(True)} has a behavior_log_prob, "
+                "which would be ignored; drop the column, or use behavior='recorded'"
+            )
+        processes, rank = self.args.world_size, self.args.process_index
+        rows = score_behavior(
+            cast(nn.Module, self.model),
+            records[rank::processes],
+            collator,
+            batch_size=self.args.per_device_train_batch_size,
+            temperature=self.args.temperature,
+            fused_head=self.args.fused_head,
+            workspace_bytes=self.args.workspace_bytes,
+            impl=self.args.impl,
+            progress=rank == 0 and not self.args.disable_tqdm,
+        )
+        if processes > 1:
+            shares = gather_object([rows])
+            rows = [shares[i % processes][i // processes] for i in range(len(records))]
+        if hasattr(dataset, "add_column"):
+            if "behavior_log_prob" in dataset.column_names:
+                dataset = dataset.remove_columns("behavior_log_prob")
+            return dataset.add_column("behavior_log_prob", rows)
+        return [{**r, "behavior_log_prob": row} for r, row in zip(records, rows, strict=True)]
 
     def compute_loss(
         self,
@@ -244,10 +357,14 @@ class TOPRTrainer(Trainer):
                 "workspace_bytes": self.args.workspace_bytes,
                 "check": not self._head_checked,
             }
+        unwrapped = self.accelerator.unwrap_model(model)
+        if is_packed(inputs) and not self._packing_checked:
+            check_packing(model, inputs, signature_of=unwrapped)
+            self._packing_checked = True
         output = causal_lm_topr_loss(
             model,
             inputs,
-            unwrapped=self.accelerator.unwrap_model(model),
+            unwrapped=unwrapped,
             limits=self.args.limits,
             ratio=self.args.ratio,
             baseline=self.args.baseline,
@@ -458,6 +575,32 @@ def _rewards(dataset: Any) -> Iterator[float]:
         if not isinstance(record, Mapping) or record.get("reward") is None:
             return
         yield record["reward"]
+
+
+def _each(data: Any, change: Callable[[Any], Any]) -> Any:
+    """Applies a change to a data set, or to each of a mapping of them; None stays None."""
+    if data is None:
+        return None
+    if isinstance(data, dict):
+        return {name: change(part) for name, part in data.items()}
+    return change(data)
+
+
+def _check_own_collator(args: TOPRConfig) -> None:
+    """Refuses settings that only the default collator carries out."""
+    for name in ("share_prefix", "packing", "mask_truncated"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: got True with a data_collator, which decides that itself; set it there, as in "
+                f"CompletionCollator(pad_id, {name}=True), or drop data_collator"
+            )
+
+
+def _eos_token_id(model: Any, processing_class: Any) -> Any:
+    """Id or ids that end a completion: what generation stops at, else the tokenizer's."""
+    generation = getattr(base_model(model), "generation_config", None)
+    stops = getattr(generation, "eos_token_id", None)
+    return getattr(processing_class, "eos_token_id", None) if stops is None else stops
 
 
 def _pad_token_id(processing_class: Any) -> int:

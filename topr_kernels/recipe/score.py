@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from topr_kernels import linear_log_prob
-from topr_kernels.hf.collator import (
-    CompletionCollator,
-    completion_hidden,
-    prefix_sharing_problem,
-)
-from topr_kernels.hf.heads import find_head
-from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.hf.behavior import score_behavior
+from topr_kernels.hf.collator import CompletionCollator, prefix_sharing_problem
+from topr_kernels.hf.heads import head_shape
 from topr_kernels.recipe.records import Record, RecordError
 
 #: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
@@ -28,7 +23,7 @@ def workspace_bytes(model: Any) -> int | None:
     """Budget of the fused head, for scoring and for training: only equal ones give equal log-probs."""
     if model.device.type != "cpu":
         return None
-    return _TILE_ROWS * find_head(model).weight.shape[0] * 4
+    return _TILE_ROWS * head_shape(model)[0] * 4
 
 
 def score(
@@ -95,42 +90,30 @@ def max_log_ratio(
     return largest
 
 
-@torch.no_grad()
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
     collate = CompletionCollator(pad_token_id, share_prefix=prefix_sharing_problem(model) is None)
-    unscored = [
+    rows = [
         {
             "prompt_token_ids": record.prompt_token_ids,
             "completion_token_ids": record.completion_token_ids,
-            "behavior_log_prob": [0.0] * len(record.completion_token_ids),
-            "reward": record.reward,
         }
         for record in records
     ]
-    batch = {
-        name: x.to(model.device) if isinstance(x, Tensor) else x
-        for name, x in collate(unscored).items()
-    }
-    labels = batch["labels"][:, -batch["logits_to_keep"] :]
-    head = find_head(model)
-    hidden = completion_hidden(model, batch, check=head)
-    # Nearly always one temperature; each of several costs the head's product again.
+    # Nearly always one temperature; each of several costs a forward pass.
     values = {
-        t: linear_log_prob(
-            hidden,
-            head.weight,
-            labels,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
+        t: score_behavior(
+            model,
+            rows,
+            collate,
+            batch_size=len(rows),
             temperature=t,
             workspace_bytes=workspace_bytes(model),
-        ).log_prob.cpu()
+            progress=False,
+        )
         for t in {record.sampling.temperature for record in records}
     }
-    scored = labels.ne(IGNORE_INDEX).cpu()
-    return [values[r.sampling.temperature][i][scored[i]] for i, r in enumerate(records)]
+    return [torch.tensor(values[r.sampling.temperature][i]) for i, r in enumerate(records)]
 
 
 def _check_full_softmax(record: Record, i: int) -> None:
