@@ -24,7 +24,10 @@ def launch(
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
     common |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", **(env or {})}
     common |= {"MASTER_PORT": str(free_port())}
-    common["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    common["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
+    # Not by way of the interpreter's end: about once in ten runs (torch 2.13) the last reference to a
+    # process group waits there, with the GIL, for a thread of gloo that wants it.
+    code += "\nimport os, sys\nsys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
     processes = []
     try:
         for rank in range(world):

@@ -1,0 +1,338 @@
+"""TOPR in TRL's ``GRPOTrainer``: generation, rewards and groups are TRL's, the loss is ours.
+
+Needs trl, and one whose internals are known: importing this module with another raises ImportError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topr_kernels import TOPR, Limits, TOPROutput, topr_loss_from_log_prob
+from topr_kernels.validation import RATIOS, check_choice, check_limits, check_number
+
+# Read for every version between these: `_compute_loss(model, inputs)`, the keys of `inputs`, what
+# `_get_per_token_logps_and_entropies` returns, `_step`, `_buffered_inputs` and `_metrics`.
+_OLDEST, _TOO_NEW = (1, 15), (1, 17)
+
+
+def _check_trl() -> None:
+    try:
+        found = metadata.version("trl")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and _OLDEST <= (int(numbers[1]), int(numbers[2])) < _TOO_NEW:
+        return
+    oldest, too_new = (".".join(map(str, version)) for version in (_OLDEST, _TOO_NEW))
+    raise ImportError(
+        f"topr_kernels.hf.trl: found trl {found}, expected trl >= {oldest}, < {too_new}, whose "
+        f'internals it knows; pip install "trl>={oldest},<{too_new}"'
+    )
+
+
+_check_trl()
+
+from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
+
+_REDUCTIONS = ("sequence_mean", "token_mean")
+#: Entries of a batch that only the model's forward reads.
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+_OWN_TERM = (
+    "add a term of your own in a training loop, to linear_topr_loss and from the differentiable "
+    "log-probs of topr_kernels.linear_log_prob"
+)
+_OTHER_LOSS = "it shapes a loss that TOPR replaces; leave it out"
+_LIMITS = "TOPR bounds ratios by limits=topr_kernels.Limits(...) of this trainer; leave it out"
+#: Options of GRPOConfig that must keep their default, and what to do instead.
+_REFUSED = {
+    "beta": f"TOPR has no KL term; {_OWN_TERM}",
+    "entropy_coef": f"TOPR has no entropy bonus; {_OWN_TERM}",
+    "use_adaptive_entropy": f"TOPR has no entropy bonus; {_OWN_TERM}",
+    "top_entropy_quantile": "the ratio of a completion needs all of its tokens; leave it out",
+    "off_policy_mask_threshold": f"the taper fades negatives already; {_LIMITS}",
+    "delta": _LIMITS,
+    "epsilon": _LIMITS,
+    "epsilon_high": _LIMITS,
+    "importance_sampling_level": 'pass ratio="geometric" to this trainer for GSPO\'s ratio, and '
+    "leave it out",
+    "loss_type": "the loss is TOPR; leave it out",
+    "use_bias_correction_kl": f"TOPR has no KL term; {_OWN_TERM}",
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _OTHER_LOSS),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _OTHER_LOSS
+    ),
+}
+#: Options of sampling that cut the distribution or reweigh it, and their values that do not.
+_TRUNCATING: dict[str, tuple[object, ...]] = {
+    "top_p": (1.0, None),
+    "top_k": (0, -1, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0, None),
+}
+
+
+class TOPRGRPOTrainer(GRPOTrainer):
+    """TRL's ``GRPOTrainer`` with the TOPR loss; only ``_compute_loss`` is replaced.
+
+    Equivalent, per optimizer step, to ``topr_loss_from_log_prob(log_prob, mask, mu, advantages)`` over
+    all completions of its accumulated batch. TRL generates, scores, forms groups and makes the
+    log-probs (its own fused head, at ``args.temperature``).
+
+    **mu**, per token, is what TRL knows best: ``sampling_per_token_logps`` where vLLM or a
+    ``rollout_func`` gives the sampler's own log-probs; else ``old_per_token_logps``, the policy's at
+    the time of generation; else, where TRL leaves them out because every completion is used before
+    the policy changes, the present ones, detached: the ratio is then 1. A sampler's log-prob that is
+    NaN (vLLM has none for that token) is taken to be the policy's present one, so that the token does
+    not move the ratio; ``topr/unknown_mu_share`` says for how many tokens. Tokens of tools and of
+    truncated completions (``mask_truncated_completions``) are not scored.
+
+    **The reward is TRL's advantage**, not the reward: its sign decides the taper. The group's mean is
+    subtracted, so a completion counts as positive if it beats its group, whatever its reward: a wrong
+    answer is positive in a group of worse ones, and the share of positives by weight is a half.
+    ``scale_rewards`` changes the size of an advantage, never its sign. In a group of equal rewards all
+    advantages are 0 but for rounding: its completions teach nothing, and count in the denominator.
+    ``baseline`` is subtracted on top, in units of the advantage; unless it is 0 it pushes them as well.
+
+    **Normalisation.** The denominator is the number of non-empty completions ("sequence_mean") or
+    scored tokens ("token_mean") of the whole accumulated batch over all processes, so gradients do not
+    depend on how it is split. It is exact if ``gradient_accumulation_steps`` divides
+    ``steps_per_generation`` (they are equal by default), or if the accumulated batch is a number of
+    whole passes through one generation batch. Otherwise it reaches into generations that do not exist
+    when its first gradients are made, and the count of the present one is scaled to its size: still
+    exact for "sequence_mean" without empty completions, which only ``mask_truncated_completions`` and
+    masks of tools make; approximate for "token_mean". Evaluation normalises each batch by itself.
+
+    **Numerical noise.** The sequence ratio sums it over the tokens. Under mixed precision or with a
+    half-precision model TRL rounds the logits; ``cast_lm_head_to_fp32=True`` prevents that, and without
+    it this trainer warns. Dropout (``lora_dropout`` included) makes pi differ from mu; set it to 0, or
+    ``disable_dropout=True``. vLLM's log-probs differ a little from the model's; a server must report
+    ``--logprobs-mode processed_logprobs``, as ``trl vllm-serve`` does. TRL checks that only with the
+    correction that is refused here.
+
+    **Refused options** of ``GRPOConfig`` are those that would do nothing or something else than they
+    say: all that shape other losses, the KL and entropy terms, ``vllm_importance_sampling_correction``
+    (pi/mu with the sampler's mu is that correction), and, with vLLM, sampling that truncates or
+    reweighs the distribution, whose log-probs are renormalised: every ratio would be off by the mass
+    that survived. Without vLLM such sampling is allowed, because mu is scored with the full softmax.
+    ``use_liger_kernel`` is honoured: it replaces layers, not the loss.
+
+    ``log`` carries the entropy as in TRL and the metrics of ``TOPROutput.metrics()`` under ``topr/``,
+    averaged over processes and over the micro-batches since the last log where they are defined (keys
+    that end in ``_min`` or ``_max``: the extreme over processes, averaged over micro-batches).
+
+    Args:
+        model: as in ``GRPOTrainer``.
+        reward_funcs: as in ``GRPOTrainer``.
+        args: ``GRPOConfig``, but for the refused options.
+        *more: further arguments of ``GRPOTrainer``.
+        limits: clip limits per sign of the advantage; presets TOPR, TIS, IS, REINFORCE, SFT.
+        ratio: "sequence" (the paper's), "geometric" or "token".
+        baseline: subtracted from every advantage before the sign is taken.
+        reduction: "sequence_mean" (the paper's) or "token_mean".
+        **kwargs: further arguments of ``GRPOTrainer``.
+
+    Raises:
+        ImportError: on import of the module, if trl is missing or a version it was not checked against.
+        TypeError: if ``limits`` is no ``Limits`` or ``baseline`` no number.
+        ValueError: on an unknown ratio or reduction, a baseline that is not finite, or a refused option;
+            in training, if a subclass gives advantages per token.
+
+    Warns:
+        UserWarning: if the logits are rounded to half precision.
+    """
+
+    # Declared wider in TRL and transformers than they are in a training step.
+    model: Any
+    _buffered_inputs: Any
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *more: Any,
+        limits: Limits = TOPR,
+        ratio: str = "sequence",
+        baseline: float = 0.0,
+        reduction: str = "sequence_mean",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("ratio", ratio, RATIOS)
+        check_choice("reduction", reduction, _REDUCTIONS)
+        self.topr_options: dict[str, Any] = {
+            "limits": check_limits(limits),
+            "ratio": ratio,
+            "baseline": check_number("baseline", baseline),
+            "reduction": reduction,
+        }
+        if args is not None:
+            _check_config(args)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        _warn_of_rounded_logits(self.args, self.model)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Loss of one micro-batch, normalised by the items of the whole accumulated batch."""
+        reward = inputs["advantages"]
+        if reward.dim() != 1:
+            raise ValueError(
+                f"advantages: expected one per completion, [B], got shape {tuple(reward.shape)}; TOPR "
+                "weighs whole completions, so sum or average them per completion first"
+            )
+        mode = "train" if self.model.training else "eval"
+        scored = _scored(inputs)
+        log_prob, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            # TRL's head computes it in any case.
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in _MULTIMODAL},
+        )
+        out = topr_loss_from_log_prob(
+            log_prob.float(),
+            scored,
+            _behavior_log_prob(inputs, log_prob),
+            reward,
+            normalizer=self._topr_normalizer() if mode == "train" else None,
+            **self.topr_options,
+        )
+        self._topr_log(mode, inputs, scored, out, entropy)
+        if not self.aux_loss_enabled:
+            return out.loss
+        aux_losses = self.accelerator.gather(aux_loss.detach())
+        self._metrics[mode]["aux_loss"].append(aux_losses.mean().item())
+        # Unlike the loss it is a mean of each micro-batch, so theirs is taken, as in TRL.
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        return out.loss + aux_loss * (self.router_aux_loss_coef / steps)
+
+    def _topr_normalizer(self) -> Any:
+        """Items of the accumulated batch over all processes, per process; 0-dim float64.
+
+        Per process, because data-parallel wrappers average the gradients over processes.
+        """
+        batches = self._buffered_inputs
+        steps = self.current_gradient_accumulation_steps
+        if len(batches) % steps == 0:
+            first = self._step % len(batches) // steps * steps
+            accumulated = batches[first : first + steps]
+        else:
+            # Several passes through these batches, or batches that are yet to be generated.
+            accumulated = batches
+        masks = [_scored(batch) for batch in accumulated]
+        if self.topr_options["reduction"] == "sequence_mean":
+            masks = [mask.any(dim=1) for mask in masks]
+        items = torch.stack([mask.sum() for mask in masks]).sum()
+        items = self.accelerator.reduce(items, reduction="sum").double()
+        return items * (steps / len(accumulated) / self.accelerator.num_processes)
+
+    def _topr_log(
+        self,
+        mode: str,
+        inputs: dict[str, Any],
+        scored: Tensor,
+        out: TOPROutput,
+        entropy: Tensor,
+    ) -> None:
+        """Appends the metrics of a micro-batch of all processes to those that TRL will log."""
+        figures = {f"topr/{name}": value for name, value in out.metrics().items()}
+        if (sampled := inputs.get("sampling_per_token_logps")) is not None:
+            unknown = (sampled.isnan() & scored).sum()
+            figures["topr/unknown_mu_share"] = unknown / scored.sum()
+        totals = [torch.where(scored, entropy.detach(), 0.0).sum(), scored.sum()]
+        # One collective and one copy to the host for all of them.
+        local = torch.stack([value.detach().double() for value in (*figures.values(), *totals)])
+        *columns, sums, tokens = self.accelerator.gather(local).view(-1, len(local)).T.tolist()
+        for name, column in zip(figures, columns, strict=True):
+            if known := [value for value in column if not math.isnan(value)]:
+                self._metrics[mode][name].append(_over_processes(name)(known))
+        self._metrics[mode]["entropy"].append(sum(sums) / max(sum(tokens), 1.0))
+
+
+def _scored(inputs: dict[str, Any]) -> Tensor:
+    """Which tokens of the completions the policy wrote, and are to be learnt from; bool [B, T]."""
+    scored: Tensor = inputs["completion_mask"] != 0
+    return scored & (inputs["tool_mask"] != 0) if "tool_mask" in inputs else scored
+
+
+def _behavior_log_prob(inputs: dict[str, Any], log_prob: Tensor) -> Tensor:
+    """Log mu per token, [B, T] fp32; the class says which."""
+    current = log_prob.detach().float()
+    sampled: Tensor | None = inputs.get("sampling_per_token_logps")
+    if sampled is not None:
+        return torch.where(sampled.isnan(), current, sampled.float())
+    old: Tensor | None = inputs.get("old_per_token_logps")
+    return current if old is None else old.float()
+
+
+def _over_processes(name: str) -> Callable[[list[float]], float]:
+    if name.endswith("_min"):
+        return min
+    return max if name.endswith("_max") else lambda values: sum(values) / len(values)
+
+
+def _check_config(args: GRPOConfig) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    for name, remedy in _REFUSED.items():
+        value = getattr(args, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"{name}: expected its default {defaults[name]!r}, got {value!r}: {remedy}"
+            )
+    if not args.use_vllm:
+        return
+    if args.vllm_importance_sampling_correction:
+        raise ValueError(
+            "vllm_importance_sampling_correction: got True, but TOPR's own ratio corrects for the "
+            "sampler, whose log-probs are its mu; pass vllm_importance_sampling_correction=False"
+        )
+    overrides: Any = args.generation_kwargs or {}
+    sampling = {**{name: getattr(args, name) for name in _TRUNCATING}, **overrides}
+    for name, harmless in _TRUNCATING.items():
+        if sampling[name] not in harmless:
+            raise ValueError(
+                f"{name}: got {sampling[name]} with use_vllm, whose log-probs are then not those of the "
+                f"policy's full softmax and no mu for TOPR; pass {name}={harmless[0]}, or generate "
+                "without vLLM"
+            )
+    if args.vllm_structured_outputs_regex is not None:
+        raise ValueError(
+            "vllm_structured_outputs_regex: got one, but the log-probs of constrained sampling are not "
+            "those of the policy's full softmax and no mu for TOPR; leave it out, or generate without "
+            "vLLM"
+        )
+
+
+def _warn_of_rounded_logits(args: Any, model: Any) -> None:
+    half = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
+    if half and not args.cast_lm_head_to_fp32:
+        warnings.warn(
+            "cast_lm_head_to_fp32: got False, so TRL rounds the logits to half precision and the ratio "
+            "of a completion carries that noise of all its tokens (nats, on long ones); pass "
+            "cast_lm_head_to_fp32=True",
+            UserWarning,
+            stacklevel=3,
+        )
