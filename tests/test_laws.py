@@ -28,7 +28,7 @@ OUTSIDE = {
         "transformers",
     },
 }
-LAYERS = {"recipe": 3, "hf": 2}  # everything else is 1 or below
+LAYERS = {"recipe": 3, "hf": 2, "integrations": 2}  # everything else is 1 or below
 
 
 def module_name(path: Path) -> str:
