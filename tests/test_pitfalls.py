@@ -26,6 +26,7 @@ from topr_kernels import (
     SFT,
     TIS,
     TOPR,
+    Limits,
     TOPROutput,
     fused_linear,
     kernels,
@@ -37,10 +38,7 @@ from topr_kernels.ops import accumulate_dtype
 from topr_kernels.testing import Batch, assert_within_budget, make_batch
 
 #: Number -> the part of the project that will hold it.
-DEFERRED = {
-    30: "Hugging Face packing (attention masks)",
-    33: "Hugging Face TRL (whitened advantages); nothing here whitens a reward",
-}
+DEFERRED: dict[int, str] = {}
 
 #: Number -> the test or check elsewhere that holds it, as file::name.
 ELSEWHERE = {
@@ -57,6 +55,7 @@ ELSEWHERE = {
     25: "tests/test_linear.py::test_frozen_parts_cost_nothing",
     26: "tests/test_heads.py::test_a_sharded_head_is_refused",
     28: "tests/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
+    30: "tests/test_packing.py::test_an_attention_mask_lets_samples_leak_and_is_refused",
     31: "tests/test_trainer.py::test_config_refuses",
     32: "tests/test_trainer.py::test_labels_cover_the_completion_only_even_where_pad_is_eos",
     36: "tests/test_gpu.py::test_equals_plain_torch",
@@ -470,6 +469,21 @@ def test_pitfall_29_batch_without_sequences() -> None:
         out = topr_loss(z, labels, torch.zeros(shape[:-1]), reward, cu_seqlens=cu_seqlens)
         out.loss.backward()
         assert out.loss.item() == 0 and z.grad is not None and z.grad.shape == z.shape
+
+
+def test_pitfall_33_a_sequence_is_judged_by_its_own_reward() -> None:
+    """Whitening moves signs: here a right answer among better ones stays positive."""
+    batch = make_batch([(2, 6), (1, 5), (2, 7)], 97, drift=0.5)
+    found = []
+    for others in (3.0, -2.0):
+        reward = torch.tensor([1.0, others, others])
+        out, _ = run(batch._replace(reward=reward), limits=Limits(1.0, 1.0, 0.0, 0.5))
+        assert out.reward.tolist() == reward.tolist()
+        whitened = (reward - reward.mean()) / reward.std()
+        found.append((out.weight[0].item(), out.objective[0].item(), bool(whitened[0] < 0)))
+    assert found[0][:2] == found[1][:2] and found[0][0] == 1
+    # The advantages of a framework would have judged it by its neighbours.
+    assert [negative for *_, negative in found] == [True, False]
 
 
 def test_pitfall_34_absolute_anchor() -> None:
