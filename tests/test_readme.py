@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,9 +20,9 @@ from topr_kernels.testing import make_batch
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def block(heading: str) -> str:
-    """The first Python block under a heading."""
-    return README.split(f"## {heading}\n")[1].split("```python\n")[1].split("```")[0]
+def block(heading: str, i: int = 0) -> str:
+    """A Python block under a heading, by default the first."""
+    return README.split(f"## {heading}\n")[1].split("```python\n")[1 + i].split("```")[0]
 
 
 def test_equivalent_to() -> None:
@@ -60,6 +63,71 @@ def test_twelve_lines() -> None:
     exec(block("Twelve lines"), names)
     assert logits.grad is not None and logits.grad.any()
     assert names["out"].weight.tolist() == [1.0, 1.0]  # nothing has been trained yet
+
+
+def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tiny import random_model, tiny_tokenizer
+
+    random_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"name": str(tmp_path / "model")}
+    exec(block("With Hugging Face"), names)
+    before = dict(random_model().named_parameters())
+    assert any(not torch.equal(p, before[n]) for n, p in names["model"].named_parameters())
+
+
+def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from tiny import random_model, tiny_tokenizer
+    from trl import GRPOConfig
+
+    random_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        calls.append(completions)
+        return [float(len(set(c))) for c in completions]
+
+    names = {
+        "model": str(tmp_path),
+        "reward_funcs": reward,
+        "GRPOConfig": partial(
+            GRPOConfig, max_completion_length=4, max_steps=1, report_to="none", use_cpu=True
+        ),
+        "prompts": Dataset.from_list([{"prompt": "2+2="}] * 8),
+    }
+    exec(block("With Hugging Face", 1), names)
+    assert len(calls) == 1
+
+
+def test_other_loops() -> None:
+    """One step over four micro-batches takes the gradient of the whole."""
+    pytest.importorskip("accelerate")
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+    from test_loops import big_batch, rows
+    from tiny import random_model
+
+    model = random_model().double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1.0),
+        "loader": torch.utils.data.DataLoader(rows(), batch_size=2),
+        "Accelerator": Accelerator,
+        "GradientAccumulationPlugin": GradientAccumulationPlugin,
+        "islice": islice,
+        "topr_loss": topr_loss,
+    }
+    exec(block("With Hugging Face", 2), names)
+    for name, gradient in big_batch(rows(), "sequence_mean").items():
+        moved = before[name] - model.get_parameter(name).detach()
+        torch.testing.assert_close(moved, gradient, rtol=1e-8, atol=1e-12)
 
 
 def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
