@@ -106,7 +106,7 @@ def test_what_is_left_out_is_measured_and_within_the_tolerance(
     left = total = 0.0
     add = fused_linear.select_columns
 
-    def record(energy: Tensor, label: Tensor, tolerance: float) -> Any:
+    def record(energy: Tensor, label: Tensor, tolerance: float, *shard: Any) -> Any:
         nonlocal left, total
         columns, part, whole = add(energy, label, tolerance)
         kept = torch.zeros(VOCAB, dtype=torch.bool)
@@ -199,7 +199,7 @@ def test_a_tile_is_cut_for_sparser_selections(monkeypatch: pytest.MonkeyPatch) -
     calls = []
     select = fused_linear.select_columns
 
-    def record(energy: Tensor, label: Tensor, tolerance: float) -> Any:
+    def record(energy: Tensor, label: Tensor, tolerance: float, *shard: Any) -> Any:
         calls.append(len(label))
         return select(energy, label, tolerance)
 

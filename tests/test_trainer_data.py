@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from topr_kernels import log_prob
 from topr_kernels.hf import CompletionCollator, TOPRTrainer, completion_logits
+from topr_kernels.hf import trainer as trainer_module
 from topr_kernels.hf.trainer import NegativeWatch
 
 TEXT = [
@@ -87,6 +88,18 @@ def test_prompt_completion_reward_is_enough(
         assert abs(entry["log_ratio_positive_mean"]) < 1e-5
         assert entry["weight_negative_mean"] == pytest.approx(1, abs=1e-5)
     assert run.evaluate()["eval_kl_k3"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_first_packed_batch_checks_that_sequences_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    monkeypatch.setattr(trainer_module, "check_packing", lambda *args, **_: calls.append(args))
+    for packing in (False, True):
+        trainer(
+            tmp_path, rows(8), packing=packing, per_device_train_batch_size=4, max_steps=2
+        ).train()
+        assert len(calls) == packing
 
 
 def test_recorded_log_probs_are_never_replaced_nor_missed(tmp_path: Path):
@@ -175,20 +188,19 @@ def test_truncated_completions_are_not_counted(tmp_path: Path):
 # --- time for a new iteration --------------------------------------------------------------------
 
 
-def stale(weights: list[float]) -> list[str]:
-    """Warnings about negatives of those weights."""
+def stale(*windows: list[float]) -> list[str]:
+    """Warnings about negatives of those weights, a list per log; each log three times over."""
     from topr_kernels import topr_loss_from_log_prob
 
-    log_pi = torch.tensor(weights).log()[:, None]
-    shape = torch.zeros(len(weights), 1)
-    out = topr_loss_from_log_prob(
-        log_pi.clamp(min=-1e3), shape + 1, shape, -torch.ones(len(weights))
-    )
     watch = NegativeWatch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3):
-            watch.add(out)
+        for weights in windows:
+            log_pi = torch.tensor(weights).log()[:, None].clamp(min=-1e3)
+            nothing, one = torch.zeros_like(log_pi), torch.ones_like(log_pi)
+            out = topr_loss_from_log_prob(log_pi, one, nothing, -one[:, 0])
+            for _ in range(3):
+                watch.add(out)
             watch.warn(lambda x: x)
     return [str(w.message) for w in caught]
 
@@ -196,11 +208,14 @@ def stale(weights: list[float]) -> list[str]:
 def test_warns_once_when_negatives_stopped_teaching():
     (dead,) = stale([1e-9] * 6 + [1.0] * 4)
     assert "60% of the negatives have a weight below 1e-06" in dead and "new iteration" in dead
-    (few,) = stale([1.0] + [1e-4] * 19)
+    (few,) = stale([0.5] + [1e-4] * 19)
     assert "20 negatives count for only 1.0" in few
     assert stale([1e-9] * 4 + [1.0] * 6) == []
     assert stale([0.3] * 5) == []
     assert len(stale([0.0] * 5)) == 1
+    # Each log is judged by itself.
+    assert len(stale([1e-9] * 3 + [1.0] * 7, [1e-9] * 6 + [1.0] * 4)) == 1
+    assert len(stale([1e-9] * 6 + [1.0] * 4, [1e-9] * 6 + [1.0] * 4)) == 1
 
 
 def test_the_trainer_warns(tmp_path: Path):

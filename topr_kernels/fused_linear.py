@@ -82,6 +82,28 @@ class RowStats(NamedTuple):
     total: Tensor
 
 
+class Shard(NamedTuple):
+    """The rows of the head that this process holds, of a vocabulary spread over a process group.
+
+    Every process sees the same hidden states, labels and sequences, so all take the same path through
+    this file and meet in the same sums. What is summed: two vectors per tile in the row kernel, the
+    histogram of energies and two numbers in the selection of columns, the rows of d_hidden.
+    """
+
+    #: First of the rows, rows of the largest shard, rows of all.
+    start: int
+    largest: int
+    vocab: int
+    #: Sum over the group, in place.
+    sum_: Callable[[Tensor], Tensor]
+
+    def local(self, label: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """-> (label in this shard, clamped to it; whether it is one of its ``size`` rows)."""
+        index = label - self.start
+        here = (index >= 0) & (index < size)
+        return index.clamp(0, size - 1), here
+
+
 class TileKernels(NamedTuple):
     """The kernels over a tile of logits z [n, V] with V contiguous, in the arithmetic dtype.
 
@@ -100,6 +122,8 @@ class TileKernels(NamedTuple):
     gradient: Callable[..., Tensor]
     columns: Callable[..., tuple[Tensor, Tensor]]
     gather: Callable[..., tuple[Tensor, Tensor]]
+    #: None for a head that is whole.
+    shard: Shard | None = None
 
 
 def linear_kernels(tile: TileKernels) -> ops.Kernels:
@@ -300,7 +324,9 @@ class _Workspace:
         self.kernels, self.head, self.transforms = kernels, head, transforms
         self.source = hidden.detach()
         unit, most = (GPU_ROWS, GPU_TILE_ROWS) if hidden.is_cuda else (CPU_ROWS, CPU_TILE_ROWS)
-        fits = workspace_bytes // (head.vocab * torch.finfo(head.arithmetic).bits // 8)
+        # Shards of the vocabulary may differ in size, the tiles of their processes must not.
+        vocab = head.vocab if kernels.shard is None else kernels.shard.largest
+        fits = workspace_bytes // (vocab * torch.finfo(head.arithmetic).bits // 8)
         #: Rows of one forward matmul, from the budget alone: a batch must not choose its own shapes.
         self.unit = unit
         while self.unit > 16 and self.unit > fits:
@@ -369,6 +395,8 @@ class _Gradient:
         scaled: bool,
     ) -> None:
         self.kernels, self.head, self.transforms = kernels, head, transforms
+        self.shard = kernels.shard
+        self.vocab = head.vocab if self.shard is None else self.shard.vocab
         self.tolerance, self.scaled = tolerance, scaled
         self.want_hidden, self.want_weight, self.want_bias = wanted
         rows = hidden.shape[:-1].numel()
@@ -423,7 +451,7 @@ class _Gradient:
                 else member * c.abs()
             )
             energy, sums = self.kernels.columns(z, label, stats, self.transforms, c / top, groups)
-            columns, left, total = select_columns(energy, label, self.tolerance)
+            columns, left, total = select_columns(energy, label, self.tolerance, self.shard)
             # Tiles in one unit again.
             self.energy += total * top.double().square()
             self.left += left * top.double().square()
@@ -465,7 +493,7 @@ class _Gradient:
         c: Tensor,
         factor: Tensor,
     ) -> None:
-        self.active += 1.0
+        self.active += self.head.vocab / self.vocab
         j = self.kernels.gradient(z, label, stats, self.transforms, self.head.operand)
         if self.want_hidden:
             self._store(row, self.head.times(j).mul_(stats.factor.unsqueeze(-1)), c)
@@ -486,14 +514,15 @@ class _Gradient:
         columns: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Products over the active columns; -> (rows of d_hidden [n, D], their sums of J [n])."""
-        self.active += len(columns) / self.head.vocab
+        self.active += len(columns) / self.vocab
         if self.want_weight and self.empty:
             self.d_weight.zero_()
             self.empty = False
         weighted = self._weighted(factor, hidden)
         product = factor.new_zeros((len(factor), self.head.dim if self.want_hidden else 0))
         kept = torch.zeros_like(factor)
-        for part in torch.split(columns, self.head.step):
+        # A shard of the vocabulary may have no active column.
+        for part in torch.split(columns, self.head.step) if len(columns) else ():
             j, sums = self.kernels.gather(z, label, stats, self.transforms, part, self.head.operand)
             kept += sums
             if self.want_hidden:
@@ -539,6 +568,9 @@ class _Gradient:
         return (factor.unsqueeze(-1) * hidden).to(self.head.operand)
 
     def _store(self, row: Tensor, d: Tensor, c: Tensor) -> None:
+        if self.shard is not None:
+            # Before any rounding.
+            self.shard.sum_(d)
         if self.scaled:
             d.mul_(c.unsqueeze(-1))
         elif self.d_hidden.dtype == torch.float16:
@@ -559,6 +591,8 @@ class _Gradient:
     def report(self) -> tuple[Tensor, Tensor]:
         """-> (active_share, left_out): mean |A| / V over the tiles, root of the energy left out."""
         share = torch.full_like(self.left, self.active / self.tiles if self.tiles else torch.nan)
+        if self.shard is not None and self.tiles:
+            share, self.left = self.shard.sum_(torch.stack([share, self.left])).unbind()
         left = torch.where(self.energy == 0, 0.0, self.left / self.energy).sqrt()
         return share, left if self.tiles else torch.full_like(left, torch.nan)
 
@@ -590,7 +624,7 @@ def cluster_rows(hidden: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def select_columns(
-    energy: Tensor, label: Tensor, tolerance: float
+    energy: Tensor, label: Tensor, tolerance: float, shard: Shard | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Finds the columns that carry all but tolerance^2 of the energy, labels always among them.
 
@@ -601,34 +635,47 @@ def select_columns(
         energy: [V] >= 0.
         label: [n] int64.
         tolerance: > 0.
+        shard: which part of the vocabulary ``energy`` is; the tolerance is that of the whole.
 
     Returns:
         (columns [a] int64, or None where the tile is better served dense: too many columns, or an energy
-        that is not finite; energy left out, 0 for dense; energy in all). The last two 0-dim fp64.
+        that is not finite; energy left out here, 0 for dense; energy in all). The last two 0-dim fp64.
     """
     vocab = energy.shape[0]
     # The exponent and three bits of the mantissa: 11 bits of an fp32, 14 of an fp64.
     wide = energy.dtype == torch.float64
     bins = (energy.view(torch.int64) >> 49) if wide else (energy.view(torch.int32) >> 20)
     total = energy.double().sum()
+    if shard is not None:
+        shard.sum_(total)
     unit = total / (1 << 52)
     kept = torch.zeros(vocab, dtype=torch.bool, device=energy.device)
-    kept[label.clamp(0, vocab - 1)] = True
+    if shard is None:
+        kept[label.clamp(0, vocab - 1)] = True
+    else:
+        index, here = shard.local(label, vocab)
+        kept[index[here]] = True
     free = torch.where(kept, 0.0, energy.double())
     # Rounded up: what is counted as left out is never less than what is.
     count = torch.where(free > 0, (free / unit).ceil(), 0.0).nan_to_num(0, 0, 0).to(torch.int64)
     histogram = torch.zeros(1 << 14, dtype=torch.int64, device=energy.device)
     histogram.scatter_add_(0, bins.clamp(0, (1 << 14) - 1).to(torch.int64), count)
+    if shard is not None:
+        shard.sum_(histogram)
     # A bin is left out when all energy up to its end fits.
     fits = histogram.cumsum(0) <= int(tolerance**2 * (1 << 52))
     kept |= bins >= fits.sum()
     zero = torch.zeros_like(total)
-    # The copy to the host that every tile makes: the number of columns, or -1.
-    number = int(torch.where(total.isfinite(), kept.sum(), -1))
+    numbers = kept.sum().repeat(2)
+    if shard is not None:
+        shard.sum_(numbers[1:])
+    # The copy to the host that every tile makes: the number of columns here and in all, or -1.
+    number, everywhere = torch.where(total.isfinite(), numbers, -1).tolist()
     if number < 0:
         return None, zero, total
-    number += -number % COLUMN_MULTIPLE
-    if number > DENSE_SHARE * vocab:
+    number = min(number + -number % COLUMN_MULTIPLE, vocab)
+    everywhere, size = (number, vocab) if shard is None else (everywhere, shard.vocab)
+    if everywhere > DENSE_SHARE * size:
         return None, zero, total
     # The first columns of the rest fill up to the multiple.
     columns = torch.argsort((~kept).to(torch.int8), stable=True)[:number]

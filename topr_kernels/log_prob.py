@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topr_kernels import kernels, validation
+from topr_kernels import kernels, parallel, validation
 from topr_kernels.layout import sequence_offsets
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
@@ -88,6 +88,7 @@ def linear_log_prob(
     shift: bool = True,
     grad_tolerance: float | None = None,
     workspace_bytes: int | None = None,
+    process_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> LogProbOutput:
@@ -111,6 +112,7 @@ def linear_log_prob(
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         grad_tolerance: as in :func:`topr_kernels.linear_topr_loss`; None is 0.
         workspace_bytes: as in :func:`topr_kernels.linear_topr_loss`.
+        process_group: as in :func:`topr_kernels.linear_topr_loss`.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -122,14 +124,20 @@ def linear_log_prob(
         ValueError: as :func:`log_prob`.
     """
     x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    shard = None
+    if process_group is not None:
+        weight, bias = parallel.local_rows(process_group, weight, bias)
+        shard = parallel.vocab_shard(process_group, impl, weight, x, y)
     head, bias, compute_dtype = validation.check_head(x, weight, bias)
+    vocab = head.shape[0] if shard is None else shard.vocab
     logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
     temperature, softcap = validation.check_transforms(temperature, softcap)
     tolerance = validation.check_tolerance(grad_tolerance, compute_dtype, False, 0.0)
-    workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
+    largest = vocab if shard is None else shard.largest
+    workspace = validation.check_workspace(workspace_bytes, x, largest)
     if validation.values_readable(x, debug):
-        validation.check_values(y, head.shape[0], offsets)
-    name = kernels.resolve(impl, x, kernels.LINEAR)
+        validation.check_values(y, vocab, offsets)
+    name = kernels.resolve(impl, x, kernels.LINEAR) if shard is None else shard.impl
     out = linear_ops.linear_log_prob_fwd(
         x,
         head,

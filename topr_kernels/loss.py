@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from topr_kernels import kernels, validation
+from topr_kernels import kernels, parallel, validation
 from topr_kernels.layout import sequence_offsets
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.metrics import metrics
@@ -183,6 +183,7 @@ def linear_topr_loss(
     shift: bool = True,
     grad_tolerance: float | None = None,
     workspace_bytes: int | None = None,
+    process_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> TOPROutput:
@@ -223,6 +224,10 @@ def linear_topr_loss(
             has up to 512 rows in steps of 256 on CPU, 2048 in steps of 1024 on GPU, smaller powers of
             two where they do not fit; a small batch is padded to a step, so it wants a small budget.
             A CPU thread keeps the largest it has used.
+        process_group: of ``torch.distributed``, over whose processes the head is spread: ``weight`` (and
+            ``bias``) are this process's rows of the vocabulary, in the order of the ranks and not
+            necessarily of one size, or a DTensor of placement Shard(0) over that group. All else must
+            be the same on each; so are the results and d_hidden. The tolerance holds for the whole.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -237,7 +242,12 @@ def linear_topr_loss(
         ValueError: as :func:`topr_loss`.
     """
     x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    shard = None
+    if process_group is not None:
+        weight, bias = parallel.local_rows(process_group, weight, bias)
+        shard = parallel.vocab_shard(process_group, impl, weight, x, y)
     head, bias, compute_dtype = validation.check_head(x, weight, bias)
+    vocab = head.shape[0] if shard is None else shard.vocab
     behavior, signed_reward, denominator = validation.check_sequences(
         y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
     )
@@ -251,10 +261,11 @@ def linear_topr_loss(
     tolerance = validation.check_tolerance(
         grad_tolerance, compute_dtype, not wanted[1], FROZEN_HEAD_TOLERANCE
     )
-    workspace = validation.check_workspace(workspace_bytes, x, head.shape[0])
+    largest = vocab if shard is None else shard.largest
+    workspace = validation.check_workspace(workspace_bytes, x, largest)
     if validation.values_readable(x, debug):
-        validation.check_values(y, head.shape[0], offsets, signed_reward, normalizer)
-    name = kernels.resolve(impl, x, kernels.LINEAR)
+        validation.check_values(y, vocab, offsets, signed_reward, normalizer)
+    name = kernels.resolve(impl, x, kernels.LINEAR) if shard is None else shard.impl
     out = linear_ops.linear_topr_fwd(
         x,
         head,

@@ -98,3 +98,9 @@ def load(module: str) -> bool:
     """Imports a module that registers implementations; runs once, also while compiling."""
     importlib.import_module(f"{__name__}.{module}")
     return True
+
+
+def register_shard(name: str, *args: object) -> None:
+    """Registers the fused-linear operators of one shard of the vocabulary as ``name``."""
+    module = importlib.import_module(f"{__name__}.portable_linear")
+    module.register_shard(name, *args)

@@ -1,0 +1,281 @@
+"""Several processes against one: a vocabulary in shards, sequences in pieces, data in parts.
+
+Each launch runs all cases of a worker: starting processes takes longer than the cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import launch
+from torch import Tensor
+
+from topr_kernels import IS, TIS, Limits, linear_log_prob, linear_topr_loss
+from topr_kernels.loss import TOPROutput
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+
+V, D = 301, 24
+BOTH = Limits(0.5, 2.0, 0.3, 1.5)
+
+
+def start() -> tuple[int, int]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def batch(dtype: torch.dtype, seed: int = 0, packed: bool = False) -> dict[str, Any]:
+    """Hidden states and head with a peaked softmax; ragged sequences, an empty one among them."""
+    generator = torch.Generator().manual_seed(seed)
+    b, t = 5, 12
+    hidden = torch.randn(b, t, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 0.7
+    labels = torch.randint(0, V, (b, t), generator=generator)
+    for i, scored in enumerate([11, 4, 0, 7, 2]):
+        labels[i, : t - scored] = -100
+    noise = torch.randn(b, t, generator=generator, dtype=torch.float64)
+    mu = linear_log_prob(hidden, weight, labels, impl="torch").log_prob.detach() + 0.2 * noise
+    reward = torch.tensor([1.0, -1.0, -0.5, -2.0, 0.5], dtype=torch.float64)
+    result: dict[str, Any] = {
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "bias": torch.randn(V, generator=generator, dtype=torch.float64).to(dtype),
+        "labels": labels,
+        "behavior_log_prob": mu.to(torch.promote_types(dtype, torch.float32)),
+        "reward": reward.to(dtype),
+    }
+    if packed:
+        result |= {n: result[n].flatten(0, 1) for n in ("hidden", "labels", "behavior_log_prob")}
+        result["cu_seqlens"] = torch.arange(b + 1, dtype=torch.int32) * t
+    return result
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    rtol, atol = (1e-10, 1e-12) if expected.dtype == torch.float64 else (2e-4, 2e-6)
+    torch.testing.assert_close(
+        found, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def compare(found: TOPROutput, expected: TOPROutput, what: str, skip: tuple[str, ...] = ()) -> None:
+    for name in TOPROutput._fields:
+        if name not in skip:
+            close(
+                getattr(found, name).detach(), getattr(expected, name).detach(), f"{what}: {name}"
+            )
+
+
+# --- the vocabulary in shards --------------------------------------------------------------------
+
+
+def cuts(world: int, uneven: bool) -> list[int]:
+    """Where the shards of the vocabulary begin."""
+    if uneven:
+        return [0, *(V - 8 * (world - i) for i in range(1, world)), V]
+    return [V * i // world for i in range(world + 1)]
+
+
+#: Options of the loss; every entry runs in fp64 and fp32, with even and uneven shards.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"limits": TIS, "ratio": "token", "reduction": "token_mean"},
+    {"limits": IS, "ratio": "geometric", "baseline": 0.2},
+    {"limits": BOTH, "softcap": 4.0, "logit_scale": 0.8, "temperature": 0.7, "entropy": True},
+    {"limits": BOTH, "reduction": "sum", "packed": True, "bias": True},
+    {"limits": BOTH, "normalizer": 9.0, "frozen": "weight"},
+    {"limits": BOTH, "frozen": "hidden", "bias": True},
+    {"limits": BOTH, "grad_tolerance": 1e-9, "bias": True},
+]
+
+
+def run(
+    data: dict[str, Any], rows: slice | None, group: Any, options: dict[str, Any]
+) -> tuple[TOPROutput, dict[str, Tensor | None]]:
+    """The loss and its gradients, of the whole head or of some of its rows."""
+    options = dict(options)
+    frozen = options.pop("frozen", None)
+    data = dict(data)
+    bias = data.pop("bias") if options.pop("bias", False) else None
+    data.pop("bias", None)
+    leaves = {"hidden": data["hidden"], "weight": data["weight"], "bias": bias}
+    if rows is not None:
+        leaves |= {n: leaves[n][rows] for n in ("weight", "bias") if leaves[n] is not None}
+    leaves = {n: x.clone().requires_grad_(n != frozen) for n, x in leaves.items() if x is not None}
+    out = linear_topr_loss(
+        **{**data, **leaves},
+        process_group=group,
+        workspace_bytes=16 * 8 * V,
+        **({"impl": "torch"} if group is None else {}),
+        **options,
+    )
+    (3 * out.loss).backward()
+    return out, {n: x.grad for n, x in leaves.items()}
+
+
+def vocab_worker() -> None:
+    rank, world = start()
+    group = dist.group.WORLD
+    for dtype, options, uneven in itertools.product(
+        (torch.float64, torch.float32), OPTIONS, (False, True)
+    ):
+        what = f"rank {rank} of {world}, {dtype}, {options}, uneven={uneven}"
+        options = dict(options)
+        data = batch(dtype, packed=options.pop("packed", False))
+        edges = cuts(world, uneven)
+        rows = slice(edges[rank], edges[rank + 1])
+        expected, whole = run(data, None, None, {**options, "grad_tolerance": 0.0})
+        found, part = run(data, rows, group, options)
+        skip = ("active_share", "left_out") if "grad_tolerance" in options else ()
+        compare(found, expected, what, skip)
+        assert expected.loss != 0
+        for name, gradient in part.items():
+            if gradient is None:
+                assert whole[name] is None
+                continue
+            close(
+                gradient, whole[name] if name == "hidden" else whole[name][rows], f"{what} {name}"
+            )
+            assert gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_vocabulary_in_shards_gives_what_the_whole_gives(world: int):
+    launch(world, "import test_parallel; test_parallel.vocab_worker()")
+
+
+def tolerance_worker() -> None:
+    """With a tolerance the energy left out is that of the whole vocabulary, and within it."""
+    rank, world = start()
+    group, edges = dist.group.WORLD, cuts(world, True)
+    rows = slice(edges[rank], edges[rank + 1])
+    from topr_kernels import fused_linear
+
+    fused_linear.COLUMN_MULTIPLE = 1
+    for seed, tau in itertools.product(range(3), (0.02, 0.2)):
+        data = batch(torch.float64, seed)
+        data["weight"] = data["weight"] * 3
+        _, whole = run(data, None, None, {"limits": BOTH, "grad_tolerance": 0.0})
+        out, part = run(data, rows, group, {"limits": BOTH, "grad_tolerance": tau})
+        one, alone = run(data, None, None, {"limits": BOTH, "grad_tolerance": tau})
+        assert 0 < out.left_out <= tau and 0 < out.active_share < 0.6
+        # The same columns as one process takes, so the same share is left out.
+        close(out.left_out, one.left_out, "left_out")
+        close(out.active_share, one.active_share, "active_share")
+        error = (part["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
+        reference = (alone["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
+        # The tail's mean is taken per shard: never much worse than over the whole.
+        assert 0 < error <= 2 * reference + 1e-3, (error, reference)
+        gathered = [torch.zeros_like(part["hidden"]) for _ in range(world)]
+        dist.all_gather(gathered, part["hidden"])
+        assert all(torch.equal(gathered[0], g) for g in gathered)
+
+
+def test_a_tolerance_holds_for_the_whole_vocabulary():
+    launch(3, "import test_parallel; test_parallel.tolerance_worker()")
+
+
+def log_prob_worker() -> None:
+    rank, world = start()
+    edges = cuts(world, False)
+    rows = slice(edges[rank], edges[rank + 1])
+    for dtype in (torch.float64, torch.float32):
+        data = batch(dtype)
+        upstream = torch.randn(
+            data["labels"].shape, generator=torch.Generator().manual_seed(1), dtype=dtype
+        )
+        results = []
+        for group in (None, dist.group.WORLD):
+            hidden = data["hidden"].clone().requires_grad_()
+            weight = data["weight"] if group is None else data["weight"][rows]
+            weight = weight.clone().requires_grad_()
+            out = linear_log_prob(
+                hidden,
+                weight,
+                data["labels"],
+                softcap=5.0,
+                entropy=True,
+                process_group=group,
+                **({"impl": "torch"} if group is None else {}),
+            )
+            (out.log_prob * upstream).sum().backward()
+            results.append((*out, hidden.grad, weight.grad))
+        *whole, d_weight = results[0]
+        for a, b in zip(results[1], (*whole, d_weight[rows]), strict=True):
+            close(a.detach(), b.detach(), f"{dtype}")
+
+
+def test_log_probs_of_a_vocabulary_in_shards():
+    launch(2, "import test_parallel; test_parallel.log_prob_worker()")
+
+
+def dtensor_worker() -> None:
+    """A head that tensor parallelism spread as a DTensor; its gradient comes back as one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    _, world = start()
+    mesh = init_device_mesh("cpu", (world,))
+    data = batch(torch.float64)
+    data.pop("bias")
+    _, whole = run(data, None, None, {"limits": BOTH})
+    weight = distribute_tensor(data.pop("weight"), mesh, [Shard(0)]).requires_grad_()
+    hidden = data.pop("hidden").requires_grad_()
+    group = mesh.get_group()
+    out = linear_topr_loss(hidden, weight, **data, limits=BOTH, process_group=group)
+    (3 * out.loss).backward()
+    close(hidden.grad, whole["hidden"], "hidden")
+    assert weight.grad.placements == (Shard(0),)
+    close(weight.grad.full_tensor(), whole["weight"], "weight")
+    with pytest.raises(TypeError, match=r"process_group=weight\.device_mesh"):
+        linear_topr_loss(hidden, weight, **data)
+    replicated = weight.detach().redistribute(mesh, [Replicate()])
+    with pytest.raises(ValueError, match=r"expected \(Shard\(dim=0\),\)"):
+        linear_topr_loss(hidden, replicated, **data, process_group=group)
+
+
+def test_a_dtensor_head_is_served_where_it_lies():
+    launch(2, "import test_parallel; test_parallel.dtensor_worker()")
+
+
+def refusal_worker() -> None:
+    """What processes disagree in raises on all of them; a process that fails stops the others."""
+    rank, world = start()
+    group = dist.group.WORLD
+    data = batch(torch.float64)
+    data.pop("bias")
+    rows = slice(cuts(world, False)[rank], cuts(world, False)[rank + 1])
+    shard = {**data, "weight": data["weight"][rows]}
+    other = {**shard, "labels": shard["labels"].roll(rank, 0)}
+    with pytest.raises(ValueError, match="differ in the sum over labels"):
+        linear_topr_loss(**other, process_group=group)
+    with pytest.raises(ValueError, match=r"shards of the head have \[\d+, 0\] rows"):
+        empty = {**data, "weight": data["weight"][: V * (1 - rank)]}
+        linear_topr_loss(**empty, process_group=group)
+    with pytest.raises(ValueError, match="impl: got 'native' with process_group"):
+        linear_topr_loss(**shard, process_group=group, impl="native")
+
+
+def test_disagreement_raises_on_every_process():
+    launch(2, "import test_parallel; test_parallel.refusal_worker()")
+
+
+def failing_worker() -> None:
+    rank, world = start()
+    data = batch(torch.float64)
+    data.pop("bias")
+    edges = cuts(world, False)
+    data["weight"] = data["weight"][edges[rank] : edges[rank + 1]]
+    if rank == 1:
+        raise RuntimeError("this process fails on purpose")
+    linear_topr_loss(**data, process_group=dist.group.WORLD)
+
+
+def test_a_process_that_fails_stops_the_others():
+    with pytest.raises(AssertionError, match=r"Connection closed by peer|fails on purpose"):
+        launch(2, "import test_parallel; test_parallel.failing_worker()", timeout=70)
