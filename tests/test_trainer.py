@@ -534,6 +534,7 @@ def worker() -> None:
     if run.args.process_index == 0:
         entry = run.state.log_history[0]
         figures = {"processes": run.accelerator.num_processes, "grad_norm": entry["grad_norm"]}
+        figures["extremes"] = [entry[f"log_ratio_negative_{side}"] for side in ("min", "max")]
         (folder / "figures.json").write_text(json.dumps(figures))
         torch.save(run.accelerator.unwrap_model(run.model).state_dict(), folder / "weights.pt")
 
@@ -576,9 +577,15 @@ def test_two_processes_take_the_step_of_one(
     model = two_process_model(tied)
     plain_loss(model, data, baseline=-0.4, reduction=reduction).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    whole = CompletionCollator(0)(data)
+    ratios = causal_lm_module.causal_lm_topr_loss(model, whole, baseline=-0.4)
+    negative = ratios.log_ratio[(ratios.reward < 0) & (ratios.length > 0)]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["processes"] == 2
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    # The metrics, too, are of both processes.
+    extremes = [negative.min().item(), negative.max().item()]
+    assert figures["extremes"] == pytest.approx(extremes, rel=1e-4)
     weights = torch.load(tmp_path / "weights.pt")
     for name, p in model.named_parameters():
         torch.testing.assert_close(weights[name], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6)

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 
 from processes import TESTS, launch
 from test_trainer import Row, config, plain_loss, rows, trainer
-from tiny import random_model, tiny_tokenizer
-from transformers import TrainerCallback
+from tiny import random_model, tiny_config, tiny_tokenizer
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from topr_kernels import log_prob
 from topr_kernels.hf import CompletionCollator, TOPRTrainer, completion_logits
@@ -88,6 +88,17 @@ def test_prompt_completion_reward_is_enough(
         assert abs(entry["log_ratio_positive_mean"]) < 1e-5
         assert entry["weight_negative_mean"] == pytest.approx(1, abs=1e-5)
     assert run.evaluate()["eval_kl_k3"] == pytest.approx(0, abs=1e-6)
+
+
+def test_scoring_runs_in_eval_mode_and_leaves_the_mode_as_it_was(tmp_path: Path):
+    found = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_config(attention_dropout=0.5)).train(training)
+        run = trainer(tmp_path, TEXT, model, behavior="initial")
+        assert model.training == training
+        found.append([r["behavior_log_prob"] for r in run.train_dataset])
+    assert found[0] == found[1]
 
 
 def test_the_first_packed_batch_checks_that_sequences_stay_apart(
@@ -209,7 +220,7 @@ def test_warns_once_when_negatives_stopped_teaching():
     (dead,) = stale([1e-9] * 6 + [1.0] * 4)
     assert "60% of the negatives have a weight below 1e-06" in dead and "new iteration" in dead
     (few,) = stale([0.5] + [1e-4] * 19)
-    assert "20 negatives count for only 1.0" in few
+    assert "60 negatives count for only 3.0" in few
     assert stale([1e-9] * 4 + [1.0] * 6) == []
     assert stale([0.3] * 5) == []
     assert len(stale([0.0] * 5)) == 1
