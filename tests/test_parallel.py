@@ -15,7 +15,14 @@ import torch.distributed as dist
 from processes import launch
 from torch import Tensor
 
-from topr_kernels import IS, TIS, Limits, linear_log_prob, linear_topr_loss
+from topr_kernels import (
+    IS,
+    TIS,
+    Limits,
+    linear_log_prob,
+    linear_topr_loss,
+    topr_loss_from_log_prob,
+)
 from topr_kernels.loss import TOPROutput
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
@@ -241,6 +248,173 @@ def dtensor_worker() -> None:
 
 def test_a_dtensor_head_is_served_where_it_lies():
     launch(2, "import test_parallel; test_parallel.dtensor_worker()")
+
+
+# --- sequences in pieces -------------------------------------------------------------------------
+
+#: First columns of the pieces; one process has none, another only the beginning of one sequence.
+PIECES = {2: [0, 5, 12], 4: [0, 1, 1, 7, 12]}
+TOKENS = ("log_prob", "entropy", "token_log_ratio")
+MEASURED = ("active_share", "left_out")
+
+
+def piece(data: dict[str, Any], columns: slice) -> dict[str, Any]:
+    """The columns of a padded batch that a process holds."""
+    names = [n for n in ("hidden", "labels", "behavior_log_prob") if data[n].dim() > 1]
+    return {**data, **{n: data[n][:, columns] for n in names}}
+
+
+def summed(data: dict[str, Any]) -> dict[str, Any]:
+    """The batch with log mu summed per sequence."""
+    scored = data["labels"] != -100
+    mu = torch.where(scored, data["behavior_log_prob"], 0.0).double().sum(1)
+    return {**data, "behavior_log_prob": mu}
+
+
+def pieces_worker() -> None:
+    rank, world = start()
+    group, edges = dist.group.WORLD, PIECES[world]
+    columns = slice(edges[rank], edges[rank + 1])
+    options_of = [o for o in OPTIONS if "packed" not in o]
+    for dtype, options, per_sequence in itertools.product(
+        (torch.float64, torch.float32), options_of, (False, True)
+    ):
+        if per_sequence and options.get("ratio") == "token":
+            continue
+        what = f"rank {rank} of {world}, {dtype}, {options}, per_sequence={per_sequence}"
+        data = batch(dtype)
+        data = summed(data) if per_sequence else data
+        expected, whole = run(data, None, None, options)
+        found, part = run(piece(data, columns), None, None, {**options, "sequence_group": group})
+        compare(found, expected, what, (*TOKENS, *MEASURED))
+        for name in TOKENS:
+            close(getattr(found, name), getattr(expected, name)[:, columns], f"{what}: {name}")
+        for name, gradient in part.items():
+            if gradient is None:
+                continue
+            if name == "hidden":
+                close(gradient, whole[name][:, columns], f"{what} {name}")
+            else:
+                dist.all_reduce(gradient)
+                close(gradient, whole[name], f"{what} {name}")
+    check_pieces_of_log_probs(group, columns)
+    check_packed_pieces(group, rank, world)
+    # All tokens here or none: a sequence that does not reach this piece has no row in it.
+    with pytest.raises(ValueError, match="number of sequences or in their rewards"):
+        data = piece(batch(torch.float64), columns)
+        data.pop("bias")
+        linear_topr_loss(**{**data, "reward": data["reward"] * (1 + rank)}, sequence_group=group)
+
+
+def check_pieces_of_log_probs(group: Any, columns: slice) -> None:
+    """The same for log-probs that a loop has made, per token and summed."""
+    for ratio, per_sequence in (("sequence", False), ("token", False), ("geometric", True)):
+        data = batch(torch.float64)
+        mask = data["labels"] != -100
+        mu, reward = data["behavior_log_prob"], data["reward"]
+        token = (mu + 0.3 * torch.sin(mu * 7)).requires_grad_()
+        mu = torch.where(mask, mu, 0.0).sum(1) if per_sequence else mu
+        expected = topr_loss_from_log_prob(token, mask, mu, reward, ratio=ratio, limits=BOTH)
+        (gradient,) = torch.autograd.grad(expected.loss, token)
+        here = token.detach()[:, columns].requires_grad_()
+        found = topr_loss_from_log_prob(
+            here,
+            mask[:, columns],
+            mu if per_sequence else mu[:, columns],
+            reward,
+            ratio=ratio,
+            limits=BOTH,
+            sequence_group=group,
+        )
+        (part,) = torch.autograd.grad(found.loss, here)
+        compare(found, expected, f"log-probs, {ratio}", (*TOKENS, *MEASURED))
+        close(part, gradient[:, columns], f"log-probs, {ratio}: gradient")
+
+
+def check_packed_pieces(group: Any, rank: int, world: int) -> None:
+    """Packed pieces with labels shifted before the cut; each process has its share of every one."""
+    data = batch(torch.float64)
+    data.pop("bias")
+    expected = linear_topr_loss(**data, limits=BOTH)
+    labels = torch.nn.functional.pad(data["labels"][:, 1:], (0, 1), value=-100)
+    mu = torch.nn.functional.pad(data["behavior_log_prob"][:, 1:], (0, 1))
+    b, t = labels.shape
+    # Every sequence is cut elsewhere.
+    cuts = [[0, *sorted((3 * s + 5 * i) % t for i in range(1, world)), t] for s in range(b)]
+    parts = [slice(c[rank], c[rank + 1]) for c in cuts]
+    lengths = [p.stop - p.start for p in parts]
+    here = {
+        "hidden": torch.cat([data["hidden"][s, p] for s, p in enumerate(parts)]),
+        "labels": torch.cat([labels[s, p] for s, p in enumerate(parts)]),
+        "behavior_log_prob": torch.cat([mu[s, p] for s, p in enumerate(parts)]),
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+    }
+    rest = {"weight": data["weight"], "reward": data["reward"], "limits": BOTH}
+    found = linear_topr_loss(**here, **rest, shift=False, sequence_group=group)
+    compare(found, expected, "packed pieces", (*TOKENS, *MEASURED))
+    with pytest.raises(ValueError, match="shift the labels before they are cut"):
+        linear_topr_loss(**here, **rest, sequence_group=group)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sequences_in_pieces_give_what_whole_ones_give(world: int):
+    launch(world, "import test_parallel; test_parallel.pieces_worker()")
+
+
+# --- several forms together ----------------------------------------------------------------------
+
+
+def grid_worker() -> None:
+    """Four processes as 2 x 2: the vocabulary over one axis, sequences or data over the other."""
+    from topr_kernels.parallel import next_tokens
+
+    rank, _ = start()
+    rows_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    column_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    vocab_group, other_group = rows_groups[rank // 2], column_groups[rank % 2]
+    edges = cuts(2, True)
+    rows = slice(edges[rank % 2], edges[rank % 2 + 1])
+    for options in OPTIONS[:5]:
+        options = {n: x for n, x in options.items() if n != "packed"}
+        data = batch(torch.float64)
+        expected, whole = run(data, None, None, options)
+        # Sequences in pieces.
+        columns = slice(0, 5) if rank // 2 == 0 else slice(5, 12)
+        both = {**options, "sequence_group": other_group}
+        found, part = run(piece(data, columns), rows, vocab_group, both)
+        compare(found, expected, f"vocabulary x sequences, {options}", (*TOKENS, *MEASURED))
+        close(part["hidden"], whole["hidden"][:, columns], "hidden")
+        dist.all_reduce(part["weight"], group=other_group)
+        close(part["weight"], whole["weight"][rows], "weight")
+        # Data in parts: the normaliser is that of all.
+        if options.get("reduction") == "sum":
+            continue
+        share = slice(0, 2) if rank // 2 == 0 else slice(2, 5)
+        mine = {
+            n: x[share] if n in ("hidden", "labels", "behavior_log_prob", "reward") else x
+            for n, x in data.items()
+        }
+        tokens = options.get("reduction") == "token_mean"
+        scored = mine["labels"][:, 1:] != -100
+        count = scored.sum() if tokens else scored.any(1).sum()
+        dist.all_reduce(count, group=other_group)
+        found, part = run(mine, rows, vocab_group, {**options, "normalizer": count})
+        loss = found.loss.detach().clone()
+        dist.all_reduce(loss, group=other_group)
+        close(loss, expected.loss.detach(), "vocabulary x data")
+        close(part["hidden"], whole["hidden"][share], "hidden")
+        dist.all_reduce(part["weight"], group=other_group)
+        close(part["weight"], whole["weight"][rows], "weight")
+    x = torch.arange(6.0).view(1, 6)[:, 3 * (rank // 2) : 3 * (rank // 2) + 3]
+    moved = next_tokens(x, -1.0, other_group)
+    assert moved.tolist() == [[[1.0, 2, 3]], [[4.0, 5, -1]]][rank // 2]
+
+
+def test_vocabulary_sequences_and_data_together():
+    launch(4, "import test_parallel; test_parallel.grid_worker()")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------
 
 
 def refusal_worker() -> None:

@@ -44,7 +44,12 @@ from topr_kernels.layout import (
 from topr_kernels.matmul import mm
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import linear as ops
-from topr_kernels.sequence import loss_denominator, segment_sum, sequence_stage
+from topr_kernels.sequence import (
+    SequenceStage,
+    loss_denominator,
+    segment_sum,
+    sequence_stage,
+)
 
 # Rows of one forward matmul, the same for every one so that its result is too; rows of a tile; rows of
 # one selection of columns, of which fewer are sparser. On a CPU BLAS packs the head once per call, which
@@ -124,6 +129,8 @@ class TileKernels(NamedTuple):
     gather: Callable[..., tuple[Tensor, Tensor]]
     #: None for a head that is whole.
     shard: Shard | None = None
+    #: Sum over the processes that hold the pieces of each sequence, in place; None for whole sequences.
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 def linear_kernels(tile: TileKernels) -> ops.Kernels:
@@ -787,8 +794,9 @@ class _Batch(NamedTuple):
 
     behavior_log_prob: Tensor
     reward: Tensor
-    #: 0-dim, of the whole batch.
+    #: 0-dim, of the whole batch; what the caller gave instead of a count.
     denominator: Tensor
+    normalizer: Tensor | None
     log_limits: tuple[float, float, float, float]
     ratio: str
     baseline: float
@@ -830,6 +838,26 @@ class _Batch(NamedTuple):
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)
 
+    def stage(
+        self, log_prob: Tensor, rows: _Rows, total: Callable[[Tensor], Tensor] | None
+    ) -> SequenceStage:
+        """The sequence stage of the whole batch, of which log_prob [O, T] is what is here."""
+        return sequence_stage(
+            log_prob,
+            rows.scored,
+            self.behavior_log_prob,
+            self.reward,
+            rows.offsets,
+            rows.sound,
+            self.normalizer,
+            self.log_limits,
+            self.ratio,
+            self.baseline,
+            self.reduction,
+            length=rows.length,
+            total=total,
+        )
+
     def known_in_advance(self, branch: int) -> bool:
         """Whether a row's coefficient needs nothing of its sequence but the length."""
         low, high = self.log_limits[2:] if branch < 0 else self.log_limits[:2]
@@ -865,9 +893,21 @@ def _topr_fwd(
     with torch.autocast(hidden.device.type, enabled=False):
         branch = _branches(reward, baseline)
         rows, (lengths, branches) = _find_rows(labels, cu_seqlens, shift, branch)
+        total = kernels.total
+        if total is not None:
+            # Of the whole sequences; ``lengths`` are those of the pieces here.
+            counts = total(torch.cat([rows.length, (~rows.sound).to(torch.int64)[None]]))
+            rows = rows._replace(length=counts[:-1], sound=counts[-1] == 0)
         denominator = loss_denominator(rows.length, rows.sound, normalizer, reduction)
         batch = _Batch(
-            behavior_log_prob, reward, denominator, log_limits, ratio, baseline, reduction
+            behavior_log_prob,
+            reward,
+            denominator,
+            normalizer,
+            log_limits,
+            ratio,
+            baseline,
+            reduction,
         )
         head = _Head(head_weight, bias, compute_dtype)
         transforms = Transforms(logit_scale, softcap, temperature)
@@ -890,6 +930,20 @@ def _topr_fwd(
         scored_first = torch.zeros_like(rows.label, dtype=torch.bool)
         dead: set[int] = set()
         first = [0, *itertools.accumulate(lengths)]
+        if total is not None and any(g and w for g, w in zip(graded, whole, strict=True)):
+            # In pieces: no tile holds one that must be complete, so all of them are scored first.
+            parts = [
+                torch.arange(first[s], first[s] + lengths[s])
+                for s in range(len(lengths))
+                if graded[s] and whole[s]
+            ]
+            index = torch.cat(parts).to(hidden.device)
+            for part in torch.split(index, space.capacity) if len(index) else ():
+                forward(part, False)
+            stage = batch.stage(out.log_prob, rows, total)
+            given[index] = stage.d_log_prob.view(-1)[rows.position[index]] / stage.denominator
+            scored_first[index] = True
+            whole = [False] * len(whole)
         for s, length in enumerate(lengths):
             if not (graded[s] and whole[s] and length > space.capacity):
                 continue
@@ -923,19 +977,7 @@ def _topr_fwd(
                     c[live],
                 )
         gradient.finish()
-        stage = sequence_stage(
-            out.log_prob,
-            rows.scored,
-            behavior_log_prob,
-            reward,
-            rows.offsets,
-            rows.sound,
-            normalizer,
-            log_limits,
-            ratio,
-            baseline,
-            reduction,
-        )
+        stage = batch.stage(out.log_prob, rows, total)
         coefficient = to_rows(stage.d_log_prob, shift, 0.0) / stage.denominator
         coefficient = coefficient * gradient.row_scale.view(coefficient.shape)
         return (

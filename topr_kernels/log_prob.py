@@ -124,20 +124,16 @@ def linear_log_prob(
         ValueError: as :func:`log_prob`.
     """
     x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
-    shard = None
     if process_group is not None:
         weight, bias = parallel.local_rows(process_group, weight, bias)
-        shard = parallel.vocab_shard(process_group, impl, weight, x, y)
+    spread = parallel.resolve(impl, process_group, None, weight, x, y)
     head, bias, compute_dtype = validation.check_head(x, weight, bias)
-    vocab = head.shape[0] if shard is None else shard.vocab
     logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
     temperature, softcap = validation.check_transforms(temperature, softcap)
     tolerance = validation.check_tolerance(grad_tolerance, compute_dtype, False, 0.0)
-    largest = vocab if shard is None else shard.largest
-    workspace = validation.check_workspace(workspace_bytes, x, largest)
+    workspace = validation.check_workspace(workspace_bytes, x, spread.largest)
     if validation.values_readable(x, debug):
-        validation.check_values(y, vocab, offsets)
-    name = kernels.resolve(impl, x, kernels.LINEAR) if shard is None else shard.impl
+        validation.check_values(y, spread.vocab, offsets)
     out = linear_ops.linear_log_prob_fwd(
         x,
         head,
@@ -152,7 +148,7 @@ def linear_log_prob(
         shift,
         tolerance,
         workspace,
-        name,
+        spread.impl,
     )
     return _aligned(out, labels, y, offsets)
 

@@ -184,6 +184,7 @@ def linear_topr_loss(
     grad_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     process_group: Any = None,
+    sequence_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> TOPROutput:
@@ -228,6 +229,14 @@ def linear_topr_loss(
             ``bias``) are this process's rows of the vocabulary, in the order of the ranks and not
             necessarily of one size, or a DTensor of placement Shard(0) over that group. All else must
             be the same on each; so are the results and d_hidden. The tolerance holds for the whole.
+        sequence_group: over whose processes the tokens of each sequence are spread, in the order of the
+            ranks (context parallelism): ``hidden``, ``labels`` and a ``behavior_log_prob`` per token
+            are this process's columns, of any number; ``reward`` and a log mu per sequence are the
+            same on each. Log-ratios are summed over the group before any weight, labels shifted across
+            its borders (packed input: shift them yourself, ``shift=False``). Results per sequence and
+            the loss are those of the whole on each process; d_weight and d_bias are of the tokens here
+            and must be summed over the group. Costs one more matmul over the rows whose weight
+            depends on their ratio.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -242,12 +251,16 @@ def linear_topr_loss(
         ValueError: as :func:`topr_loss`.
     """
     x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
-    shard = None
+    pieces_shift = shift and sequence_group is not None
+    if pieces_shift and offsets is not None:
+        raise ValueError(
+            "shift: got True with cu_seqlens and sequence_group; where the pieces of packed sequences "
+            "meet is not known here: shift the labels before they are cut, and pass shift=False"
+        )
     if process_group is not None:
         weight, bias = parallel.local_rows(process_group, weight, bias)
-        shard = parallel.vocab_shard(process_group, impl, weight, x, y)
+    spread = parallel.resolve(impl, process_group, sequence_group, weight, x, y, reward)
     head, bias, compute_dtype = validation.check_head(x, weight, bias)
-    vocab = head.shape[0] if shard is None else shard.vocab
     behavior, signed_reward, denominator = validation.check_sequences(
         y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
     )
@@ -261,11 +274,11 @@ def linear_topr_loss(
     tolerance = validation.check_tolerance(
         grad_tolerance, compute_dtype, not wanted[1], FROZEN_HEAD_TOLERANCE
     )
-    largest = vocab if shard is None else shard.largest
-    workspace = validation.check_workspace(workspace_bytes, x, largest)
+    workspace = validation.check_workspace(workspace_bytes, x, spread.largest)
     if validation.values_readable(x, debug):
-        validation.check_values(y, vocab, offsets, signed_reward, normalizer)
-    name = kernels.resolve(impl, x, kernels.LINEAR) if shard is None else shard.impl
+        validation.check_values(y, spread.vocab, offsets, signed_reward, normalizer)
+    if pieces_shift:
+        y, behavior = parallel.aligned(y, behavior, sequence_group)
     out = linear_ops.linear_topr_fwd(
         x,
         head,
@@ -284,14 +297,21 @@ def linear_topr_loss(
         softcap,
         temperature,
         entropy,
-        shift,
+        shift and not pieces_shift,
         tolerance,
         workspace,
         *wanted,
-        name,
+        spread.impl,
     )
     loss, _, log_prob, _, ent, token_log_ratio, *sequence, active_share, left_out = out[:13]
     log_ratio, sequence_weight, objective, effective_reward, length = sequence
+    if pieces_shift:
+        tokens = (log_prob, ent, token_log_ratio)
+        fills = (0.0, 0.0 if entropy else torch.nan, torch.nan if behavior.dim() == 1 else 0.0)
+        log_prob, ent, token_log_ratio = (
+            parallel.previous_tokens(x, fill, sequence_group)
+            for x, fill in zip(tokens, fills, strict=True)
+        )
     return TOPROutput(
         loss=loss,
         log_prob=log_prob.view(labels.shape),
@@ -319,6 +339,7 @@ def topr_loss_from_log_prob(
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
+    sequence_group: Any = None,
     debug: bool = False,
 ) -> TOPROutput:
     """Computes :func:`topr_loss` from log-probs per token, for loops that have made them already.
@@ -339,6 +360,10 @@ def topr_loss_from_log_prob(
         baseline: as in :func:`topr_loss`.
         reduction: as in :func:`topr_loss`.
         normalizer: as in :func:`topr_loss`.
+        sequence_group: of ``torch.distributed``, over whose processes the tokens of each sequence are
+            spread: the tensors per token are this process's part, ``reward`` and a log mu per sequence
+            the same on each. Log-ratios are summed over the group before any weight. Results per
+            sequence and the loss are those of the whole on each process.
         debug: check values on the host even where that costs a device sync.
 
     Returns:
@@ -357,6 +382,8 @@ def topr_loss_from_log_prob(
     if validation.values_readable(x, debug):
         validation.check_sequence_values(scored, offsets, signed_reward, normalizer)
     starts, sound = sequence_offsets(scored, offsets)
+    if sequence_group is not None:
+        parallel.check_pieces(sequence_group, signed_reward)
     x = torch.where(scored, x, 0.0)
     stage = SequenceStage(
         *SequenceLoss.apply(  # type: ignore[no-untyped-call]
@@ -371,6 +398,8 @@ def topr_loss_from_log_prob(
             ratio,
             baseline,
             reduction,
+            None,
+            parallel.total_of(sequence_group),
         )
     )
     nan = torch.full_like(stage.loss, torch.nan, requires_grad=False)

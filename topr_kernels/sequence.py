@@ -7,6 +7,7 @@ own to the fp32 log-probs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ def sequence_stage(
     baseline: float,
     reduction: str,
     length: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> SequenceStage:
     """Computes the TOPR loss (Eq. 6) and its gradient with respect to the token log-probs.
 
@@ -93,6 +95,8 @@ def sequence_stage(
         baseline: subtracted from the reward; the difference decides the sign.
         reduction: "sequence_mean", "token_mean" or "sum".
         length: [B] int64, scored tokens of the whole sequences where only a part of them is here.
+        total: sum over the processes that hold the pieces of each sequence, in place; None where the
+            sequences are here as a whole.
 
     Returns:
         SequenceStage, in the dtype of ``log_prob`` (``length`` int64).
@@ -101,13 +105,19 @@ def sequence_stage(
     scored_flat = scored.reshape(-1)
     if length is None:
         length = segment_sum(scored_flat, offsets).to(torch.int64)
+        if total is not None:
+            total(length)
     if behavior_log_prob.dim() == 2:
         difference = log_prob.double() - behavior_log_prob.double()
         difference = torch.where(scored, difference, 0.0).reshape(-1)
         log_ratio64 = segment_sum(difference, offsets)
+        if total is not None:
+            total(log_ratio64)
         token_log_ratio = difference.to(dtype)
     else:
         log_ratio64 = segment_sum(torch.where(scored, log_prob, 0.0).reshape(-1), offsets)
+        if total is not None:
+            total(log_ratio64)
         # A sequence without a scored token has nothing to subtract from.
         log_ratio64 = torch.where(length > 0, log_ratio64 - behavior_log_prob.double(), 0.0)
         token_log_ratio = torch.full_like(log_prob, torch.nan).reshape(-1)
@@ -123,9 +133,12 @@ def sequence_stage(
     tokens = length.clamp(min=1).to(dtype)
     if ratio == "token":
         value, token_weight = taper(token_log_ratio, log_min[sequence], log_max[sequence])
-        objective = segment_sum(torch.where(scored_flat, value, 0.0), offsets).to(dtype)
         token_weight = torch.where(scored_flat, token_weight, 0.0)
-        weight = (segment_sum(token_weight, offsets) / tokens).to(dtype)
+        values = (torch.where(scored_flat, value, 0.0), token_weight)
+        sums = torch.stack([segment_sum(x, offsets) for x in values])
+        if total is not None:
+            total(sums)
+        objective, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
     else:
         scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
         value, weight = taper((log_ratio64 / scale).to(dtype), log_min, log_max)
@@ -179,7 +192,7 @@ class SequenceLoss(torch.autograd.Function):
                 "topr_kernels.reference"
             )
         d_log_prob, denominator = ctx.saved_tensors
-        nothing = [None] * 10
+        nothing = [None] * 12
         if d_loss is None:
             return None, *nothing
         # Selected, not multiplied: a coefficient of 0 stays 0 under an infinite loss scale.

@@ -205,9 +205,9 @@ def check_head(
     if hasattr(weight, "full_tensor") or (hasattr(weight, "ds_id") and weight.numel() == 0):
         kind = type(weight).__name__
         raise TypeError(
-            f"weight: a {kind} that is sharded over processes; pass the whole matrix (inside the wrapped "
-            "forward, as topr_kernels.hf.causal_lm_topr_loss does; weight.full_tensor(); or inside "
-            "deepspeed.zero.GatheredParameters), or, for a vocabulary spread by tensor parallelism, "
+            f"weight: a {kind} that is sharded over processes; pass the whole matrix (inside the "
+            "wrapped forward, as topr_kernels.hf.causal_lm_topr_loss does; weight.full_tensor(); or "
+            "inside deepspeed.zero.GatheredParameters), or, for a vocabulary in shards, "
             "process_group=weight.device_mesh.get_group()"
         )
     weight = check_tensor("weight", weight, LOGITS_DTYPES, device)

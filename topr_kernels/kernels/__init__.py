@@ -7,6 +7,7 @@ import importlib
 import os
 import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,11 @@ def load(module: str) -> bool:
     return True
 
 
-def register_shard(name: str, *args: object) -> None:
-    """Registers the fused-linear operators of one shard of the vocabulary as ``name``."""
-    module = importlib.import_module(f"{__name__}.portable_linear")
-    module.register_shard(name, *args)
+def linear_tile(impl: str) -> Any:
+    """The ``TileKernels`` of a resolved implementation of the fused-linear path."""
+    return importlib.import_module(f"{__name__}.{LINEAR[impl]}").TILE
+
+
+def shard_tile(*args: Any) -> Any:
+    """The ``TileKernels`` of one shard of the vocabulary; see ``portable_linear.shard_tile``."""
+    return importlib.import_module(f"{__name__}.{LINEAR['torch']}").shard_tile(*args)

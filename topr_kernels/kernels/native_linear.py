@@ -103,4 +103,5 @@ def gather(
 
 
 library()
-ops.register("native", linear_kernels(TileKernels(rows, gradient, columns, gather)))
+TILE = TileKernels(rows, gradient, columns, gather)
+ops.register("native", linear_kernels(TILE))

@@ -4,7 +4,7 @@ Per logit of a tile: the row kernel reads and writes it once (in blocks that sta
 exp(z - max) behind, so that neither gradient computes an exponential: J is that, the label's entry set
 to total * expm1(log_prob), times -1 / total per row. Column statistics read it once more.
 
-``register_shard`` makes an implementation for one shard of the vocabulary: there the maximum and the
+``shard_tile`` is an implementation for one shard of the vocabulary: there the maximum and the
 total of a row are those of all shards, by an all-reduce of [n] and one of [3, n] per tile.
 """
 
@@ -132,10 +132,9 @@ def shard_rows(
     return RowStats(log_prob, lse, low, row_entropy, factor * scale, own)
 
 
-def register_shard(name: str, shard: Shard, max_: Callable[[Tensor], Tensor]) -> None:
-    """Registers the operators of one shard of the vocabulary as the implementation ``name``."""
-    tile = TileKernels(partial(shard_rows, shard, max_), gradient, columns, gather, shard)
-    ops.register(name, linear_kernels(tile))
+def shard_tile(shard: Shard, max_: Callable[[Tensor], Tensor]) -> TileKernels:
+    """The kernels of one shard of the vocabulary; ``max_`` is the largest over its group, in place."""
+    return TileKernels(partial(shard_rows, shard, max_), gradient, columns, gather, shard)
 
 
 def gradient(
@@ -178,4 +177,5 @@ def gather(
     return j.to(dtype), j.sum(1)
 
 
-ops.register("torch", linear_kernels(TileKernels(rows, gradient, columns, gather)))
+TILE = TileKernels(rows, gradient, columns, gather)
+ops.register("torch", linear_kernels(TILE))

@@ -531,4 +531,5 @@ def gather(
     return out, sums.sum(1)
 
 
-ops.register("triton", linear_kernels(TileKernels(rows, gradient, columns, gather)))
+TILE = TileKernels(rows, gradient, columns, gather)
+ops.register("triton", linear_kernels(TILE))
