@@ -766,12 +766,20 @@ def test_metrics_are_logged_for_training_and_evaluation(tmp_path: Path):
     json.dumps(run.state.log_history, allow_nan=False)
 
 
-def test_ragged_evaluation_is_exact(tmp_path: Path):
-    run = trainer(tmp_path, rows(8), per_device_eval_batch_size=3)
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+def test_ragged_evaluation_is_exact(tmp_path: Path, packing: bool, reduction: str):
+    """Batches of 3, 3 and 2, one of whose sequences is empty."""
+    data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
+    run = trainer(
+        tmp_path, data, per_device_eval_batch_size=3, packing=packing, reduction=reduction
+    )
     figures = run.evaluate()
-    expected = plain_loss(run.model, rows(8)).item()
+    expected = plain_loss(run.model, data, reduction=reduction).item()
     assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    assert figures["eval_objective"] == pytest.approx(-expected, rel=1e-5)
+    # The objective is the mean over sequences, whatever the reduction.
+    mean = plain_loss(run.model, data).item()
+    assert figures["eval_objective"] == pytest.approx(-mean, rel=1e-5)
 
 
 def test_metrics_average_over_the_steps_between_logs(tmp_path: Path):

@@ -21,7 +21,7 @@ from tiny import random_model, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from topr_kernels import log_prob
-from topr_kernels.hf import CompletionCollator, TOPRTrainer, completion_logits
+from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits
 from topr_kernels.hf import trainer as trainer_module
 from topr_kernels.hf.trainer import NegativeWatch
 
@@ -179,6 +179,19 @@ def test_settings_of_the_collator_do_not_go_with_another_one(tmp_path: Path, nam
     args = config(tmp_path, **{name: True})
     with pytest.raises(ValueError, match=rf"{name}: got True with a data_collator"):
         TOPRTrainer(random_model(), args, CompletionCollator(0), rows())
+
+
+def test_packed_batches_are_not_cut_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Batches that the main process dispatches are cut along their first dimension."""
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_list(rows(8)).to_iterable_dataset()
+    args = config(tmp_path, packing=True)
+    TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
+    monkeypatch.setattr(TOPRConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"packing: the main process.*dispatch_batches"):
+        TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
+    args.accelerator_config.dispatch_batches = False
+    TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
 
 
 def test_bad_records_are_refused_before_training(tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from topr_kernels import PRESETS, Limits, TOPROutput
@@ -263,6 +264,8 @@ class TOPRTrainer(Trainer):
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
         self._head_checked = self._packing_checked = False
+        if args.packing:
+            _check_packed_loading(args, self.train_dataset, self.eval_dataset)
         if args.fused_head and args.n_gpu > 1:
             raise ValueError(
                 f"fused_head: one process drives {args.n_gpu} GPUs by nn.DataParallel, whose replicas "
@@ -341,9 +344,14 @@ class TOPRTrainer(Trainer):
         """Loss of one micro-batch, normalised by the items of the whole accumulated batch."""
         output = self._topr(model, inputs, num_items_in_batch)
         metrics = self._train_metrics if model.training else self._eval_metrics
-        metrics.add(output.metrics(), inputs["reward"].numel())
+        counted = (output.length > 0).sum()
+        metrics.add(output.metrics(), counted)
         if model.training:
             self._watch.add(output)
+        else:
+            # Trainer's own mean weighs batches by their first dimension, 1 where they are packed.
+            units = counted if self.args.reduction == "sequence_mean" else output.length.sum()
+            metrics.add({"loss": output.loss}, units)
         # Data-parallel wrappers average gradients over processes; our normaliser is global already.
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         loss = output.loss * processes
@@ -488,8 +496,8 @@ class MetricMean:
         self._total: dict[str, Tensor] = {}
         self._weight: dict[str, Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor], size: int) -> None:
-        """Adds one batch's metrics (scalars of any dtype) with ``size`` as their weight."""
+    def add(self, metrics: Mapping[str, Tensor], size: int | Tensor) -> None:
+        """Adds one batch's metrics (scalars of any dtype) with ``size``, a number, as their weight."""
         for name, value in metrics.items():
             x = value.detach().double()
             undefined = x.isnan()
@@ -594,6 +602,22 @@ def _check_own_collator(args: TOPRConfig) -> None:
                 f"{name}: got True with a data_collator, which decides that itself; set it there, as in "
                 f"CompletionCollator(pad_id, {name}=True), or drop data_collator"
             )
+
+
+def _check_packed_loading(args: TOPRConfig, *datasets: Any) -> None:
+    """Refuses ways of loading that cut batches along their first dimension, which is 1 here."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"packing: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
+            "packed batch; launch one process per GPU (torchrun, accelerate launch)"
+        )
+    dispatch = cast(Any, args.accelerator_config).dispatch_batches
+    streams = any(isinstance(data, IterableDataset) for data in datasets)
+    if args.world_size > 1 and (dispatch or (dispatch is None and streams)):
+        raise ValueError(
+            "packing: the main process would load batches and cut them up for the others, which a "
+            "packed batch cannot be; use accelerator_config={'dispatch_batches': False}"
+        )
 
 
 def _eos_token_id(model: Any, processing_class: Any) -> Any:
