@@ -19,8 +19,12 @@ from topr_kernels import (
     IS,
     TIS,
     Limits,
+    fused_linear,
     linear_log_prob,
     linear_topr_loss,
+    log_prob,
+    parallel,
+    topr_loss,
     topr_loss_from_log_prob,
 )
 from topr_kernels.loss import TOPROutput
@@ -161,8 +165,6 @@ def tolerance_worker() -> None:
     rank, world = start()
     group, edges = dist.group.WORLD, cuts(world, True)
     rows = slice(edges[rank], edges[rank + 1])
-    from topr_kernels import fused_linear
-
     fused_linear.COLUMN_MULTIPLE = 1
     for seed, tau in itertools.product(range(3), (0.02, 0.2)):
         data = batch(torch.float64, seed)
@@ -185,6 +187,86 @@ def tolerance_worker() -> None:
 
 def test_a_tolerance_holds_for_the_whole_vocabulary():
     launch(3, "import test_parallel; test_parallel.tolerance_worker()")
+
+
+def test_labels_of_a_shard_are_always_kept():
+    """Also one whose energy would let it go; labels of other shards keep nothing here."""
+    energy = torch.full((400,), 1e-12)
+    energy[:3] = 1.0
+    label = torch.tensor([5, 1000 + 17, 1000 + 399, 1400])
+    shard = fused_linear.Shard(1000, 400, 5000, lambda x: x)
+    columns, left, total = fused_linear.select_columns(energy, label, 0.01, shard)
+    assert columns is not None and {0, 1, 2, 17, 399} <= set(columns.tolist())
+    assert len(columns) == fused_linear.COLUMN_MULTIPLE
+    close(left + energy[columns].double().sum(), energy.double().sum(), "left out")
+    close(total, energy.double().sum(), "total")
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+class Sent:
+    """Bytes that this process puts into collectives, by kind and dtype."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, int]] = []
+        for name, index in (("all_reduce", 0), ("all_gather", 1)):
+            monkeypatch.setattr(dist, name, self.count(name, getattr(dist, name), index))
+
+    def count(self, name: str, original: Any, index: int) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args[index].numel() * args[index].element_size()))
+            return original(*args, **kwargs)
+
+        return called
+
+
+def traffic_worker() -> None:
+    """Bytes per tile are those of docs/PARALLEL.md, for tiles of 16 rows in fp32."""
+    rank, world = start()
+    group, edges = dist.group.WORLD, cuts(world, False)
+    rows = slice(edges[rank], edges[rank + 1])
+    data = batch(torch.float32)
+    data.pop("bias")
+    here = {**data, "weight": data["weight"][rows].requires_grad_()}
+    here["hidden"] = here["hidden"].requires_grad_()
+    scored, n = 11 + 4 + 7 + 2, 16
+    once = ("all_gather", 4 * 8)
+    tile = [("all_reduce", 4 * n), ("all_reduce", 3 * 4 * n)]
+    options: dict[str, Any] = {"process_group": group, "workspace_bytes": n * 4 * V}
+    with pytest.MonkeyPatch.context() as patch:
+        sent = Sent(patch)
+        with torch.no_grad():
+            linear_topr_loss(**here, **options)
+        assert sent.calls == [once, *tile * 2], "two tiles, forward alone"
+        sent.calls.clear()
+        # Rows of weight 0 need no gradient: here all have one.
+        out = linear_topr_loss(**here, limits=BOTH, **options)
+        out.loss.backward()
+        sizes = [size for name, size in sent.calls if name == "all_reduce"]
+        # d_hidden in fp32: 4 D bytes per scored row, and at the end two numbers of the report.
+        assert sum(sizes) == 2 * sum(s for _, s in tile) + 4 * D * scored + 2 * 8
+        assert sent.calls[0] == once
+        sent.calls.clear()
+        linear_topr_loss(**here, limits=BOTH, grad_tolerance=1e-9, **options)
+        sizes = [size for name, size in sent.calls if name == "all_reduce"]
+        # Each tile besides: the energy (8), its histogram (8 * 2^14) and the number of columns (8).
+        extra = 2 * (8 + 8 * (1 << 14) + 8)
+        assert sum(sizes) == 2 * sum(s for _, s in tile) + 4 * D * scored + 2 * 8 + extra
+        sent.calls.clear()
+        # Sequences in pieces: lengths, log-ratios for the weights, and log-ratios of the result.
+        columns = slice(PIECES[world][rank], PIECES[world][rank + 1])
+        linear_topr_loss(**piece(data, columns), limits=BOTH, sequence_group=group)
+        b = len(data["reward"])
+        reduced = [size for name, size in sent.calls if name == "all_reduce"]
+        assert reduced == [8 * (b + 1), 8 * b, 8 * b]
+        gathered = [size for name, size in sent.calls if name == "all_gather"]
+        # Rewards; labels and log mu across the borders, and three results back.
+        assert gathered == [16, 8 * (b + 1), *[4 * (b + 1)] * 4]
+
+
+def test_what_is_sent_is_what_the_docs_say():
+    launch(2, "import test_parallel; test_parallel.traffic_worker()")
 
 
 def log_prob_worker() -> None:
@@ -219,6 +301,81 @@ def log_prob_worker() -> None:
 
 def test_log_probs_of_a_vocabulary_in_shards():
     launch(2, "import test_parallel; test_parallel.log_prob_worker()")
+
+
+def logits_worker() -> None:
+    """``topr_loss`` and ``log_prob`` on logits whose columns, tokens or both are spread."""
+    rank, world = start()
+    group = dist.group.WORLD
+    names = {"weight", "bias", "hidden"}
+    served = [o for o in OPTIONS if not {"frozen", "grad_tolerance"} & set(o)]
+    parallel.BLOCK = 4 * V  # several blocks
+    for dtype, options in itertools.product((torch.float64, torch.float32), served):
+        options = {n: x for n, x in options.items() if n not in ("bias", "logit_scale")}
+        packed = options.pop("packed", False)
+        data = batch(dtype, packed=packed)
+        logits = (data["hidden"] @ data["weight"].t()).detach()
+        rest = {n: x for n, x in data.items() if n not in names}
+        whole = logits.clone().requires_grad_()
+        expected = topr_loss(whole, **rest, **options, impl="torch")
+        (3 * expected.loss).backward()
+        skip = (*TOKENS, *MEASURED)
+        for edges, what in ((cuts(world, True), "uneven"), (cuts(world, False), "even")):
+            rows = slice(edges[rank], edges[rank + 1])
+            part = logits[..., rows].clone().requires_grad_()
+            found = topr_loss(part, **rest, **options, process_group=group)
+            (3 * found.loss).backward()
+            compare(found, expected, f"logits, {what}, {options}", MEASURED)
+            close(part.grad, whole.grad[..., rows], f"logits, {what}, {options}: gradient")
+        if packed:
+            continue
+        edges = PIECES[world]
+        columns = slice(edges[rank], edges[rank + 1])
+        part = logits[:, columns].clone().requires_grad_()
+        here = {n: x[:, columns] if x.dim() > 1 else x for n, x in rest.items()}
+        found = topr_loss(part, **here, **options, sequence_group=group)
+        (3 * found.loss).backward()
+        compare(found, expected, f"logits in pieces, {options}", skip)
+        for name in TOKENS:
+            close(getattr(found, name), getattr(expected, name)[:, columns], f"pieces: {name}")
+        close(part.grad, whole.grad[:, columns], "logits in pieces: gradient")
+    check_extreme_logits(rank, world, group)
+
+
+def check_extreme_logits(rank: int, world: int, group: Any) -> None:
+    """Columns of -inf (a padded vocabulary), a whole shard of them, NaN and labels out of range."""
+    edges = cuts(world, True)
+    rows = slice(edges[rank], edges[rank + 1])
+    logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(2))
+    logits[..., edges[1] :] = -torch.inf
+    labels = torch.tensor([[0, 1, V - 1, 3, 4, 5]])
+    logits[0, 4, 2] = torch.nan
+    options = {"temperature": 0.8, "entropy": True}
+    whole = logits.clone().requires_grad_()
+    expected = log_prob(whole, labels, **options, impl="torch")
+    part = logits[..., rows].clone().requires_grad_()
+    found = log_prob(part, labels, **options, process_group=group)
+    for name, x in found._asdict().items():
+        close(x.detach(), getattr(expected, name).detach(), name)
+    assert found.log_prob[0, 2] == -torch.inf and found.log_prob[0, 5].isnan()
+    upstream = torch.tensor([[0.0, 1, 0, 2, 1, 0]])
+    torch.where(upstream != 0, expected.log_prob * upstream, 0.0).sum().backward()
+    torch.where(upstream != 0, found.log_prob * upstream, 0.0).sum().backward()
+    close(part.grad, whole.grad[..., rows], "gradient")
+    with pytest.raises(ValueError, match=rf"labels: expected token ids in \[0, {V}\)"):
+        log_prob(part, labels + V - 2, process_group=group)
+    (gradient,) = torch.autograd.grad(
+        log_prob(part, labels, process_group=group).log_prob[0, 1], part
+    )
+    assert gradient.any() or rank > 0
+    for wrong in ({"inplace": True}, {"impl": "native"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: got"):
+            topr_loss(part, labels, torch.zeros(1, 6), torch.ones(1), process_group=group, **wrong)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_logits_in_shards_and_pieces(world: int):
+    launch(world, "import test_parallel; test_parallel.logits_worker()")
 
 
 def dtensor_worker() -> None:

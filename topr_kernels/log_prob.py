@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels import kernels, parallel, validation
-from topr_kernels.layout import sequence_offsets
+from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets, to_labels, to_rows
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 
@@ -36,6 +36,7 @@ def log_prob(
     softcap: float | None = None,
     entropy: bool = False,
     shift: bool = True,
+    process_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> LogProbOutput:
@@ -53,6 +54,9 @@ def log_prob(
         softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
         entropy: also compute the entropy of every scored row.
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
+        process_group: of ``torch.distributed``, over whose processes the vocabulary is spread: the
+            logits here are this process's columns, in the order of the ranks and not necessarily of one
+            number. Labels must be the same on each; so are the results.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -66,8 +70,12 @@ def log_prob(
     """
     x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
     temperature, softcap = validation.check_transforms(temperature, softcap)
+    shard = None if process_group is None else parallel.check_columns(process_group, impl, x, y)
     if validation.values_readable(x, debug):
-        validation.check_values(y, x.shape[-1], offsets)
+        validation.check_values(y, x.shape[-1] if shard is None else shard.vocab, offsets)
+    if shard is not None:
+        out = _sharded(x, y, offsets, shard, process_group, softcap, temperature, entropy, shift)
+        return _aligned(out, labels, y, offsets)
     name = kernels.resolve(impl, x)
     out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
     log_prob, lse, _, ent = out
@@ -151,6 +159,26 @@ def linear_log_prob(
         spread.impl,
     )
     return _aligned(out, labels, y, offsets)
+
+
+def _sharded(
+    x: Tensor,
+    y: Tensor,
+    offsets: Tensor | None,
+    shard: Any,
+    group: Any,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log_prob, lse, entropy) [O, T] of logits [O, T, V of the shard], aligned with the labels."""
+    target = to_rows(scored_labels(y, offsets, shift), shift, IGNORE_INDEX)
+    flat: tuple[Tensor, ...] = parallel.ShardedLogProb.apply(  # type: ignore[no-untyped-call]
+        x.flatten(0, 1), target.flatten(), shard, group, softcap, temperature, entropy
+    )
+    log_prob, lse, row_entropy = (to_labels(value.view(y.shape), shift) for value in flat)
+    return log_prob, lse, row_entropy if entropy else torch.full_like(lse, torch.nan)
 
 
 def _aligned(

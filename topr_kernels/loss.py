@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels import kernels, parallel, validation
-from topr_kernels.layout import sequence_offsets
+from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
 from topr_kernels.limits import TOPR, Limits
+from topr_kernels.log_prob import log_prob
 from topr_kernels.metrics import metrics
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
@@ -71,6 +72,8 @@ def topr_loss(
     entropy: bool = False,
     shift: bool = True,
     inplace: bool = False,
+    process_group: Any = None,
+    sequence_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> TOPROutput:
@@ -102,6 +105,11 @@ def topr_loss(
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         inplace: the backward overwrites the logits with their gradient and allocates nothing. A second
             backward through the same graph raises.
+        process_group: of ``torch.distributed``, over whose processes the vocabulary is spread: the
+            logits here are this process's columns, see :func:`topr_kernels.log_prob`. All else must be
+            the same on each; so are the results.
+        sequence_group: over whose processes the tokens of each sequence are spread, see
+            :func:`linear_topr_loss`.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -114,6 +122,31 @@ def topr_loss(
             labels outside the vocabulary, unsound ``cu_seqlens`` and rewards that are not finite.
             On an accelerator and in compiled graphs those turn the loss into NaN.
     """
+    if process_group is not None or sequence_group is not None:
+        if inplace:
+            raise ValueError(
+                "inplace: got True with a process group, where it is not served; pass inplace=False"
+            )
+        transforms = {"temperature": temperature, "softcap": softcap, "entropy": entropy}
+        return _spread_topr_loss(
+            logits,
+            labels,
+            behavior_log_prob,
+            reward,
+            cu_seqlens,
+            shift,
+            process_group,
+            sequence_group,
+            {**transforms, "impl": impl, "debug": debug},
+            {
+                "limits": limits,
+                "ratio": ratio,
+                "baseline": baseline,
+                "reduction": reduction,
+                "normalizer": normalizer,
+                "debug": debug,
+            },
+        )
     x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
     behavior, signed_reward, denominator = validation.check_sequences(
         y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
@@ -252,11 +285,8 @@ def linear_topr_loss(
     """
     x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
     pieces_shift = shift and sequence_group is not None
-    if pieces_shift and offsets is not None:
-        raise ValueError(
-            "shift: got True with cu_seqlens and sequence_group; where the pieces of packed sequences "
-            "meet is not known here: shift the labels before they are cut, and pass shift=False"
-        )
+    if pieces_shift:
+        _check_shift_of_pieces(offsets)
     if process_group is not None:
         weight, bias = parallel.local_rows(process_group, weight, bias)
     spread = parallel.resolve(impl, process_group, sequence_group, weight, x, y, reward)
@@ -305,14 +335,7 @@ def linear_topr_loss(
     )
     loss, _, log_prob, _, ent, token_log_ratio, *sequence, active_share, left_out = out[:13]
     log_ratio, sequence_weight, objective, effective_reward, length = sequence
-    if pieces_shift:
-        tokens = (log_prob, ent, token_log_ratio)
-        fills = (0.0, 0.0 if entropy else torch.nan, torch.nan if behavior.dim() == 1 else 0.0)
-        log_prob, ent, token_log_ratio = (
-            parallel.previous_tokens(x, fill, sequence_group)
-            for x, fill in zip(tokens, fills, strict=True)
-        )
-    return TOPROutput(
+    result = TOPROutput(
         loss=loss,
         log_prob=log_prob.view(labels.shape),
         entropy=ent.view(labels.shape),
@@ -325,6 +348,10 @@ def linear_topr_loss(
         active_share=active_share,
         left_out=left_out,
     )
+    if not pieces_shift:
+        return result
+    back = _back_to_labels(result, entropy, behavior.dim() == 1, sequence_group)
+    return result._replace(**back)
 
 
 def topr_loss_from_log_prob(
@@ -416,6 +443,68 @@ def topr_loss_from_log_prob(
         active_share=nan,
         left_out=nan,
     )
+
+
+def _spread_topr_loss(
+    logits: Tensor,
+    labels: Tensor,
+    behavior: Tensor,
+    reward: Tensor,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    process_group: Any,
+    sequence_group: Any,
+    rows: dict[str, Any],
+    sequences: dict[str, Any],
+) -> TOPROutput:
+    """``topr_loss`` in its two stages, each over its process group."""
+    validation.check_rows(logits, labels, cu_seqlens)
+    pieces_shift = shift and sequence_group is not None
+    if pieces_shift:
+        _check_shift_of_pieces(cu_seqlens)
+        labels, behavior = parallel.aligned(labels, behavior, sequence_group)
+    token = log_prob(
+        logits,
+        labels,
+        cu_seqlens=cu_seqlens,
+        shift=shift and not pieces_shift,
+        process_group=process_group,
+        **rows,
+    )
+    _, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
+    mask = scored_labels(y, offsets, shift and not pieces_shift) != IGNORE_INDEX
+    out = topr_loss_from_log_prob(
+        token.log_prob,
+        mask.view(labels.shape),
+        behavior,
+        reward,
+        cu_seqlens=cu_seqlens,
+        sequence_group=sequence_group,
+        **sequences,
+    )._replace(entropy=token.entropy)
+    if not pieces_shift:
+        return out
+    return out._replace(
+        **_back_to_labels(out, rows["entropy"], behavior.dim() == 1, sequence_group)
+    )
+
+
+def _check_shift_of_pieces(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise ValueError(
+            "shift: got True with cu_seqlens and sequence_group; where the pieces of packed sequences "
+            "meet is not known here: shift the labels before they are cut, and pass shift=False"
+        )
+
+
+def _back_to_labels(out: TOPROutput, entropy: bool, summed: bool, group: Any) -> dict[str, Tensor]:
+    """Tensors per token of the rows here, moved to their labels across the pieces."""
+    fills = {
+        "log_prob": 0.0,
+        "entropy": 0.0 if entropy else torch.nan,
+        "token_log_ratio": torch.nan if summed else 0.0,
+    }
+    return {n: parallel.previous_tokens(getattr(out, n), f, group) for n, f in fills.items()}
 
 
 def _check_inplace(logits: Tensor) -> None:

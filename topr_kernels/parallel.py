@@ -16,9 +16,15 @@ from torch import Tensor
 from topr_kernels import kernels
 from topr_kernels.fused_linear import Shard, linear_kernels
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import linear as linear_ops
+from topr_kernels.rows import transform_
 
 # torch.distributed is imported where it is used: some builds of torch come without it.
+
+
+#: Elements of a block of logits that is transformed at a time.
+BLOCK = 1 << 22
 
 
 class Spread(NamedTuple):
@@ -84,6 +90,111 @@ def resolve(
         tile = tile._replace(total=partial(_sum, sequence_group))
     linear_ops.register(name, linear_kernels(tile))
     return Spread(name, vocab, largest)
+
+
+def check_columns(group: Any, impl: str, logits: Tensor, labels: Tensor) -> Shard:
+    """Finds which columns of the logits [O, T, V of the shard] are here; one all-gather.
+
+    Raises:
+        ValueError: if ``impl`` is not served; on every process, if they disagree in the labels or one
+            has no columns.
+    """
+    if impl not in ("auto", "torch"):
+        raise ValueError(
+            f"impl: got {impl!r} with process_group, which 'torch' alone serves; use 'auto'"
+        )
+    return _shard(group, logits.shape[-1], logits[..., :0], labels)
+
+
+class ShardedLogProb(torch.autograd.Function):
+    """log softmax at the labels over logits whose columns are spread; (log_prob, lse, entropy).
+
+    Two all-reduces in the forward, of [N] and [3, N]; none in the backward. Blocks of rows bound the
+    temporaries; the gradient has the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        label: Tensor,
+        shard: Shard,
+        group: Any,
+        softcap: float | None,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> each [N]; logits [N, V of the shard], label [N], IGNORE_INDEX for a row of no meaning."""
+        wide = accumulate_dtype(logits.dtype)
+        n, vocab = logits.shape
+        index, here = shard.local(label, vocab)
+
+        def block(part: slice) -> Tensor:
+            return transform_(logits[part].to(wide, copy=True), 1.0, softcap, temperature)
+
+        parts = _blocks(n, vocab)
+        top = logits.new_full((n,), -torch.inf, dtype=wide)
+        for part in parts:
+            top[part] = block(part).amax(-1)
+        top = _max(group, top)
+        # A row of -inf alone must not become -inf - (-inf).
+        top = torch.where(top == -torch.inf, 0.0, top)
+        sums = top.new_zeros((3, n))
+        for part in parts:
+            z = block(part).sub_(top[part].unsqueeze(-1))
+            at_label = z.gather(-1, index[part].unsqueeze(-1)).squeeze(-1)
+            sums[1, part] = torch.where(here[part], at_label, 0.0)
+            p = z.exp()
+            sums[0, part] = p.sum(-1)
+            if entropy:
+                sums[2, part] = torch.where(p == 0, 0.0, p * z).sum(-1)
+        total, difference, surprise = shard.sum_(sums).unbind()
+        log_total = total.log()
+        lse = top + log_total
+        log_prob = difference - log_total
+        log_prob = torch.where((difference == -torch.inf) & ~lse.isnan(), -torch.inf, log_prob)
+        ignored = label == IGNORE_INDEX
+        outside = ~ignored & ((label < 0) | (label >= shard.vocab))
+        log_prob = log_prob.masked_fill(outside, torch.nan).masked_fill(ignored, 0.0)
+        row_entropy = (log_total - surprise / total) if entropy else torch.full_like(lse, torch.nan)
+        lse, row_entropy = lse.masked_fill(ignored, 0.0), row_entropy.masked_fill(ignored, 0.0)
+        row_entropy = row_entropy if entropy else torch.full_like(lse, torch.nan)
+        ctx.save_for_backward(logits, index, here, log_prob, top, log_total)
+        ctx.transforms = softcap, temperature
+        ctx.mark_non_differentiable(lse, row_entropy)
+        ctx.set_materialize_grads(False)
+        return log_prob, lse, row_entropy
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """-> d (onehot - softmax), by selection 0 in rows of coefficient 0."""
+        if d is None:
+            return (None,) * 7
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of log_prob over a process_group is not differentiable a second time "
+                "(create_graph=True); for second derivatives use topr_kernels.reference"
+            )
+        logits, index, here, log_prob, top, log_total = ctx.saved_tensors
+        softcap, temperature = ctx.transforms
+        gradient = torch.empty_like(logits)
+        for part in _blocks(*logits.shape):
+            z = transform_(logits[part].to(top.dtype, copy=True), 1.0, softcap, temperature)
+            slope = None if softcap is None else 1 - (z * (temperature / softcap)).square()
+            j = z.sub_(top[part].unsqueeze(-1)).sub_(log_total[part].unsqueeze(-1)).exp_().neg_()
+            # The true class in the arithmetic dtype: 1 - p_y = -expm1(log p_y) keeps every digit.
+            row = here[part].nonzero().squeeze(-1)
+            j[row, index[part][row]] = -torch.expm1(log_prob[part][row])
+            if slope is not None:
+                j.mul_(slope)
+            c = d[part].unsqueeze(-1)
+            gradient[part] = torch.where(c == 0, 0.0, j * (c / temperature)).to(gradient.dtype)
+        return (gradient, *(None,) * 6)
+
+
+def _blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, BLOCK // max(columns, 1))
+    return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
 def local_rows(group: Any, *tensors: Any) -> tuple[Any, ...]:
