@@ -41,15 +41,17 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def batch(dtype: torch.dtype, seed: int = 0, packed: bool = False) -> dict[str, Any]:
+def batch(
+    dtype: torch.dtype, seed: int = 0, packed: bool = False, longer: int = 1
+) -> dict[str, Any]:
     """Hidden states and head with a peaked softmax; ragged sequences, an empty one among them."""
     generator = torch.Generator().manual_seed(seed)
-    b, t = 5, 12
+    b, t = 5, 12 * longer
     hidden = torch.randn(b, t, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 0.7
     labels = torch.randint(0, V, (b, t), generator=generator)
     for i, scored in enumerate([11, 4, 0, 7, 2]):
-        labels[i, : t - scored] = -100
+        labels[i, : t - scored * longer] = -100
     noise = torch.randn(b, t, generator=generator, dtype=torch.float64)
     mu = linear_log_prob(hidden, weight, labels, impl="torch").log_prob.detach() + 0.2 * noise
     reward = torch.tensor([1.0, -1.0, -0.5, -2.0, 0.5], dtype=torch.float64)
@@ -454,6 +456,13 @@ def pieces_worker() -> None:
             else:
                 dist.all_reduce(gradient)
                 close(gradient, whole[name], f"{what} {name}")
+    # Pieces of more rows than a tile has, and a sequence per tile.
+    data, options = batch(torch.float64, longer=6), {"limits": BOTH}
+    longer = slice(6 * columns.start, 6 * columns.stop)
+    expected, whole = run(data, None, None, options)
+    found, part = run(piece(data, longer), None, None, {**options, "sequence_group": group})
+    compare(found, expected, "longer", (*TOKENS, *MEASURED))
+    close(part["hidden"], whole["hidden"][:, longer], "longer: hidden")
     check_pieces_of_log_probs(group, columns)
     check_packed_pieces(group, rank, world)
     # All tokens here or none: a sequence that does not reach this piece has no row in it.
