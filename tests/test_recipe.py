@@ -350,7 +350,9 @@ def test_scores_are_the_log_probs_of_the_full_softmax():
         torch.testing.assert_close(
             torch.tensor(r.behavior_log_prob).double(), expected, rtol=0, atol=1e-5
         )
-    assert [dataclasses.replace(r, behavior_log_prob=None) for r in scored] == records
+    unscored = {"behavior_log_prob": None, "behavior_source": ""}
+    assert {r.behavior_source for r in scored} == {"score"}
+    assert [dataclasses.replace(r, **unscored) for r in scored] == records
 
 
 def test_scores_are_taken_at_the_sampling_temperature():

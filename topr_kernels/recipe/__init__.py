@@ -1,13 +1,23 @@
 """The offline pipeline of the paper as library functions.
 
-Generate, curate, score, train, evaluate. Records (``records.Record``) flow between the steps and are
-stored as Parquet or JSONL. The console script ``topr`` (``cli``) runs them. Needs the ``recipe``
-extra.
+Generate, score, curate, train, evaluate, and iterate around them. Records (``records.Record``) flow
+between the steps and are stored as Parquet or JSONL. ``generate`` and its like work on objects,
+``run_generate`` and its like on files: those resume. The console script ``topr`` (``cli``) runs them.
+Needs the ``recipe`` extra.
 """
 
-from topr_kernels.recipe.curate import subsample_negatives
+from topr_kernels.recipe.commands import (
+    Models,
+    run_curate,
+    run_evaluate,
+    run_generate,
+    run_score,
+    run_train,
+)
+from topr_kernels.recipe.curate import Curation, CurationOptions, curate, subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate, wilson_interval
 from topr_kernels.recipe.generate import Completion, complete, generate
+from topr_kernels.recipe.iterate import run_iterate
 from topr_kernels.recipe.models import load_model
 from topr_kernels.recipe.records import (
     Record,
@@ -17,26 +27,57 @@ from topr_kernels.recipe.records import (
     write_records,
 )
 from topr_kernels.recipe.score import max_log_ratio, score
+from topr_kernels.recipe.settings import (
+    CurateSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    IterateSettings,
+    ScoreSettings,
+    TrainCommandSettings,
+)
+from topr_kernels.recipe.steps import SettingsError
+from topr_kernels.recipe.task_files import FileTask
 from topr_kernels.recipe.tasks import Question, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.voting import SampledAccuracy, sampled_accuracy
 
 __all__ = [
     "Accuracy",
     "Completion",
+    "CurateSettings",
+    "Curation",
+    "CurationOptions",
+    "EvaluateSettings",
     "Evaluation",
+    "FileTask",
+    "GenerateSettings",
+    "IterateSettings",
+    "Models",
     "Question",
     "Record",
     "RecordError",
+    "SampledAccuracy",
     "Sampling",
+    "ScoreSettings",
+    "SettingsError",
     "Task",
+    "TrainCommandSettings",
     "TrainSettings",
     "complete",
+    "curate",
     "evaluate",
     "generate",
     "held_out_split",
     "load_model",
     "max_log_ratio",
     "read_records",
+    "run_curate",
+    "run_evaluate",
+    "run_generate",
+    "run_iterate",
+    "run_score",
+    "run_train",
+    "sampled_accuracy",
     "score",
     "subsample_negatives",
     "train",

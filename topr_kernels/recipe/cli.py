@@ -30,31 +30,90 @@ settings or files are not usable, 130 if interrupted.
 """
 
 
+#: Command to the line that ``topr --help`` shows, and how it is used.
+_STEPS = {
+    "generate": (
+        "sample answers to a task's questions and reward them",
+        "topr generate --model smollm2 --questions 192 --samples 8 --out run/samples.parquet",
+    ),
+    "score": (
+        "log-probabilities of the samples under the model that drew them (log mu)",
+        "topr score --model smollm2 --records run/samples.parquet --out run/scored.parquet",
+    ),
+    "curate": (
+        "choose the samples to train on",
+        "topr curate --method anna-karenina --positive-share 0.2 --records run/scored.parquet "
+        "--out run/curated.parquet",
+    ),
+    "train": (
+        "train a model on scored samples with TOPR",
+        "topr train --model smollm2 --records run/curated.parquet --out run/model",
+    ),
+    "evaluate": (
+        "pass@1 and maj@K on held-out questions",
+        "topr evaluate --model run/model --eval-samples 8 --votes 4 --out run/evaluation.json",
+    ),
+    "iterate": (
+        "all of these, several times, each iteration from the model of the last",
+        "topr iterate --config recipe.yaml --iterations 3 --out run",
+    ),
+}
+_RESUMES = """\
+exit status: 0 if it is done, 2 if settings or files are not usable, 130 if interrupted. The same
+command continues a run that was interrupted or killed; finished work is checked and left alone.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     Args:
         argv: arguments without the program's name; None for those of the process.
     """
-    args = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _demo(args)
+        if given and given[0] in _STEPS:
+            return _step(given)
+        return _demo(_parser().parse_args(given))
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes after the last finished step.")
         return 130
 
 
-def _demo(args: argparse.Namespace) -> int:
-    # Imported here so that --help and a wrong flag answer at once.
+def _step(argv: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    from topr_kernels.recipe.demo import DemoSettings, SettingsError, restart, run_demo
     from topr_kernels.recipe.files import FileError
     from topr_kernels.recipe.records import RecordError
+    from topr_kernels.recipe.step_cli import config_flags, run_command
+    from topr_kernels.recipe.steps import SettingsError
+
+    try:
+        args = _parser(argv[0]).parse_args(config_flags(argv))
+        _quieten()
+        run_command(argv[0], args)
+        return 0
+    # Only what the user can mend: any other error is a bug and shows its traceback.
+    except (SettingsError, RecordError, FileError, OSError) as error:
+        print(f"topr: {error}", file=sys.stderr)
+        return 2
+
+
+def _quieten() -> None:
+    from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _demo(args: argparse.Namespace) -> int:
+    # Imported here so that --help and a wrong flag answer at once.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from topr_kernels.recipe.demo import DemoSettings, restart, run_demo
+    from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.records import RecordError
+    from topr_kernels.recipe.steps import SettingsError
+
+    _quieten()
     names = [field.name for field in dataclasses.fields(DemoSettings)]
     try:
         settings = DemoSettings(**{name: getattr(args, name) for name in names})
@@ -75,7 +134,8 @@ def _demo(args: argparse.Namespace) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(step: str = "") -> argparse.ArgumentParser:
+    """The parser; only of ``step`` it knows the flags: those of all would take torch to tell."""
     parser = argparse.ArgumentParser(
         prog="topr", description="TOPR (arXiv 2503.14286) for language models, offline."
     )
@@ -133,11 +193,28 @@ def _parser() -> argparse.ArgumentParser:
         default="sequence",
         help="level of the ratio in the TOPR run",
     )
+    for name, (text, example) in _STEPS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\nexample: {example}",
+            epilog=_RESUMES,
+            formatter_class=_HelpFormatter,
+        )
+        if name == step:
+            from topr_kernels.recipe.step_cli import add_flags
+
+            add_flags(command, name)
     return parser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines and shows defaults."""
+    """Keeps the description's lines and shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        return super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,195 @@
-"""Chooses which samples to train on."""
+"""Chooses which samples to train on, and says what that does to the data set."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from topr_kernels.recipe.records import Record
+from topr_kernels import baseline_for_positive_share, effective_positive_share
+from topr_kernels.recipe.records import Record, RecordError
+from topr_kernels.recipe.steps import Options, SettingsError, option
+
+
+@dataclass(frozen=True)
+class CurationOptions(Options):
+    """How samples are chosen.
+
+    Raises:
+        SettingsError: if a value is not one that its field takes.
+    """
+
+    method: str = option(
+        "uniform",
+        "which samples: 'uniform' draws SIZE at random; 'anna-karenina' keeps the first right answer of "
+        "each question and fills up to SIZE with random wrong ones",
+        choices=("uniform", "anna-karenina"),
+    )
+    size: int = option(0, "samples to keep before the share is made; 0 for all there are", least=0)
+    positive_share: float = option(
+        0.0,
+        "share of right answers to make (p~ of Eq. 7; the paper recommends 0.1 to 0.2); 0 leaves it",
+        least=0,
+        most=1,
+    )
+    balance: str = option(
+        "subsample",
+        "how: 'subsample' leaves samples out at random, 'baseline' keeps all and has the training "
+        "subtract a baseline from the rewards",
+        choices=("subsample", "baseline"),
+    )
+    dedupe: bool = option(True, "keep only the first of equal completions of a question")
+    max_length: int = option(
+        0, "leave out completions longer than this, in tokens; 0 for no cap", least=0
+    )
+    drop_truncated: bool = option(False, "leave out completions that were cut off")
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """What a data set is like; shares in [0, 1].
+
+    Args:
+        records: number of records.
+        groups: number of questions.
+        positive_share: p, share of rewards above 0.
+        effective_positive_share: p~ (Eq. 7) with the baseline of the training.
+        invalid_share: completions without a parsable answer; None if a record does not tell.
+        truncated_share: completions that were cut off.
+        mean_length: of the completions, in tokens.
+    """
+
+    records: int
+    groups: int
+    positive_share: float
+    effective_positive_share: float
+    invalid_share: float | None
+    truncated_share: float
+    mean_length: float
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What ``curate`` chose.
+
+    Args:
+        records: the kept records, in their order.
+        baseline: for the training to subtract from every reward.
+        before: figures of the records given.
+        after: figures of those kept, with the baseline.
+    """
+
+    records: list[Record]
+    baseline: float
+    before: DataFigures
+    after: DataFigures
+
+
+def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
+    """What the records are like, to a training that subtracts ``baseline``.
+
+    Raises:
+        ValueError: if there are no records.
+    """
+    if not records:
+        raise ValueError("records: got none; expected at least one")
+    count = len(records)
+    p = sum(record.reward > 0 for record in records) / count
+    known = all(record.valid is not None for record in records)
+    return DataFigures(
+        records=count,
+        groups=len({record.group for record in records}),
+        positive_share=p,
+        effective_positive_share=effective_positive_share(p, baseline),
+        invalid_share=sum(not r.valid for r in records) / count if known else None,
+        truncated_share=sum(r.finish_reason == "length" for r in records) / count,
+        mean_length=sum(len(r.completion_token_ids) for r in records) / count,
+    )
+
+
+def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) -> Curation:
+    """Leaves out duplicates, long and cut completions, draws samples, makes the share of positives.
+
+    In that order, so that duplicates count neither for the draw nor for the share.
+
+    Args:
+        records: N records; positive means reward > 0, "first" means first in this order.
+        options: see ``CurationOptions``.
+        seed: of the draws.
+
+    Raises:
+        RecordError: if the baseline is to be had and a reward is not +1 or -1, for which Eq. 7 holds.
+        SettingsError: if nothing is left, or ``size`` is below the positives that Anna Karenina keeps.
+    """
+    before = figures(records)
+    kept = list(records)
+    if options.dedupe:
+        kept = drop_duplicates(kept)
+    if options.max_length:
+        kept = [r for r in kept if len(r.completion_token_ids) <= options.max_length]
+    if options.drop_truncated:
+        kept = [r for r in kept if r.finish_reason != "length"]
+    if not kept:
+        raise SettingsError(
+            f"max_length: {options.max_length} and drop_truncated: {options.drop_truncated} leave none "
+            f"of {len(records)} records; widen them"
+        )
+    if options.method == "anna-karenina":
+        kept = anna_karenina(kept, options.size, seed)
+    elif 0 < options.size < len(kept):
+        chosen = random.Random(seed).sample(range(len(kept)), options.size)
+        kept = [kept[i] for i in sorted(chosen)]
+    baseline = 0.0
+    share = sum(r.reward > 0 for r in kept) / len(kept)
+    # Neither way changes the share where there is only one kind.
+    if options.positive_share and 0 < share < 1:
+        if options.balance == "baseline":
+            _check_signs(kept)
+            baseline = baseline_for_positive_share(share, options.positive_share)
+        else:
+            kept = to_positive_share(kept, options.positive_share, seed)
+    return Curation(kept, baseline, before, figures(kept, baseline))
+
+
+def drop_duplicates(records: Iterable[Record]) -> list[Record]:
+    """Keeps the first of the records whose question and completion tokens are equal."""
+    first: dict[tuple[int, tuple[int, ...]], Record] = {}
+    for record in records:
+        first.setdefault((record.group, tuple(record.completion_token_ids)), record)
+    return list(first.values())
+
+
+def anna_karenina(records: Sequence[Record], size: int, seed: int) -> list[Record]:
+    """The first positive of every question, and random negatives up to ``size`` (the paper, §4.3).
+
+    All happy families are alike: one right answer of a question says what there is to say.
+
+    Args:
+        records: N records, the candidates of each question in the order they were drawn.
+        size: wanted number; 0, or more than there are, for all negatives.
+        seed: of the draw.
+
+    Returns:
+        The kept records in their order.
+
+    Raises:
+        SettingsError: if ``size`` is below the number of first positives.
+    """
+    first: dict[int, int] = {}
+    for i, record in enumerate(records):
+        if record.reward > 0:
+            first.setdefault(record.group, i)
+    negative = [i for i, record in enumerate(records) if record.reward <= 0]
+    if 0 < size < len(first):
+        raise SettingsError(
+            f"size: got {size}, but {len(first)} questions have a right answer, each of which "
+            "anna-karenina keeps; expected at least that many, or fewer questions"
+        )
+    wanted = min(size - len(first), len(negative)) if size else len(negative)
+    kept = sorted([*first.values(), *random.Random(seed).sample(negative, wanted)])
+    return [records[i] for i in kept]
 
 
 def subsample_negatives(
@@ -28,12 +212,72 @@ def subsample_negatives(
     Raises:
         ValueError: if ``positive_share`` is outside (0, 1].
     """
+    positives = sum(record.reward > 0 for record in records)
+    if 0 < positive_share <= 1 and positives >= positive_share * len(records):
+        return list(records)
+    return to_positive_share(records, positive_share, seed)
+
+
+def to_positive_share(records: Sequence[Record], positive_share: float, seed: int) -> list[Record]:
+    """Leaves out random records of the sign there is too much of, up to the given share.
+
+    Args:
+        records: N records; positive means reward > 0.
+        positive_share: wanted share of positives, in (0, 1].
+        seed: of the draw.
+
+    Returns:
+        The kept records in their order; all of them if there is only one sign. At least one positive
+        is kept.
+
+    Raises:
+        ValueError: if ``positive_share`` is outside (0, 1].
+    """
     if not 0 < positive_share <= 1:
         raise ValueError(f"positive_share: got {positive_share}; expected a share in (0, 1]")
     positive = [i for i, record in enumerate(records) if record.reward > 0]
     negative = [i for i, record in enumerate(records) if record.reward <= 0]
-    wanted = round(len(positive) * (1 - positive_share) / positive_share)
-    if not positive or wanted >= len(negative):
+    if not positive or not negative:
         return list(records)
-    kept = sorted(positive + random.Random(seed).sample(negative, wanted))
-    return [records[i] for i in kept]
+    draw = random.Random(seed)
+    negatives = round(len(positive) * (1 - positive_share) / positive_share)
+    if negatives < len(negative):
+        negative = draw.sample(negative, negatives)
+    else:
+        positives = round(len(negative) * positive_share / (1 - positive_share))
+        positive = draw.sample(positive, min(len(positive), max(1, positives)))
+    return [records[i] for i in sorted(positive + negative)]
+
+
+def as_text(before: DataFigures, after: DataFigures) -> str:
+    """A table of the figures before and after."""
+    names = {
+        "records": "records",
+        "groups": "questions",
+        "positive_share": "right answers (p)",
+        "effective_positive_share": "with the baseline (p~)",
+        "invalid_share": "invalid",
+        "truncated_share": "cut off",
+        "mean_length": "mean length, tokens",
+    }
+    one, other = dataclasses.asdict(before), dataclasses.asdict(after)
+    lines = [f"{'':24}{'before':>10}{'after':>10}"]
+    lines += [f"{t:24}{_shown(n, one[n]):>10}{_shown(n, other[n]):>10}" for n, t in names.items()]
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if name.endswith("share"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _check_signs(records: Sequence[Record]) -> None:
+    for i, record in enumerate(records):
+        if record.reward not in (1.0, -1.0):
+            raise RecordError(
+                f"record {i}, field 'reward': got {record.reward}; balance='baseline' needs rewards of "
+                "+1 and -1, for which Eq. 7 holds; use balance='subsample'"
+            )

@@ -21,26 +21,17 @@ from topr_kernels import (
 from topr_kernels.recipe import report
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
-from topr_kernels.recipe.files import FileError, atomic_folder, read_json, write_json
+from topr_kernels.recipe.files import FileError, atomic_folder, write_json
 from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
-from topr_kernels.recipe.tasks import Task, held_out_split
+from topr_kernels.recipe.steps import SettingsError, claim, model_key, read_mapping
+from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, train
 
-#: Sums and differences of two two-digit numbers, after three worked lines.
-ARITHMETIC = Task(
-    "chain_sum",
-    {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
-    examples=(("23 + 45 =", "68"), ("71 - 38 =", "33"), ("56 + 87 =", "143")),
-)
 #: Scored batches whose log-ratios are measured before the first update.
 _CHECKED_BATCHES = 2
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be run, or that are not those of the results in the folder."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
             start = time.perf_counter()
             result = compute()
             write_json(path, {**result, "seconds": round(time.perf_counter() - start, 1)})
-        value: dict[str, Any] = _read_mapping(path)
+        value: dict[str, Any] = read_mapping(path)
         if "seconds" not in value:
             raise FileError(f"{path}: not a result of this demo; delete it and run again")
         seconds[name] = value["seconds"]
@@ -175,7 +166,7 @@ def restart(out: Path) -> None:
         return
     fields = {field.name for field in dataclasses.fields(DemoSettings)}
     try:
-        ours = fields <= _read_mapping(path).keys()
+        ours = fields <= read_mapping(path).keys()
     except (FileNotFoundError, FileError):
         ours = False
     if not ours:
@@ -337,43 +328,8 @@ class _Run:
 
 def _claim(out: Path, settings: DemoSettings) -> None:
     """Writes the settings into a new folder, or checks that the folder's are the same."""
-    path = out / "settings.json"
-    wanted = dataclasses.asdict(settings)
-    wanted["model"] = _model_key(settings.model)
-    wanted["version"] = __version__
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    try:
-        found = _read_mapping(path)
-    except FileError as error:
-        # Deleting just this file would let results of unknown settings pass for these.
-        raise SettingsError(
-            f"{path}: damaged, so the settings of the results beside it are unknown; delete the "
-            "folder, or choose another --out"
-        ) from error
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    if differing:
-        lines = "".join(
-            f"\n  --{name.replace('_', '-')}: {found.get(name)!r} there, {wanted[name]!r} now"
-            for name in differing
-        )
-        raise SettingsError(
-            f"{out} holds a run with other settings:{lines}\nGive the same settings to resume it, "
-            "--restart to delete it and start anew, or another --out"
-        )
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise FileError(f"{path}: expected a JSON object; delete it and run again")
-    return value
-
-
-def _model_key(model: str) -> str:
-    """The model as settings name it: a local folder by its name, without this machine's path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    wanted = {**dataclasses.asdict(settings), "model": model_key(settings.model)}
+    claim(out / "settings.json", {**wanted, "version": __version__}, out)
 
 
 def _evaluation(raw: dict[str, Any]) -> Evaluation:
@@ -419,7 +375,7 @@ def _report(
         f"{settings.epochs} epoch(s), seed {settings.seed}"
     )
     report.plot(out / "report.png", evaluations, histories, title)
-    shown = {**dataclasses.asdict(settings), "model": _model_key(settings.model)}
+    shown = {**dataclasses.asdict(settings), "model": model_key(settings.model)}
     write_json(
         out / "report.json",
         {

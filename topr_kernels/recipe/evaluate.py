@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from topr_kernels.recipe.generate import complete, stop_token_ids
-from topr_kernels.recipe.tasks import Question, Task
+from topr_kernels.recipe.tasks import AnyTask, Question
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Evaluation:
     sampled: Accuracy
 
 
-def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a proportion; 95 % by default.
+def wilson_interval(correct: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a proportion; 95 % by default. Counts may be effective ones.
 
     Raises:
         ValueError: unless 0 <= correct <= count and count > 0.
@@ -67,7 +67,7 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 def evaluate(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: AnyTask,
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
@@ -93,7 +93,7 @@ def evaluate(
     if not questions:
         raise ValueError("questions: got none; expected at least one held-out question")
     model.eval()
-    stop_ids = stop_token_ids(tokenizer)
+    stop_ids = stop_token_ids(tokenizer, one_line=task.one_line, model=model)
     with tqdm(total=2 * len(questions), desc=f"evaluate {label}".strip(), unit="answer") as bar:
 
         def accuracy(temperature: float) -> Accuracy:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ class FileError(ValueError):
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to ``path`` that takes its place when the block succeeds.
 
-    A process killed inside the block leaves ``path`` as it was.
+    A process killed inside the block leaves ``path`` as it was. The bytes are on the disk before the
+    name is, so that a machine that goes down leaves no empty file under it either.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No process id in the name: what a killed run left behind is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,6 +71,42 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder, as hex."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {checksum(file)}\n".encode())
+        return digest.hexdigest()
+    found = path.stat()
+    # A model is the input of one step after another: it is read again only if it was written again.
+    return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _content(path: Path, *_state: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    # Windows opens no folders; it has no such call for them either.
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from topr_kernels.hf.collator import (
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
+    RecordError,
     Sampling,
     read_records,
+    tokenizer_fingerprint,
     write_records,
 )
-from topr_kernels.recipe.tasks import Question, Task
+from topr_kernels.recipe.tasks import AnyTask, Question
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,42 @@ class Completion:
         token_ids: sampled ids; the last one is the stop token if ``finish_reason`` is "stop".
         text: the completion without special tokens.
         finish_reason: "stop" if the model ended it, "length" if it was cut.
+        log_prob: what the sampling engine says of each token, where it does.
     """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: FinishReason
+    log_prob: list[float] | None = None
 
 
-def stop_token_ids(tokenizer: Any) -> list[int]:
-    """Ids that end a completion: EOS and every token with a newline in it."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    stops = {token for token, text in enumerate(texts) if "\n" in text}
-    return sorted(stops | {tokenizer.eos_token_id})
+def stop_token_ids(tokenizer: Any, *, one_line: bool = True, model: Any = None) -> list[int]:
+    """Ids that end a completion: EOS, those of the model, and every token with a newline in it.
+
+    Args:
+        tokenizer: of the model.
+        one_line: whether a newline ends a completion.
+        model: whose generation settings may name more ids that end a turn; None for no more.
+    """
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    if one_line:
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        stops |= {token for token, text in enumerate(texts) if "\n" in text}
+    return sorted(stops)
+
+
+def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Ids of a prompt; with ``chat`` as the user's turn of the tokenizer's chat template."""
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    message = [{"role": "user", "content": prompt}]
+    return list(
+        tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    )
 
 
 @torch.no_grad()
@@ -62,8 +87,9 @@ def complete(
     temperature: float,
     seed: int,
     stop_ids: Sequence[int],
+    chat: bool = False,
 ) -> list[Completion]:
-    """Completes one batch of prompts up to the end of a line.
+    """Completes one batch of prompts up to a stop token.
 
     Args:
         model: a causal language model in eval mode.
@@ -75,11 +101,12 @@ def complete(
         seed: of this batch; the same prompts and seed give the same completions, whatever was
             sampled before.
         stop_ids: token ids that end a completion (see ``stop_token_ids``).
+        chat: ask each prompt as the user's turn of the chat template.
 
     Returns:
         One completion per prompt, in order.
     """
-    token_ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     prefix = 0 if prefix_sharing_problem(model) else common_prefix_length(token_ids)
     batch = {
         name: x.to(model.device)
@@ -103,22 +130,38 @@ def complete(
         output: Tensor = model.generate(**batch, **cache, generation_config=settings)
     stops = set(stop_ids)
     new = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [_completion(tokenizer, p, c, stops) for p, c in zip(token_ids, new, strict=True)]
+    return [as_completion(tokenizer, p, c, stops) for p, c in zip(token_ids, new, strict=True)]
 
 
-def _completion(tokenizer: Any, prompt: list[int], row: list[int], stops: set[int]) -> Completion:
+def as_completion(
+    tokenizer: Any,
+    prompt: list[int],
+    row: list[int],
+    stops: set[int],
+    log_prob: list[float] | None = None,
+) -> Completion:
+    """A sampled row up to its first stop token.
+
+    Args:
+        tokenizer: of the model.
+        prompt: ids of the prompt.
+        row: sampled ids, at most padded after the first stop token.
+        stops: ids that end a completion.
+        log_prob: one per entry of ``row``, or None.
+    """
     # Whatever follows the first stop token is padding. The stop token itself was sampled, so it is
     # part of the completion; a completion that was cut has none and gets none.
     end = next((i for i, token in enumerate(row) if token in stops), None)
     ids = row if end is None else row[: end + 1]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Completion(prompt, ids, text, "length" if end is None else "stop")
+    known = None if log_prob is None else log_prob[: len(ids)]
+    return Completion(prompt, ids, text, "length" if end is None else "stop", known)
 
 
 def generate(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: AnyTask,
     questions: Sequence[Question],
     *,
     model_name: str,
@@ -128,6 +171,10 @@ def generate(
     seed: int,
     temperature: float = 1.0,
     shards: Path | None = None,
+    chat: bool = False,
+    weights: str = "",
+    sampler: Callable[..., list[Completion]] | None = None,
+    label: str = "generate",
 ) -> list[Record]:
     """Samples completions of every question and rewards them.
 
@@ -146,26 +193,37 @@ def generate(
             log-probabilities of the sampler at that temperature and ``train`` trains the model at
             temperature 1, so training starts off-policy. Greedy samples (0) are not scored.
         shards: folder for finished batches. Batches found there are not sampled again.
+        chat: ask each prompt as the user's turn of the chat template.
+        weights: fingerprint of the model's weights, for the records.
+        sampler: called as ``complete`` is, in its place, for instance one of ``vllm_backend``.
+        label: named on the progress bar.
 
     Returns:
-        Q * samples records without ``behavior_log_prob``, in the order of the questions.
+        Q * samples records in the order of the questions; without ``behavior_log_prob``, unless a
+        ``sampler`` reports it.
 
     Raises:
         RecordError: if a shard is damaged; delete it and run again.
     """
+    sample = complete if sampler is None else sampler
+    fingerprint = tokenizer_fingerprint(tokenizer)
     work = [question for question in questions for _ in range(samples)]
     starts = range(0, len(work), batch_size)
-    stop_ids = stop_token_ids(tokenizer)
+    stop_ids = stop_token_ids(tokenizer, one_line=task.one_line, model=model)
     records: list[Record] = []
-    with tqdm(total=len(work), desc="generate", unit="sample") as bar:
+    with tqdm(total=len(work), desc=label, unit="sample") as bar:
         for i, start in enumerate(starts):
             part = work[start : start + batch_size]
             shard = None if shards is None else shards / f"batch-{i:05d}.parquet"
             if shard is not None and shard.exists():
                 batch = read_records(shard)
+                if [record.group for record in batch] != [question.group for question in part]:
+                    raise RecordError(
+                        f"{shard}: holds other questions than its batch; delete it and run again"
+                    )
             else:
                 batch_seed = seed * 1_000_003 + i
-                completions = complete(
+                completions = sample(
                     model,
                     tokenizer,
                     [question.prompt for question in part],
@@ -173,8 +231,12 @@ def generate(
                     temperature=temperature,
                     seed=batch_seed,
                     stop_ids=stop_ids,
+                    chat=chat,
                 )
-                sampling = Sampling(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed)
+                sampling = Sampling(
+                    *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
+                    *(fingerprint, weights),
+                )
                 batch = [
                     _record(task, question, completion, sampling)
                     for question, completion in zip(part, completions, strict=True)
@@ -186,7 +248,9 @@ def generate(
     return records
 
 
-def _record(task: Task, question: Question, completion: Completion, sampling: Sampling) -> Record:
+def _record(
+    task: AnyTask, question: Question, completion: Completion, sampling: Sampling
+) -> Record:
     answer = task.parse(completion.text, completion.finish_reason, question)
     return Record(
         group=question.group,
@@ -197,4 +261,7 @@ def _record(task: Task, question: Question, completion: Completion, sampling: Sa
         reward=task.reward(answer, question),
         finish_reason=completion.finish_reason,
         sampling=sampling,
+        behavior_log_prob=completion.log_prob,
+        behavior_source="" if completion.log_prob is None else "sampler",
+        valid=answer is not None,
     )

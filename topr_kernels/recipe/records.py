@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ class Sampling:
         top_p: 1 for the full softmax.
         max_new_tokens: length at which generation was cut.
         seed: seed of the batch that the completion came from.
+        tokenizer: fingerprint of the tokenizer (``tokenizer_fingerprint``), "" if not known.
+        weights: fingerprint of the weights (``weights_fingerprint``), "" if not known.
     """
 
     model: str
@@ -41,6 +44,8 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     seed: int
+    tokenizer: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Record:
         behavior_log_prob: log-probability of each completion token under the full softmax of the
             sampling model at the sampling temperature, one per completion token; None before
             ``score``.
+        behavior_source: where ``behavior_log_prob`` comes from: "score", "sampler" (what the sampling
+            engine reported), or "" if not known.
+        valid: whether the completion gave an answer at all; None if not known.
     """
 
     group: int
@@ -70,6 +78,8 @@ class Record:
     finish_reason: FinishReason
     sampling: Sampling
     behavior_log_prob: list[float] | None = None
+    behavior_source: str = ""
+    valid: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, as it is stored."""
@@ -97,6 +107,7 @@ class Record:
             **{
                 name: check(sampling[name], where, f"sampling.{name}")
                 for name, check in _SAMPLING_CHECKS.items()
+                if name in sampling
             }
         )
         record = Record(**checked)
@@ -108,10 +119,9 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes records as Parquet (``.parquet``) or JSONL (``.jsonl``), atomically.
 
     Raises:
-        RecordError: if a record is not valid; nothing is written then.
-        ValueError: if the suffix is another.
+        RecordError: if a record is not valid, or the suffix is another; nothing is written then.
     """
-    _check_suffix(path)
+    check_suffix(path)
     rows = [record.to_dict() for record in records]
     for i, row in enumerate(rows):
         Record.from_dict(row, f"record {i}")
@@ -128,11 +138,10 @@ def read_records(path: Path) -> list[Record]:
 
     Raises:
         RecordError: naming the file, the record and the field, if a record is not valid or the
-            file is not readable.
+            file is not readable, or the suffix is another.
         FileNotFoundError: if there is no such file.
-        ValueError: if the suffix is neither ``.parquet`` nor ``.jsonl``.
     """
-    _check_suffix(path)
+    check_suffix(path)
     if path.suffix == ".parquet":
         try:
             rows = pq.read_table(path).to_pylist()
@@ -164,6 +173,61 @@ def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     return rows
 
 
+def check_sources(records: Sequence[Record]) -> None:
+    """Refuses records whose mu do not come from one policy, by one way.
+
+    Raises:
+        RecordError: naming the first record whose source differs from that of record 0.
+    """
+    for i, record in enumerate(records):
+        for name, value, first in (
+            *(
+                (f"sampling.{n}", getattr(record.sampling, n), getattr(records[0].sampling, n))
+                for n in ("model", "weights", "tokenizer")
+            ),
+            ("behavior_source", record.behavior_source, records[0].behavior_source),
+        ):
+            if value != first:
+                raise RecordError(
+                    f"record {i}, field {name!r}: got {value!r}, but record 0 has {first!r}; mu must "
+                    "come from one source: score all records with the model that sampled them, and "
+                    "train on the samples of one model at a time"
+                )
+
+
+def check_tokens(records: Sequence[Record], vocabulary: int, fingerprint: str) -> None:
+    """Refuses records whose token ids mean something else to the model.
+
+    Args:
+        records: N records.
+        vocabulary: number of ids of the model.
+        fingerprint: of its tokenizer. Records that do not tell theirs ("") pass.
+
+    Raises:
+        RecordError: naming the record and the field.
+    """
+    for i, record in enumerate(records):
+        if record.sampling.tokenizer not in ("", fingerprint):
+            raise RecordError(
+                f"record {i}, field 'sampling.tokenizer': got {record.sampling.tokenizer!r}, but the "
+                f"model's tokenizer is {fingerprint!r}: its token ids mean something else; use the "
+                "model that sampled the records, or one trained from it"
+            )
+        for name in ("prompt_token_ids", "completion_token_ids"):
+            largest = max(getattr(record, name), default=0)
+            if largest >= vocabulary:
+                raise RecordError(
+                    f"record {i}, field {name!r}: got the id {largest}, but the model has {vocabulary} "
+                    "ids; the records come from another tokenizer"
+                )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits that tell which token each id stands for."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
 def _from_json(line: str, where: str) -> Record:
     try:
         raw = json.loads(line)
@@ -174,9 +238,14 @@ def _from_json(line: str, where: str) -> Record:
     return Record.from_dict(raw, where)
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """Refuses a name that is not of a records file.
+
+    Raises:
+        RecordError: if the suffix is neither ``.parquet`` nor ``.jsonl``.
+    """
     if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(
+        raise RecordError(
             f"path: got {path.name!r}; expected a name that ends in .parquet or .jsonl"
         )
 
@@ -251,6 +320,12 @@ def _finish_reason(value: Any, where: str, name: str) -> FinishReason:
     raise _error(where, name, value, "'stop' or 'length'")
 
 
+def _valid(value: Any, where: str, name: str) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise _error(where, name, value, "true, false or nothing")
+    return value
+
+
 _CHECKS: dict[str, Any] = {
     "group": _integer,
     "prompt": _text,
@@ -260,6 +335,8 @@ _CHECKS: dict[str, Any] = {
     "reward": _number,
     "finish_reason": _finish_reason,
     "behavior_log_prob": _log_probs,
+    "behavior_source": _text,
+    "valid": _valid,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -268,6 +345,8 @@ _SAMPLING_CHECKS: dict[str, Any] = {
     "top_p": _number,
     "max_new_tokens": _integer,
     "seed": _integer,
+    "tokenizer": _text,
+    "weights": _text,
 }
 _SCHEMA = pa.schema(
     [
@@ -288,9 +367,13 @@ _SCHEMA = pa.schema(
                     ("top_p", pa.float64()),
                     ("max_new_tokens", pa.int64()),
                     ("seed", pa.int64()),
+                    ("tokenizer", pa.string()),
+                    ("weights", pa.string()),
                 ]
             ),
         ),
         ("behavior_log_prob", pa.list_(pa.float32())),
+        ("behavior_source", pa.string()),
+        ("valid", pa.bool_()),
     ]
 )

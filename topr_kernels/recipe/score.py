@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from tqdm.auto import tqdm
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.collator import CompletionCollator, prefix_sharing_problem
 from topr_kernels.hf.heads import head_shape
-from topr_kernels.recipe.records import Record, RecordError
+from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
 
 #: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
 _TILE_ROWS = 64
+#: Batches that are scored between two writes to the disk.
+_SHARD_BATCHES = 16
 
 
 def workspace_bytes(model: Any) -> int | None:
@@ -27,7 +30,12 @@ def workspace_bytes(model: Any) -> int | None:
 
 
 def score(
-    model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
+    model: Any,
+    records: Sequence[Record],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    shards: Path | None = None,
 ) -> list[Record]:
     """Fills in ``behavior_log_prob``: log-probabilities under the policy that sampled.
 
@@ -40,27 +48,45 @@ def score(
         records: with or without ``behavior_log_prob``.
         pad_token_id: fills the padding.
         batch_size: records scored together; use the training batch's.
+        shards: folder for finished parts. Parts found there are not scored again.
 
     Returns:
         The records with one fp32 log-probability per completion token.
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
-            full softmax is not the policy that sampled it.
+            full softmax is not the policy that sampled it. If a shard is damaged; delete it.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     for i, record in enumerate(records):
         _check_full_softmax(record, i)
     scored: list[Record] = []
     with tqdm(total=len(records), desc="score", unit="sample") as bar:
-        for start in range(0, len(records), batch_size):
-            part = records[start : start + batch_size]
-            rows = _token_log_probs(model, part, pad_token_id)
-            scored += [
-                dataclasses.replace(record, behavior_log_prob=row.tolist())
-                for record, row in zip(part, rows, strict=True)
-            ]
-            bar.update(len(part))
+        for start in range(0, len(records), _SHARD_BATCHES * batch_size):
+            part = records[start : start + _SHARD_BATCHES * batch_size]
+            shard = None if shards is None else shards / f"from-{start:07d}.parquet"
+            if shard is not None and shard.exists():
+                done = read_records(shard)
+                if [r.completion_token_ids for r in done] != [r.completion_token_ids for r in part]:
+                    raise RecordError(
+                        f"{shard}: holds other records than its part; delete it and run again"
+                    )
+                bar.update(len(part))
+            else:
+                done = []
+                for first in range(0, len(part), batch_size):
+                    batch = part[first : first + batch_size]
+                    rows = _token_log_probs(model, batch, pad_token_id)
+                    done += [
+                        dataclasses.replace(
+                            record, behavior_log_prob=row.tolist(), behavior_source="score"
+                        )
+                        for record, row in zip(batch, rows, strict=True)
+                    ]
+                    bar.update(len(batch))
+                if shard is not None:
+                    write_records(shard, done)
+            scored += done
     return scored
 
 

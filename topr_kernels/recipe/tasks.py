@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
+from typing import Any, ClassVar, Protocol
 
 import reasoning_gym
 
@@ -28,13 +29,32 @@ class Question:
         group: its number within its split.
         prompt: the text to complete, worked examples included.
         text: the question alone; two questions are the same if it is.
-        entry: reasoning-gym's entry, which its scorer needs.
+        entry: what the task's scorer needs: reasoning-gym's entry, or the line of a JSONL file.
     """
 
     group: int
     prompt: str
     text: str
     entry: Mapping[str, Any]
+
+
+class AnyTask(Protocol):
+    """What the pipeline asks of a task: questions, and what a completion is worth."""
+
+    #: Whether a completion ends with its line.
+    one_line: ClassVar[bool]
+
+    def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
+        """Draws distinct questions whose texts are not in ``exclude``."""
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        """The answer that a completion gives, or None if it gives none."""
+
+    def canonical(self, answer: str) -> str:
+        """A form in which equal answers are equal texts."""
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        """+1 for a right answer, -1 for a wrong one or none."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,8 @@ class Task:
     Raises:
         ValueError: if reasoning-gym has no such data set or refuses the settings.
     """
+
+    one_line: ClassVar[bool] = True
 
     name: str = "chain_sum"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +132,10 @@ class Task:
         dataset = self._dataset(size=1, seed=0)
         return 1.0 if dataset.score_answer(answer, dict(question.entry)) >= 1.0 else -1.0
 
+    def canonical(self, answer: str) -> str:
+        """The answer as a number where it is one, else as it stands."""
+        return canonical_number(answer) or answer.strip()
+
     def _drawn_examples(self) -> tuple[tuple[str, str], ...]:
         drawn: dict[str, str] = {}
         for entry in self._dataset(size=100, seed=_EXAMPLE_SEED):
@@ -134,8 +160,24 @@ class Task:
             ) from error
 
 
+#: Sums and differences of two two-digit numbers, after three worked lines.
+ARITHMETIC = Task(
+    "chain_sum",
+    {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+    examples=(("23 + 45 =", "68"), ("71 - 38 =", "33"), ("56 + 87 =", "143")),
+)
+
+
+def canonical_number(text: str) -> str | None:
+    """A number (commas, decimals, fractions a/b) in one form; None for anything else."""
+    try:
+        return str(Fraction(text.strip().replace(",", "")))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
 def held_out_split(
-    task: Task, train: int, held_out: int, seed: int
+    task: AnyTask, train: int, held_out: int, seed: int
 ) -> tuple[list[Question], list[Question]]:
     """Draws training questions and held-out questions that share no question text.
 

@@ -14,8 +14,15 @@ from transformers import PrinterCallback, TrainerCallback
 
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.collator import prefix_sharing_problem
+from topr_kernels.hf.heads import head_shape
 from topr_kernels.limits import Limits
-from topr_kernels.recipe.records import Record, training_rows
+from topr_kernels.recipe.records import (
+    Record,
+    check_sources,
+    check_tokens,
+    tokenizer_fingerprint,
+    training_rows,
+)
 from topr_kernels.recipe.score import workspace_bytes
 
 
@@ -69,9 +76,13 @@ def train(
         The log: one mapping of metrics per optimizer step.
 
     Raises:
-        RecordError: if a record has not been scored.
+        RecordError: if a record has not been scored, if mu comes from several sources, or the ids from
+            another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
+    rows = training_rows(records)
+    check_sources(records)
+    check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     _drop_damaged(checkpoints)
     args = TOPRConfig(
         output_dir=str(checkpoints),
@@ -99,7 +110,7 @@ def train(
     trainer = TOPRTrainer(
         model=model,
         args=args,
-        train_dataset=training_rows(records),
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[_ProgressBar(f"train {label}".strip())],
     )

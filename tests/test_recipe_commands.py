@@ -1,0 +1,430 @@
+"""``topr generate|score|curate|train|evaluate``: results, resuming, refusals, dry runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from tiny import random_model, tiny_model, tiny_tokenizer
+
+from topr_kernels.recipe import read_records
+from topr_kernels.recipe.cli import main
+
+commands = importlib.import_module("topr_kernels.recipe.commands")
+TASK = [
+    *("--task", "chain_sum", "--questions", "24", "--held-out", "5"),
+    *("--task-config", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
+]
+#: Each command with all but the model, the records and --out; whether it wants the model.
+FLAGS: dict[str, list[str]] = {
+    "generate": [*TASK, "--samples", "4", "--sample-batch", "16"],
+    "score": ["--batch-size", "2"],
+    "curate": ["--positive-share", "0.3", "--no-dedupe"],
+    "train": ["--batch-size", "4", "--lr", "1e-3", "--save-steps", "1"],
+    "evaluate": [*TASK, "--eval-samples", "4", "--votes", "3", "--sample-batch", "8"],
+}
+OUT = {
+    "generate": "samples.parquet",
+    "score": "scored.jsonl",
+    "curate": "curated.parquet",
+    "train": "trained",
+    "evaluate": "evaluation.json",
+}
+READS = {"score": "samples.parquet", "curate": "scored.jsonl", "train": "curated.parquet"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of unbroken runs of all commands."""
+    folder = tmp_path_factory.mktemp("whole")
+    for command in FLAGS:
+        assert run(command, folder, model) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Iterator[Path]:
+    yield Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def run(command: str, folder: Path, model: Path, *flags: str, out: str = "") -> int:
+    argv = [command, *FLAGS[command], "--out", str(folder / (out or OUT[command]))]
+    if command == "evaluate":
+        model = folder / "trained" if (folder / "trained").exists() else model
+    if command != "curate":
+        argv += ["--model", str(model)]
+    if command in READS:
+        argv += ["--records", str(folder / READS[command])]
+    return main([*argv, *flags])
+
+
+def manifest(folder: Path, command: str) -> dict[str, Any]:
+    name = OUT[command] + ("" if command == "evaluate" else ".json")
+    return dict(json.loads((folder / name).read_text()))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file, without the seconds of the manifests."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        value: Any = path.read_bytes()
+        if path.parent == folder and path.suffix == ".json":
+            value = {k: v for k, v in json.loads(value).items() if k != "seconds"}
+        found[path.relative_to(folder).as_posix()] = value
+    return found
+
+
+def test_the_commands_run_one_after_the_other(whole: Path, model: Path):
+    samples = read_records(whole / "samples.parquet")
+    assert len(samples) == 96 and [r.group for r in samples] == [i // 4 for i in range(96)]
+    assert {r.reward for r in samples} == {1.0, -1.0}
+    assert all(r.valid is not None and r.sampling.weights for r in samples)
+    assert manifest(whole, "generate")["figures"]["records"] == 96
+    scored = read_records(whole / "scored.jsonl")
+    assert [r.completion for r in scored] == [r.completion for r in samples]
+    assert all(r.behavior_log_prob and r.behavior_source == "score" for r in scored)
+    curated = read_records(whole / "curated.parquet")
+    share = sum(r.reward > 0 for r in curated) / len(curated)
+    assert share == pytest.approx(0.3, abs=0.04) and len(curated) < 96
+    training = manifest(whole, "train")["figures"]
+    assert training["steps"] == len(training["history"]) == -(-len(curated) // 4)
+    # The batches that were scored are not those of the training, so only nearly 0.
+    assert abs(training["history"][0]["log_ratio_negative_min"]) < 1e-4
+    figures = manifest(whole, "evaluate")["figures"]
+    assert (figures["questions"], figures["samples"], figures["votes"]) == (5, 4, 3)
+    assert len(read_records(whole / "evaluation.parquet")) == 20
+    # Nothing but results is left, and no path of this machine in them.
+    assert not list(whole.glob(".*")) and not list(whole.rglob("checkpoint*"))
+    for path in whole.glob("*.json"):
+        assert str(whole.parent) not in path.read_text()
+        assert str(model.parent) not in path.read_text()
+
+
+def test_a_finished_command_does_nothing(copy: Path, model: Path, capsys: Any):
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+    for command in FLAGS:
+        assert run(command, copy, model) == 0
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()} == before
+    assert "sample/s" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", list(FLAGS))
+def test_a_dry_run_tells_and_writes_nothing(
+    command: str, copy: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = contents(copy)
+    told = {
+        "generate": "96 samples (24 questions x 4) in 6 batches",
+        "score": "96 records",
+        "curate": "baseline for the training",
+        "train": "updates",
+        "evaluate": "20 samples (5 questions x 4) in 3 batches",
+    }
+    out = f"new-{OUT[command]}"
+    assert run(command, copy, model, "--dry-run", out=out) == 0
+    text = capsys.readouterr().out
+    assert "starts anew" in text and told[command] in text and f"writes: {copy / out}" in text
+    assert run(command, copy, model, "--dry-run") == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+    assert contents(copy) == before
+
+
+def test_what_a_dry_run_tells_is_what_is_done(
+    whole: Path, model: Path, tmp_path: Path, capsys: Any
+):
+    for command, figure in (("train", "steps"), ("score", "records")):
+        shutil.copy(whole / READS[command], tmp_path)
+        assert run(command, tmp_path, model, "--dry-run") == 0
+        said = capsys.readouterr().out
+        assert f"{manifest(whole, command)['figures'][figure]} " in said
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function", "calls"),
+    [
+        ("generate", "generate", "complete", 3),
+        ("score", "score", "_token_log_probs", 40),
+        ("train", "train", "_drop_damaged", 1),
+        ("evaluate", "generate", "complete", 2),
+    ],
+)
+def test_an_interrupted_command_continues(
+    *,
+    command: str,
+    module: str,
+    function: str,
+    calls: int,
+    whole: Path,
+    copy: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    forget(copy, command)
+    owner = importlib.import_module(f"topr_kernels.recipe.{module}")
+    original, count = getattr(owner, function), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        count.append(1)
+        if len(count) == calls:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, function, interrupted)
+    assert run(command, copy, model) == 130
+    monkeypatch.undo()
+    # Nothing that looks like a result, and parts of what was done.
+    assert not (copy / OUT[command]).exists()
+    assert list(copy.glob(".*.partial/settings.json"))
+    assert run(command, copy, model, "--dry-run") == 0
+    assert "continues the run that was interrupted" in capsys.readouterr().out
+    again: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        again.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, function, counted)
+    assert run(command, copy, model) == 0
+    assert contents(copy) == contents(whole)
+    # What was done is not done again: 6, 48 and 3 calls in all.
+    if command != "train":
+        done = {"generate": 2, "score": 32, "evaluate": 1}[command]
+        total = {"generate": 6, "score": 48, "evaluate": 3}[command]
+        assert len(again) == total - done
+
+
+def forget(folder: Path, command: str) -> None:
+    """Deletes a command's results."""
+    for path in folder.glob(f"{Path(OUT[command]).stem}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("generate", ["--samples", "2"], "--samples: 4 there, 2 now"),
+        ("score", ["--batch-size", "8"], "--batch-size: 2 there, 8 now"),
+        ("curate", ["--method", "anna-karenina"], "--method: 'uniform' there, 'anna-karenina' now"),
+        ("train", ["--baseline", "0.5"], "--baseline: 0.0 there, 0.5 now"),
+        ("evaluate", ["--votes", "2"], "--votes: 3 there, 2 now"),
+    ],
+)
+def test_other_settings_are_refused(
+    command: str, flags: list[str], message: str, copy: Path, model: Path, capsys: Any
+):
+    before = contents(copy)
+    for dry in ([], ["--dry-run"]):
+        assert run(command, copy, model, *flags, *dry) == 2
+        error = capsys.readouterr().err
+        assert message in error and "choose another --out" in error and "Traceback" not in error
+    assert contents(copy) == before
+
+
+def test_other_settings_of_an_unfinished_run_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    # When all batches are there, and before the records are.
+    monkeypatch.setattr(commands, "write_records", interrupted)
+    assert run("generate", tmp_path, model) == 130
+    monkeypatch.undo()
+    assert run("generate", tmp_path, model, "--seed", "5") == 2
+    assert "--seed: 0 there, 5 now" in capsys.readouterr().err
+    (tmp_path / ".samples.parquet.json.partial" / "settings.json").write_text('{"step')
+    assert run("generate", tmp_path, model) == 2
+    assert "settings.json: damaged" in capsys.readouterr().err
+
+
+def test_another_input_is_refused(copy: Path, model: Path, capsys: Any):
+    """The same settings, but the records or the model under the same name have changed."""
+    records = copy / "samples.parquet"
+    for path in (records, copy / "samples.parquet.json"):
+        path.unlink()
+    assert run("generate", copy, model, "--seed", "9") == 0
+    assert run("score", copy, model) == 2
+    assert "inputs.sha256" in capsys.readouterr().err
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(model: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "samples.parquet").write_text("precious")
+    assert run("generate", tmp_path, model) == 2
+    assert "was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "samples.parquet").read_text() == "precious"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+@pytest.mark.parametrize("command", ["score", "curate"])
+def test_damaged_results_are_named_by_who_made_and_who_reads_them(
+    command: str, damage: str, copy: Path, model: Path, capsys: Any
+):
+    path = copy / OUT[command]
+    reader = {"score": "curate", "curate": "train"}[command]
+    forget(copy, reader)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut" and path.suffix == ".jsonl":
+        # At the end of a line: every line that is left is whole.
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    for who in (command, reader):
+        assert run(who, copy, model) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: " in error and "delete" in error and "Traceback" not in error
+
+
+def test_a_damaged_part_is_named(
+    copy: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    forget(copy, "generate")
+    monkeypatch.setattr(
+        commands, "write_records", lambda *args: (_ for _ in ()).throw(OSError("full"))
+    )
+    assert run("generate", copy, model) == 2
+    assert "full" in capsys.readouterr().err
+    monkeypatch.undo()
+    parts = copy / ".samples.parquet.json.partial" / "parts"
+    part = parts / "batch-00002.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    assert run("generate", copy, model) == 2
+    assert "batch-00002.parquet: not a Parquet file" in capsys.readouterr().err
+    # A whole part in the place of another would repeat its records and lose others.
+    shutil.copy(parts / "batch-00001.parquet", part)
+    assert run("generate", copy, model) == 2
+    assert "batch-00002.parquet: holds other questions" in capsys.readouterr().err
+    part.unlink()
+    assert run("generate", copy, model) == 0
+
+
+def test_an_unfinished_input_is_named(copy: Path, model: Path, capsys: Any):
+    forget(copy, "score")
+    (copy / ".scored.jsonl.json.partial").mkdir()
+    assert run("curate", copy, model, out="again.parquet") == 2
+    assert "scored.jsonl: unfinished; run the command that makes it" in capsys.readouterr().err
+
+
+def test_mu_is_the_policy_that_sampled(copy: Path, tmp_path: Path, capsys: Any):
+    other = tmp_path / "other"
+    random_model(1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    assert run("score", copy, other, out="again.parquet") == 2
+    error = capsys.readouterr().err
+    assert "samples.parquet, record 0, field 'sampling.weights'" in error
+    assert "give the model that did" in error
+
+
+def test_ids_of_another_tokenizer_are_not_scored(copy: Path, tmp_path: Path, capsys: Any):
+    other, tokenizer = tmp_path / "other", tiny_tokenizer()
+    tiny_model().save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    raw = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    assert run("score", copy, other, out="again.parquet") == 2
+    assert "record 0, field 'sampling.tokenizer'" in capsys.readouterr().err
+
+
+def test_training_takes_the_baseline_that_curate_chose(copy: Path, model: Path, capsys: Any):
+    for command in ("curate", "train"):
+        forget(copy, command)
+    assert run("curate", copy, model, "--balance", "baseline") == 0
+    baseline = manifest(copy, "curate")["figures"]["baseline"]
+    assert -1 < baseline < 1 and baseline != 0
+    assert run("train", copy, model) == 0
+    assert manifest(copy, "train")["settings"]["baseline"] == baseline
+    # As in the loss: +1 - baseline for the right ones.
+    assert run("train", copy, model, "--baseline", "0", out="plain") == 0
+    histories = [
+        json.loads((copy / f"{name}.json").read_text())["figures"]["history"]
+        for name in ("trained", "plain")
+    ]
+    assert histories[0][0]["loss"] != histories[1][0]["loss"]
+
+
+def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path, model: Path, capsys: Any):
+    (tmp_path / "scored.jsonl").write_text("")
+    assert run("curate", tmp_path, model) == 2
+    assert "scored.jsonl: holds no records" in capsys.readouterr().err
+    assert run("score", tmp_path, model) == 2
+    assert "samples.parquet: no such file" in capsys.readouterr().err
+
+
+def test_unscored_records_do_not_train(copy: Path, model: Path, capsys: Any):
+    argv = ["train", "--model", str(model), "--records", str(copy / "samples.parquet")]
+    assert main([*argv, "--out", str(copy / "never")]) == 2
+    assert "record 0, field 'behavior_log_prob': missing; run score" in capsys.readouterr().err
+    assert not (copy / "never").exists()
+
+
+def test_two_processes_do_not_work_on_one_result(model: Path, tmp_path: Path, capsys: Any):
+    steps = importlib.import_module("topr_kernels.recipe.steps")
+    with steps.locked(tmp_path / ".samples.parquet.json.partial"):
+        assert run("generate", tmp_path, model) == 2
+    assert "another process is working there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--questions", "0"], "questions: got 0; expected at least 1"),
+        (["--questions", "500"], "count: chain_sum gave only"),
+        (["--task", "no_such_task"], "--task no_such_task: task: reasoning-gym refused"),
+        (["--task-config", "[1]"], "task_config: got [1]"),
+        (["--temperature", "-1"], "temperature: got -1.0"),
+        (["--model", "."], "--model .: model: folder"),
+        (["--out", "samples.csv"], "expected a name that ends in .parquet or .jsonl"),
+    ],
+)
+def test_senseless_settings_are_refused(
+    flags: list[str], message: str, model: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", tmp_path, model, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.glob("samples*"))
+    # Nothing was done under them, so they bind nobody.
+    assert run("generate", tmp_path, model) == 0
+
+
+def test_votes_are_at_most_the_samples(model: Path, tmp_path: Path, capsys: Any):
+    assert run("evaluate", tmp_path, model, "--votes", "9") == 2
+    assert "votes: got 9; expected at most eval_samples, 4" in capsys.readouterr().err
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]):
+    for command in FLAGS:
+        with pytest.raises(SystemExit) as status:
+            main([command, "--help"])
+        assert status.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "example: topr" in text and "continues a run" in text and "None" not in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(command in text for command in FLAGS)

@@ -1,0 +1,270 @@
+"""``topr iterate``: what it leaves, and that a kill at any moment changes nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from tiny import tiny_model, tiny_tokenizer
+
+from topr_kernels.recipe import read_records
+from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.files import checksum
+
+TESTS = Path(__file__).parent
+KILLED = ["time-1", "time-2", "time-3", "moves-1", "moves-2"]
+CONFIG = """\
+task: chain_sum
+task_config: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}
+questions: 12
+held_out: 6
+samples: 4
+sample_batch: 16
+batch_size: 4
+save_steps: 1
+eval_samples: 4
+votes: 3
+lr: 1e-4
+positive-share: 0.3
+dedupe: false
+iterations: 2
+"""
+#: For each case, runs the command line again and again, each time in a process of its own, until one
+#: is not killed. Forked, so that no run pays for the imports; this process itself computes nothing.
+DRIVER = """
+import os, random, signal, sys, time
+import accelerate, torch, transformers
+from topr_kernels.recipe import files
+from topr_kernels.recipe.cli import main
+
+config, folder = sys.argv[1:3]
+
+def kill_at_move(count, after):
+    # Before or after a file of the pipeline takes its place.
+    left = [count]
+    replace = os.replace
+    def replaced(source, target):
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    files.os.replace = replaced
+
+def run(argv, seconds=None, moves=None):
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            if moves:
+                kill_at_move(*moves)
+            status = main(argv)
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    if seconds is not None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+for case in sys.argv[3:]:
+    how, _, seed = case.partition("-")
+    draw, kills = random.Random(seed), 0
+    argv = ["iterate", "--config", config, "--out", os.path.join(folder, case)]
+    while True:
+        if how == "whole":
+            status = run(argv)
+        elif how == "moves":
+            # Every move is a place to be killed at, before or after.
+            status = run(argv, moves=(draw.randint(1, 4), draw.random() < 0.5))
+        else:
+            status = run(argv, seconds=draw.uniform(0.02, 0.5)) if kills < 10 else run(argv)
+        if status != signal.SIGKILL:
+            break
+        kills += 1
+        assert kills < 200
+    assert status == 0, (case, status)
+    print("kills", case, kills)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    path = tmp_path_factory.mktemp("config") / "recipe.yaml"
+    path.write_text(CONFIG + f"model: {model}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """Folder with one run per case, and how often each was killed."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(config), str(folder), "whole", *KILLED],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [line.split() for line in done.stdout.splitlines() if line.startswith("kills ")]
+    return folder, {case: int(count) for _, case, count in words}
+
+
+@pytest.fixture(scope="module")
+def whole(runs: tuple[Path, dict[str, int]]) -> Path:
+    """Folder of the unbroken run."""
+    return runs[0] / "whole"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file, without the seconds that the manifests tell."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        value: Any = path.read_bytes()
+        if path.suffix == ".json" and "model-" not in path.parent.name:
+            value = json.loads(value)
+            value.pop("seconds", None)
+        found[path.relative_to(folder).as_posix()] = value
+    return found
+
+
+def test_an_iteration_learns_from_the_samples_of_the_last_model(whole: Path, model: Path):
+    """mu_i = pi_(i-1): sampled by it, scored by it, and trained on from it."""
+    manifests = [
+        json.loads((whole / f"iteration-{i}" / "manifest.json").read_text()) for i in (1, 2)
+    ]
+    first, second = (m["inputs"] for m in manifests)
+    trained = checksum(whole / "iteration-1" / "model-1")
+    for step in ("generate", "score", "train"):
+        assert first[step]["model"] == {"file": "tiny", "sha256": checksum(model)}
+        assert second[step]["model"] == {"file": "model-1", "sha256": trained}
+    assert first["evaluate"]["model"]["sha256"] == trained
+    one, two = (read_records(whole / f"iteration-{i}" / "samples.parquet") for i in (1, 2))
+    assert [r.prompt for r in one] == [r.prompt for r in two]
+    assert {r.sampling.model for r in one} == {"tiny"}
+    assert {r.sampling.model for r in two} == {"model-1"}
+    assert one[0].sampling.seed != two[0].sampling.seed
+    assert len({r.sampling.weights for r in one + two}) == 2
+    # Before its first update the policy is mu, to the noise of another packing.
+    for i in (1, 2):
+        history = json.loads((whole / f"iteration-{i}" / f"model-{i}.json").read_text())["figures"]
+        assert abs(history["history"][0]["log_ratio_negative_min"]) < 1e-4
+    report = json.loads((whole / "report.json").read_text())["iterations"]
+    assert [entry["iteration"] for entry in report] == [0, 1, 2]
+    assert report[1:] == [m["figures"] for m in manifests]
+    for m, folder in zip(manifests, ("iteration-1", "iteration-2"), strict=True):
+        assert set(m["settings"]) == {"generate", "score", "curate", "train", "evaluate"}
+        assert all(checksum(whole / folder / n) == sha for n, sha in m["outputs"].items())
+    for path in whole.rglob("*.json"):
+        assert str(model.parent) not in path.read_text()
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When each file but the report was written."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "report.json"]
+    return {p: p.stat().st_mtime_ns for p in files}
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_kills_change_nothing(case: str, runs: tuple[Path, dict[str, int]], whole: Path):
+    """At random moments ("time"), and just before or after a file takes its place ("moves")."""
+    folder, kills = runs
+    assert kills[case] >= (10 if case.startswith("moves") else 5)
+    assert contents(folder / case) == contents(whole)
+    # Said once more of what matters most: no record lost, none repeated.
+    for i in (1, 2):
+        records = read_records(folder / case / f"iteration-{i}" / "samples.parquet")
+        assert [r.group for r in records] == [n // 4 for n in range(48)]
+
+
+def test_flags_override_the_file_and_a_finished_run_is_left_alone(
+    whole: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = times(out)
+    command = ["iterate", "--config", str(config), "--out", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed and "maj@3" in printed and "base" in printed
+    assert times(out) == before and contents(out) == contents(whole)
+    assert main([*command, "--lr", "0.5", "--no-dedupe"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr: 0.0001 there, 0.5 now" in error and "dedupe" not in error
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 iterations, 2 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [
+        ("iteration-1/samples.parquet", "not as it was written"),
+        ("iteration-1/model-1/model.safetensors", "model-1: not as it was written"),
+        ("iteration-2/curated.parquet.json", "not JSON"),
+        ("iteration-1/manifest.json", "not JSON"),
+        ("iteration-0/evaluation.json", "not JSON"),
+        ("settings.json", "damaged"),
+    ],
+)
+def test_damaged_files_are_named(
+    victim: str, message: str, whole: Path, config: Path, tmp_path: Path, capsys: Any
+):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / victim
+    path.write_bytes(path.read_bytes()[:-7])
+    assert main(["iterate", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and Path(victim).parts[0] in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("questions: [1, 2]", "questions: got [1, 2]; expected a text, a number, true or false"),
+        ("- questions", "got a list; expected a mapping of flags"),
+        ("a: b: c", "not YAML"),
+        ("votes: 9", "votes: got 9; expected at most eval_samples, 8"),
+    ],
+)
+def test_bad_config_files_are_refused(text: str, message: str, tmp_path: Path, capsys: Any):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert main(["iterate", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["iterate", "--config", str(tmp_path / "none.yaml"), "--out", "x"]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_unknown_keys_are_refused_as_unknown_flags_are(tmp_path: Path, capsys: Any):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("questionz: 3")
+    with pytest.raises(SystemExit) as status:
+        main(["iterate", "--config", str(path), "--out", str(tmp_path / "out")])
+    assert status.value.code == 2
+    assert "--questionz=3" in capsys.readouterr().err

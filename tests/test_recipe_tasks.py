@@ -1,0 +1,382 @@
+"""Tasks from JSONL files, answers in free text, and the vLLM backend."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from tiny import tiny_model, tiny_tokenizer
+
+from topr_kernels.recipe import FileTask, SettingsError, generate, read_records, score
+from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.generate import prompt_token_ids, stop_token_ids
+from topr_kernels.recipe.task_files import last_boxed, plain_latex
+from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
+
+task_files = importlib.import_module("topr_kernels.recipe.task_files")
+
+
+@pytest.fixture(autouse=True)
+def without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on every machine; the test of math-verify puts a stand-in there."""
+    monkeypatch.setattr(task_files, "math_verify_installed", lambda: False)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def gsm8k(path: Path, count: int = 12) -> Path:
+    return write(
+        path,
+        [
+            {
+                "question": f"Ann has {i} apples and buys {2 * i}. How many?",
+                "answer": f"{i} + {2 * i} = <<{i}+{2 * i}={3 * i}>>{3 * i}\n#### {3000 + i:,}",
+            }
+            for i in range(count)
+        ],
+    )
+
+
+def question(answer: str) -> Question:
+    return Question(0, "?", "?", {"question": "?", "answer": answer})
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_gsm8k_lines_become_questions(tmp_path: Path):
+    task = FileTask("gsm8k", gsm8k(tmp_path / "train.jsonl"))
+    found = task.questions(12, seed=0)
+    assert [q.group for q in found] == list(range(12))
+    assert len({q.text for q in found}) == 12
+    assert task.questions(12, seed=0) == found and task.questions(12, seed=1) != found
+    assert all(q.text in q.prompt and '"The answer is: "' in q.prompt for q in found)
+    entry = next(q for q in found if q.text.startswith("Ann has 7 ")).entry
+    assert entry["answer"] == "3,007"
+    left = task.questions(2, seed=0, exclude=[q.text for q in found[:10]])
+    assert {q.text for q in left} == {q.text for q in found[10:]}
+    with pytest.raises(ValueError, match=r"count: train\.jsonl holds only 12 distinct questions"):
+        task.questions(13, seed=0)
+
+
+def test_math_lines_become_questions(tmp_path: Path):
+    rows = [
+        {"problem": "One half?", "solution": r"It is \boxed{1}. No: $\boxed{\frac{1}{2}}$."},
+        {"question": "Two?", "answer": 2},
+    ]
+    found = FileTask("math", write(tmp_path / "m.jsonl", rows)).questions(2, seed=0)
+    assert {q.text: q.entry["answer"] for q in found} == {
+        "One half?": r"\frac{1}{2}",
+        "Two?": "2",
+    }
+    assert all(r"\boxed{}" in q.prompt for q in found)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a"}', r"t\.jsonl, line 2, field 'answer': expected a text"),
+        ('{"question": " ", "answer": "1"}', r"line 2, field 'question'"),
+        ('{"question": "a", "ans', r"line 2: not a line of JSON .* half-written"),
+        ("[1]", r"line 2: expected a JSON object, got list"),
+        ('{"question": "a", "answer": true}', r"line 2, field 'answer'"),
+    ],
+)
+def test_bad_lines_are_named(line: str, message: str, tmp_path: Path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "a", "answer": "1"}\n' + line)
+    with pytest.raises(FileError, match=message):
+        FileTask("gsm8k", path).questions(1, seed=0)
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("So 3 + 4 = 7.\nThe answer is: 7", "7"),
+        ("The answer is 5. Wait.\nThe answer is: $1,234.", "1,234"),
+        ("the final answer is: **42**\n", "42"),
+        ("The answer is: 50%", "50"),
+        ("So it is 7.", None),
+        ("The answer is:", None),
+        (r"It is \boxed{7}", None),
+    ],
+)
+def test_gsm8k_answers_follow_the_phrase(completion: str, answer: str | None):
+    task = FileTask("gsm8k", Path("none"))
+    assert task.parse(completion, "stop", question("7")) == answer
+    # A cut answer may be half a number.
+    assert task.parse(completion, "length", question("7")) is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"Thus $\boxed{\frac{1}{2}}$ and \boxed{\sqrt{3}}.", r"\sqrt{3}"),
+        (r"Thus \boxed{\frac{\pi}{2}", None),
+        (r"First \boxed{4}, then \boxed{5", "4"),
+        (r"\boxed{ }", None),
+        ("The answer is: 4", "4"),
+    ],
+)
+def test_math_answers_are_boxed(completion: str, answer: str | None):
+    assert FileTask("math", Path("none")).parse(completion, "stop", question("7")) == answer
+
+
+def test_boxes_close_where_their_braces_do():
+    assert last_boxed(r"\boxed{a_{1}^{2}} + b}") == "a_{1}^{2}"
+    assert last_boxed(r"\boxed{a") is None and last_boxed("a") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("1234.0", "1,234", True),
+        ("$1,234", "1234", True),
+        ("0.5", "1/2", True),
+        ("1235", "1,234", False),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}", True),
+        (r"\left( 1, 2 \right)", "(1,2)", True),
+        (r"\text{east}", "east", True),
+        (r"(2,1)", "(1,2)", False),
+        (r"\frac{2}{4}", r"\frac{1}{2}", False),  # for math-verify to say
+    ],
+)
+def test_answers_are_compared_as_numbers_and_as_plain_latex(answer: str, gold: str, right: bool):
+    task = FileTask("math", Path("none"))
+    assert task.reward(answer, question(gold)) == (1.0 if right else -1.0)
+    assert (task.canonical(answer) == task.canonical(gold)) == right
+    assert task.reward(None, question(gold)) == -1.0
+    assert plain_latex(r"x \, y") == "xy"
+
+
+def test_math_verify_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    stand_in = types.ModuleType("math_verify")
+    stand_in.parse = lambda text: [text]  # type: ignore[attr-defined]
+
+    def verify(gold: list[str], answer: list[str]) -> bool:
+        asked.append((gold, answer))
+        return "2" in answer[0]
+
+    stand_in.verify = verify  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "math_verify", stand_in)
+    monkeypatch.setattr(task_files, "math_verify_installed", lambda: True)
+    task = FileTask("math", Path("none"))
+    assert task.reward(r"\frac{2}{4}", question(r"\frac{1}{2}")) == 1.0
+    assert task.reward(r"\frac{3}{4}", question(r"\frac{1}{2}")) == -1.0
+    # The right answer comes first: math-verify is not symmetric. Equal ones need not be asked.
+    assert asked[0] == ([r"$\frac{1}{2}$"], [r"$\frac{2}{4}$"]) and len(asked) == 2
+    assert task.reward(r"\frac{1}{2}", question(r"\frac{1}{2}")) == 1.0 and len(asked) == 2
+
+
+# --- through the commands --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    long = tiny_model()
+    # The prompts are longer than those it learnt.
+    long.config.max_position_embeddings = 512
+    long.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_questions_of_a_file_run_through_the_commands(model: Path, tmp_path: Path, capsys: Any):
+    train, test = gsm8k(tmp_path / "train.jsonl"), gsm8k(tmp_path / "test.jsonl", 4)
+    common = ["--model", str(model), "--task", f"gsm8k:{train}", "--max-new-tokens", "20"]
+    out = tmp_path / "samples.parquet"
+    argv = ["generate", *common, "--questions", "6", "--held-out", "6", "--samples", "2"]
+    assert main([*argv, "--out", str(out)]) == 0
+    records = read_records(out)
+    assert len(records) == 12 and {r.reward for r in records} == {-1.0}
+    # A newline does not end such an answer.
+    assert any("\n" in r.completion[:-1] for r in records)
+    figures = tmp_path / "evaluation.json"
+    argv = ["evaluate", *common, "--held-out", "3", "--eval-samples", "2", "--votes", "1"]
+    assert main([*argv, "--test-task", f"gsm8k:{test}", "--out", str(figures)]) == 0
+    answered = {r.prompt for r in read_records(tmp_path / "evaluation.parquet")}
+    assert len(answered) == 3
+    manifest = json.loads(figures.read_text())
+    assert manifest["settings"]["task"] == "gsm8k:train.jsonl"
+    assert manifest["settings"]["math_verify"] is False
+    assert set(manifest["inputs"]) == {"model", "task", "test_task"}
+    # The file is an input: another one of the same name is another run.
+    gsm8k(test, 5)
+    assert main([*argv, "--test-task", f"gsm8k:{test}", "--out", str(figures)]) == 2
+    assert "inputs.sha256" in capsys.readouterr().err
+
+
+def test_held_out_questions_do_not_train(model: Path, tmp_path: Path, capsys: Any):
+    path = gsm8k(tmp_path / "all.jsonl")
+    options = importlib.import_module("topr_kernels.recipe.settings").QuestionOptions
+    for test_task in ("", f"gsm8k:{path}"):
+        settings = options(task=f"gsm8k:{path}", test_task=test_task, held_out=5)
+        train, test = task_files.questions_of(settings, 7)
+        assert len({q.text for q in train} | {q.text for q in test}) == 12
+        assert task_files.questions_of(settings, 0)[1] == test
+        with pytest.raises(SettingsError, match=r"questions and held_out: count: all\.jsonl holds"):
+            task_files.questions_of(settings, 8)
+    argv = ["generate", "--model", str(model), "--task", "gsm9k:x.jsonl"]
+    assert main([*argv, "--out", str(tmp_path / "s.parquet")]) == 2
+    assert "kind: got 'gsm9k'; expected one of gsm8k, math" in capsys.readouterr().err
+
+
+def test_chat_models_are_asked_through_their_template():
+    tokenizer = tiny_tokenizer()
+    plain = prompt_token_ids(tokenizer, "1 + 1 =")
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+        asked = prompt_token_ids(tokenizer, "1 + 1 =", chat=True)
+        assert tokenizer.decode(asked) == "[user]1 + 1 =[assistant]"
+        assert prompt_token_ids(tokenizer, "1 + 1 =") == plain
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_model_may_name_more_stop_tokens():
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    assert stop_token_ids(tokenizer, one_line=False, model=model) == [0, 7]
+    assert stop_token_ids(tokenizer, one_line=False) == [0]
+
+
+# --- vLLM ------------------------------------------------------------------------------------
+
+
+class Engine:
+    """What the backend uses of vLLM: prompts as ids in, ids and log-probabilities out."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+    asked: ClassVar[list[Any]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.made.append(options)
+
+    def generate(self, prompts: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
+        self.asked.append((prompts, settings))
+        tokenizer = tiny_tokenizer()
+        outputs = []
+        for i, _ in enumerate(prompts):
+            ids = tokenizer(f" {i % 10}\n" if i % 2 else " 11111")["input_ids"]
+            # The drawn token is not the likeliest, which vLLM lists beside it.
+            known = [
+                {
+                    token: types.SimpleNamespace(logprob=-0.25),
+                    0: types.SimpleNamespace(logprob=1e-9),
+                }
+                for token in ids
+            ]
+            drawn = types.SimpleNamespace(token_ids=tuple(ids), logprobs=known)
+            outputs.append(types.SimpleNamespace(outputs=[drawn]))
+        return outputs
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("vllm")
+    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    module.LLM = Engine  # type: ignore[attr-defined]
+    module.SamplingParams = lambda **options: types.SimpleNamespace(**options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    Engine.made.clear(), Engine.asked.clear()
+    return module
+
+
+def test_the_backend_is_vllm_only_where_it_can_be(
+    vllm: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    for gpu, expected in ((True, "vllm"), (False, "hf")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert choose_backend("auto", "some/model") == expected
+        assert choose_backend("auto", "smollm2") == "hf"
+        assert choose_backend("hf", "some/model") == "hf"
+        assert choose_backend("vllm", "some/model") == "vllm"
+    with pytest.raises(SettingsError, match="'smollm2', a GGUF file"):
+        choose_backend("vllm", "smollm2")
+    monkeypatch.undo()
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(SettingsError, match="backend: got 'vllm', which is not installed"):
+            choose_backend("vllm", "some/model")
+
+
+def test_vllm_is_asked_for_the_log_probs_of_what_it_samples(vllm: types.ModuleType):
+    tokenizer = tiny_tokenizer()
+    sample = vllm_sampler("some/model")
+    assert Engine.made == [{"model": "some/model", "logprobs_mode": "processed_logprobs"}]
+    stops = stop_token_ids(tokenizer)
+    cut, stopped = sample(
+        None,
+        tokenizer,
+        ["1 + 1 =", "2 + 2 ="],
+        max_new_tokens=6,
+        temperature=0.7,
+        seed=3,
+        stop_ids=stops,
+    )
+    ((prompts, settings),) = Engine.asked
+    assert prompts == [
+        {"prompt_token_ids": tokenizer(t)["input_ids"]} for t in ("1 + 1 =", "2 + 2 =")
+    ]
+    one, two = settings
+    assert (one.temperature, one.top_k, one.top_p, one.max_tokens) == (0.7, 0, 1.0, 6)
+    assert one.stop_token_ids == stops and one.logprobs == 0 and one.seed != two.seed
+    assert (cut.finish_reason, cut.text, cut.log_prob) == ("length", " 11111", [-0.25] * 6)
+    assert (stopped.finish_reason, stopped.text) == ("stop", " 1\n")
+    assert len(stopped.log_prob) == len(stopped.token_ids) == 3
+
+
+def test_records_say_that_the_sampler_reported_mu(
+    vllm: types.ModuleType, model: Path, tmp_path: Path
+):
+    out = tmp_path / "samples.parquet"
+    argv = ["generate", "--model", str(model), "--questions", "4", "--held-out", "2"]
+    assert main([*argv, "--samples", "2", "--backend", "vllm", "--out", str(out)]) == 0
+    records = read_records(out)
+    assert {r.behavior_source for r in records} == {"sampler"}
+    assert all(r.behavior_log_prob == [-0.25] * len(r.completion_token_ids) for r in records)
+    assert json.loads(Path(f"{out}.json").read_text())["settings"]["backend"] == "vllm"
+    # Scored again, as the pipeline does, they are this package's.
+    again = score(tiny_model(), records, pad_token_id=0, batch_size=4)
+    assert {r.behavior_source for r in again} == {"score"}
+    assert again[0].behavior_log_prob != records[0].behavior_log_prob
+
+
+def test_a_sampler_of_ones_own_takes_the_place_of_complete():
+    from topr_kernels.recipe import Completion, Task
+
+    task = Task("chain_sum", {"min_terms": 2, "max_terms": 2})
+
+    def sampler(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[Completion]:
+        return [Completion([5], [6, 7], " 3\n", "stop", [-1.0, -2.0]) for _ in prompts]
+
+    records = generate(
+        *(None, tiny_tokenizer(), task, task.questions(2, seed=0)),
+        **{"model_name": "own", "samples": 2, "max_new_tokens": 6, "batch_size": 3, "seed": 0},
+        sampler=sampler,
+    )
+    assert [r.behavior_log_prob for r in records] == [[-1.0, -2.0]] * 4

@@ -1,0 +1,177 @@
+"""Several iterations: generate, score, curate, train, evaluate, with mu_i = pi_(i-1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topr_kernels import __version__
+from topr_kernels.recipe.commands import (
+    Models,
+    model_input,
+    plain,
+    run_curate,
+    run_evaluate,
+    run_generate,
+    run_score,
+    run_train,
+    with_backend,
+)
+from topr_kernels.recipe.files import FileError, checksum, write_json
+from topr_kernels.recipe.settings import (
+    CurateSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    IterateSettings,
+    ScoreSettings,
+    TrainCommandSettings,
+)
+from topr_kernels.recipe.steps import claim, locked, pick, read_mapping
+from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
+
+
+def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
+    """Runs what is not yet in ``out``.
+
+    ``out/iteration-0`` holds the evaluation of the given model, ``out/iteration-i`` the samples of
+    iteration i, what was scored and curated of them, the trained model, its evaluation, and
+    ``manifest.json`` with settings, checksums and figures; ``out/report.json`` all figures. The same
+    call continues a run that was killed, after its last finished part (batch of samples, checkpoint).
+
+    Args:
+        settings: see ``IterateSettings``. ``seed`` changes the samples from iteration to iteration; the
+            questions stay those of ``question_seed``.
+        out: folder of this run.
+
+    Returns:
+        The figures, one mapping for the given model and for each iteration.
+
+    Raises:
+        SettingsError: if ``out`` is of other settings, or what is asked for cannot be had.
+        FileError, RecordError: if a file is damaged.
+    """
+    settings = with_backend(settings)
+    # Questions first: settings that cannot be met must not claim the folder.
+    questions_of(settings, settings.questions)
+    models = Models()
+    with locked(out):
+        inputs = {
+            n: checksum(path)
+            for n, path in (model_input(settings.model) | task_inputs(settings)).items()
+        }
+        wanted = {
+            "step": "iterate",
+            "version": __version__,
+            "settings": plain(settings) | scorer(settings),
+        }
+        # Settings under which nothing was done bind nobody.
+        if not any(path.is_file() for path in out.glob("iteration-*/**/*") if path.name[0] != "."):
+            (out / "settings.json").unlink(missing_ok=True)
+        claim(out / "settings.json", {**wanted, "inputs": inputs}, out)
+        report = [_start(settings, out, models)]
+        source = settings.model
+        for i in range(1, settings.iterations + 1):
+            figures, source = _iteration(settings, i, source, out / f"iteration-{i}", models)
+            report.append(figures)
+        write_json(out / "report.json", {"iterations": report})
+    print(f"\n{as_text(report)}\n\nfigures: {out / 'report.json'}; last model: {source}")
+    return report
+
+
+def _start(settings: IterateSettings, out: Path, models: Models) -> dict[str, Any]:
+    evaluating = pick(EvaluateSettings, settings)
+    manifest = run_evaluate(evaluating, out / "iteration-0" / "evaluation.json", models=models)
+    return {"iteration": 0, "evaluation": manifest["figures"]}
+
+
+def _iteration(
+    settings: IterateSettings, i: int, source: str, folder: Path, models: Models
+) -> tuple[dict[str, Any], str]:
+    """Runs one iteration from the model ``source``; returns its figures and its model."""
+    print(f"\niteration {i} of {settings.iterations}")
+    # The same questions get other samples, and the same records another order, in each iteration.
+    seed = settings.seed * 1009 + i
+    samples, scored, curated = (
+        folder / f"{name}.parquet" for name in ("samples", "scored", "curated")
+    )
+    model = folder / f"model-{i}"
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "generate": lambda: run_generate(
+            pick(GenerateSettings, settings, model=source, seed=seed), samples, models=models
+        ),
+        "score": lambda: run_score(
+            pick(ScoreSettings, settings, model=source, seed=seed), samples, scored, models=models
+        ),
+        "curate": lambda: run_curate(pick(CurateSettings, settings, seed=seed), scored, curated),
+        "train": lambda: run_train(
+            pick(TrainCommandSettings, settings, model=source, seed=seed),
+            curated,
+            model,
+            models=models,
+        ),
+        # With the seed of the whole run: all models are measured on the same random numbers.
+        "evaluate": lambda: run_evaluate(
+            pick(EvaluateSettings, settings, model=str(model)),
+            folder / "evaluation.json",
+            models=models,
+        ),
+    }
+    results = {name: step() for name, step in steps.items()}
+    figures = {
+        "iteration": i,
+        "sampled": results["generate"]["figures"],
+        "trained": results["curate"]["figures"]["after"],
+        "baseline": results["curate"]["figures"]["baseline"],
+        "updates": results["train"]["figures"]["steps"],
+        "evaluation": results["evaluate"]["figures"],
+    }
+    _write_manifest(
+        folder / "manifest.json",
+        {
+            "iteration": i,
+            "version": __version__,
+            "settings": {name: result["settings"] for name, result in results.items()},
+            "inputs": {name: result["inputs"] for name, result in results.items()},
+            "outputs": {n: sha for r in results.values() for n, sha in r["outputs"].items()},
+            "figures": figures,
+            "seconds": {name: result["seconds"] for name, result in results.items()},
+        },
+    )
+    return figures, str(model)
+
+
+def _write_manifest(path: Path, value: Mapping[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, value)
+    elif read_mapping(path) != value:
+        raise FileError(
+            f"{path}: does not tell what the steps beside it tell; delete it and run again"
+        )
+
+
+def as_text(report: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of each iteration as a table."""
+    votes = report[0]["evaluation"]["votes"]
+    head = (
+        f"{'':5}{'sampled p':>11}{'trained on':>12}{'p~':>7}{'pass@1':>9}  {'95 % interval':15}"
+        f"{f'maj@{votes}':>8}{'+-':>6}{'invalid':>9}{'length':>8}"
+    )
+    return "\n".join([head, "-" * len(head), *(_row(entry) for entry in report)])
+
+
+def _row(entry: Mapping[str, Any]) -> str:
+    found = entry["evaluation"]
+    data = f"{'':30}"
+    if entry["iteration"]:
+        data = (
+            f"{100 * entry['sampled']['positive_share']:10.1f}%{entry['trained']['records']:12}"
+            f"{100 * entry['trained']['effective_positive_share']:6.1f}%"
+        )
+    error = found["maj_at_k_error"]
+    interval = f"[{100 * found['pass_at_1_low']:.1f}, {100 * found['pass_at_1_high']:.1f}]"
+    return (
+        f"{entry['iteration'] or 'base':<5}{data}{100 * found['pass_at_1']:8.1f}%  {interval:15}"
+        f"{100 * found['maj_at_k']:7.1f}%{'' if error is None else f'{100 * error:.1f}':>6}"
+        f"{100 * found['invalid_share']:8.1f}%{found['mean_length']:8.1f}"
+    )

@@ -1,0 +1,194 @@
+"""What the commands would do and cost, without doing it: ``--dry-run``. Nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from topr_kernels.recipe.commands import find_baseline, model_input, plain, read_nonempty
+from topr_kernels.recipe.curate import as_text, curate
+from topr_kernels.recipe.models import count_parameters, load_tokenizer
+from topr_kernels.recipe.records import Record, check_sources, check_suffix
+from topr_kernels.recipe.settings import (
+    CurateSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    IterateSettings,
+    SamplerOptions,
+    ScoreSettings,
+    TrainCommandSettings,
+    TrainingOptions,
+)
+from topr_kernels.recipe.steps import (
+    SettingsError,
+    check_input,
+    manifest_path,
+    partial_path,
+    pick,
+    read_mapping,
+    refuse_other,
+)
+from topr_kernels.recipe.task_files import questions_of
+
+#: Bytes of a sampled token in records, text included, and of what else a record holds.
+_TOKEN_BYTES, _RECORD_BYTES = 16, 200
+#: Weights and AdamW's two moments; the next checkpoint is written before the last is deleted.
+_CHECKPOINT = 2 * 3
+
+
+def plan_generate(settings: GenerateSettings, out: Path) -> list[str]:
+    """What ``run_generate`` would do."""
+    check_suffix(out)
+    questions = questions_of(settings, settings.questions)[0]
+    lines = _sampling(settings, [q.prompt for q in questions], settings.samples)
+    return [_state(manifest_path(out), plain(settings, "backend")), *lines, f"writes: {out}"]
+
+
+def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
+    """What ``run_score`` would do."""
+    check_suffix(out)
+    found = _read(records, settings.model)
+    prompt, completion = _tokens(found)
+    size = records.stat().st_size + 4 * completion
+    return [
+        _state(manifest_path(out), plain(settings, "seed")),
+        f"forward passes: {len(found)} records, {prompt} prompt + {completion} completion tokens",
+        f"writes: {out}, about {_bytes(size)}",
+    ]
+
+
+def plan_curate(settings: CurateSettings, records: Path, out: Path) -> list[str]:
+    """What ``run_curate`` would keep."""
+    check_suffix(out)
+    found = _read(records)
+    check_sources(found)
+    chosen = curate(found, settings, seed=settings.seed)
+    return [
+        _state(manifest_path(out), plain(settings)),
+        as_text(chosen.before, chosen.after),
+        f"baseline for the training: {chosen.baseline:+.3f}",
+        f"writes: {out}, at most {_bytes(records.stat().st_size)}",
+    ]
+
+
+def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list[str]:
+    """What ``run_train`` would do."""
+    found = _read(records, settings.model)
+    settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
+    prompt, completion = _tokens(found)
+    return [
+        _state(manifest_path(out), plain(settings)),
+        *_training(settings, settings.model, len(found)),
+        f"tokens per epoch: {prompt} of prompts + {completion} of completions",
+        f"baseline: {settings.baseline:+.3f}",
+        f"writes: {out}",
+    ]
+
+
+def plan_evaluate(settings: EvaluateSettings, out: Path) -> list[str]:
+    """What ``run_evaluate`` would do."""
+    questions = questions_of(settings, 0)[1]
+    lines = _sampling(settings, [q.prompt for q in questions], settings.eval_samples)
+    state = _state(out, plain(settings, "questions", "backend"))
+    return [state, *lines, f"writes: {out}, {out.with_suffix('.parquet')}"]
+
+
+def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:
+    """What ``run_iterate`` would do; curation may leave less to train on."""
+    train, test = questions_of(settings, settings.questions)
+    generating = pick(GenerateSettings, settings)
+    evaluating = pick(EvaluateSettings, settings)
+    kept = settings.questions * settings.samples
+    kept = min(kept, settings.size) if settings.size else kept
+    rounds = range(1, settings.iterations + 1)
+    done = [i for i in rounds if (out / f"iteration-{i}" / "manifest.json").exists()]
+    weights = _parameters(settings.model) * 4 * settings.iterations
+    return [
+        f"{settings.iterations} iterations, {len(done)} of them done; in each:",
+        *(
+            f"  generate: {x}"
+            for x in _sampling(generating, [q.prompt for q in train], settings.samples)
+        ),
+        f"  score:    {settings.questions * settings.samples} records",
+        f"  train:    at most {'; '.join(_training(settings, settings.model, kept))}",
+        "and, before the first and in each:",
+        *(
+            f"  evaluate: {x}"
+            for x in _sampling(evaluating, [q.prompt for q in test], settings.eval_samples)
+        ),
+        f"writes: {out}, of which {_bytes(weights)} trained models",
+    ]
+
+
+def _sampling(settings: SamplerOptions, prompts: list[str], samples: int) -> list[str]:
+    count = len(prompts) * samples
+    encode = _tokenizer(settings.model)
+    tokens = sum(len(encode(prompt)["input_ids"]) for prompt in prompts) * samples
+    new = count * settings.max_new_tokens
+    text = sum(map(len, prompts)) * samples
+    size = count * _RECORD_BYTES + text + (tokens + new) * _TOKEN_BYTES
+    batches = math.ceil(count / settings.sample_batch)
+    return [
+        f"{count} samples ({len(prompts)} questions x {samples}) in {batches} batches; {tokens} prompt "
+        f"tokens, at most {new} new ones; at most about {_bytes(size)} of records"
+    ]
+
+
+def _training(settings: TrainingOptions, model: str, records: int) -> list[str]:
+    steps = math.ceil(records / settings.batch_size) * settings.epochs
+    size = _parameters(model) * 4
+    return [
+        f"{steps} updates ({records} records, batches of {settings.batch_size}, {settings.epochs} "
+        f"epoch(s)); {_bytes(size)} of trained model, and up to {_bytes(_CHECKPOINT * size)} of "
+        "checkpoints while it trains"
+    ]
+
+
+def _state(manifest: Path, settings: dict[str, Any]) -> str:
+    partial = partial_path(manifest)
+    for path, state in (
+        (manifest, "finished: nothing to do"),
+        (partial / "settings.json", "continues the run that was interrupted"),
+    ):
+        if path.exists():
+            found = read_mapping(path)
+            refuse_other(found, {"settings": settings}, manifest)
+            parts = len(list(partial.glob("parts/*.parquet")))
+            return state + (f" ({parts} parts done)" if parts else "")
+    return "starts anew"
+
+
+def _read(records: Path, model: str = "") -> list[Record]:
+    # The command would be refused for the same reasons.
+    for path in (records, *model_input(model).values()):
+        check_input(path)
+    return read_nonempty(records)
+
+
+def _tokens(records: list[Record]) -> tuple[int, int]:
+    prompt = sum(len(record.prompt_token_ids) for record in records)
+    return prompt, sum(len(record.completion_token_ids) for record in records)
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SettingsError(f"--model {model}: {error}") from error
+
+
+def _parameters(model: str) -> int:
+    try:
+        return count_parameters(model)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SettingsError(f"--model {model}: {error}") from error
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,127 @@
+"""Settings of the commands: every field is a flag, a key of ``--config``, and part of a manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from topr_kernels.limits import PRESETS
+from topr_kernels.recipe.curate import CurationOptions
+from topr_kernels.recipe.steps import Options, SettingsError, option
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model, and the seed of everything drawn."""
+
+    model: str = option("smollm2", "smollm2, a local folder, or a hub id")
+    seed: int = option(0, "of whatever is drawn: questions, samples, order", least=0)
+
+
+@dataclass(frozen=True)
+class QuestionOptions(Options):
+    """Where the questions come from."""
+
+    task: str = option(
+        "arithmetic",
+        "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
+        "a JSONL file of question and answer",
+    )
+    task_config: str = option("{}", "settings of the reasoning-gym data set, as JSON")
+    test_task: str = option("", "task of the held-out questions, if not that of the others")
+    questions: int = option(192, "training questions", least=1)
+    held_out: int = option(200, "held-out questions; no training question is one of them", least=1)
+    question_seed: int = option(0, "of the choice of questions", least=0)
+
+
+@dataclass(frozen=True)
+class SamplerOptions(ModelOptions):
+    """How answers are sampled."""
+
+    max_new_tokens: int = option(6, "longest answer, in tokens", least=1)
+    temperature: float = option(1.0, "of the sampler; 1 is the policy itself", least=0)
+    sample_batch: int = option(128, "answers sampled together", least=1)
+    chat: bool = option(False, "ask through the tokenizer's chat template")
+    backend: str = option(
+        "auto",
+        "what samples: hf (transformers), vllm, or auto: vllm where it and a GPU are there",
+        choices=("auto", "hf", "vllm"),
+    )
+
+
+@dataclass(frozen=True)
+class GenerateSettings(SamplerOptions, QuestionOptions):
+    """The samples; settings of ``topr generate``."""
+
+    samples: int = option(8, "answers sampled per training question", least=1)
+
+
+@dataclass(frozen=True)
+class ScoreSettings(ModelOptions):
+    """The batches; settings of ``topr score``. Nothing is drawn, so the seed changes nothing."""
+
+    batch_size: int = option(32, "sequences scored together; use the training's", least=1)
+
+
+@dataclass(frozen=True)
+class CurateSettings(CurationOptions):
+    """The draws; settings of ``topr curate``."""
+
+    seed: int = option(0, "of the draws", least=0)
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """How the model is trained."""
+
+    limits: str = option("topr", "clip limits of the ratio", choices=tuple(PRESETS))
+    ratio: str = option(
+        "sequence", "level of the ratio", choices=("sequence", "geometric", "token")
+    )
+    epochs: int = option(1, "passes over the samples", least=1)
+    lr: float = option(2e-5, "learning rate of AdamW, constant", above=0)
+    batch_size: int = option(32, "sequences per update", least=1)
+    save_steps: int = option(12, "updates between checkpoints; a kill loses at most these", least=1)
+
+
+@dataclass(frozen=True)
+class TrainCommandSettings(TrainingOptions, ModelOptions):
+    """The baseline; settings of ``topr train``."""
+
+    baseline: float | None = option(
+        None, "subtracted from every reward; by default what curate chose, else 0", type=float
+    )
+
+
+@dataclass(frozen=True)
+class VotingOptions(Options):
+    """How a model is measured."""
+
+    eval_samples: int = option(8, "answers sampled per held-out question (N)", least=1)
+    votes: int = option(4, "answers that vote in maj@K (K)", least=1)
+    draws: int = option(100, "how often K of the N answers are drawn", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.votes > self.eval_samples:
+            raise SettingsError(
+                f"votes: got {self.votes}; expected at most eval_samples, {self.eval_samples}"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(VotingOptions, SamplerOptions, QuestionOptions):
+    """Settings of ``topr evaluate``; ``questions`` changes nothing: held-out ones are drawn first."""
+
+
+@dataclass(frozen=True)
+class IterateSettings(
+    VotingOptions,
+    TrainingOptions,
+    CurationOptions,
+    SamplerOptions,
+    QuestionOptions,
+):
+    """The rounds; settings of ``topr iterate``."""
+
+    samples: int = option(8, "answers sampled per training question", least=1)
+    iterations: int = option(3, "rounds of sampling and training", least=1)

@@ -1,0 +1,114 @@
+"""Flags of ``topr generate|score|curate|train|evaluate|iterate``, and the calls behind them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topr_kernels.recipe import settings as kinds
+from topr_kernels.recipe.steps import Options, SettingsError
+
+#: Command to its settings, whether it reads records, and what ``--out`` is.
+_COMMANDS: dict[str, tuple[type[Options], bool, str]] = {
+    "generate": (kinds.GenerateSettings, False, "records to write, .parquet or .jsonl"),
+    "score": (kinds.ScoreSettings, True, "records to write, .parquet or .jsonl"),
+    "curate": (kinds.CurateSettings, True, "records to write, .parquet or .jsonl"),
+    "train": (kinds.TrainCommandSettings, True, "folder of the trained model"),
+    "evaluate": (kinds.EvaluateSettings, False, ".json file of the figures"),
+    "iterate": (kinds.IterateSettings, False, "folder of the run"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """Gives a parser the flags of a command: one for every field of its settings."""
+    kind, reads, out = _COMMANDS[command]
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, required=True, help=out)
+    if reads:
+        run.add_argument("--records", type=Path, required=True, help="records to read")
+    run.add_argument("--config", type=Path, help="YAML file of flags; those given here win")
+    run.add_argument(
+        "--dry-run", action="store_true", help="say what would be done and cost; write nothing"
+    )
+    owners: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(kind):
+        owner = _owner(kind, field.name)
+        title = (owner.__doc__ or "").splitlines()[0].partition(";")[0].rstrip(".").lower()
+        group = owners.setdefault(title, parser.add_argument_group(title))
+        flag = f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"].replace("%", "%%")
+        if isinstance(field.default, bool):
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
+            )
+        else:
+            group.add_argument(
+                flag,
+                type=field.metadata.get("type", type(field.default)),
+                default=field.default,
+                choices=field.metadata.get("choices"),
+                help=text,
+            )
+
+
+def run_command(command: str, args: argparse.Namespace) -> None:
+    """Runs a command, or says what it would do."""
+    kind, reads, _ = _COMMANDS[command]
+    settings = kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)})
+    # Only now: a wrong flag need not wait for transformers.
+    module = "plans" if args.dry_run else "iterate" if command == "iterate" else "commands"
+    functions = importlib.import_module(f"topr_kernels.recipe.{module}")
+    function: Callable[..., Any] = getattr(
+        functions, f"{'plan' if args.dry_run else 'run'}_{command}"
+    )
+    found = function(settings, *([args.records] if reads else []), args.out)
+    if args.dry_run:
+        print("\n".join(found))
+    elif command != "iterate":
+        print(f"{command}: {args.out}, {found['seconds']:.1f} s")
+
+
+def config_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments with the flags of ``--config`` put in front of them, where others override them.
+
+    Raises:
+        SettingsError: if the file is no YAML mapping of names to plain values.
+        FileNotFoundError: if there is no such file.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(argv[1:])[0].config
+    if path is None:
+        return list(argv)
+    # PyYAML comes with transformers.
+    yaml: Any = importlib.import_module("yaml")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not YAML ({error})") from error
+    if not isinstance(found, Mapping):
+        raise SettingsError(f"{path}: got a {type(found).__name__}; expected a mapping of flags")
+    flags: list[str] = []
+    for name, value in found.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, Mapping):
+            flags.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, (str, int, float)):
+            flags.append(f"{flag}={value}")
+        else:
+            raise SettingsError(
+                f"{path}, {name}: got {value!r}; expected a text, a number, true or false"
+            )
+    return [argv[0], *flags, *argv[1:]]
+
+
+def _owner(kind: type[Options], name: str) -> type:
+    """The class that adds the field, whose first line of documentation heads its group."""
+    return next(c for c in reversed(kind.__mro__) if name in vars(c).get("__annotations__", {}))

@@ -1,0 +1,274 @@
+"""Steps of the pipeline that resume: settings claimed first, outputs whole or absent, manifest last.
+
+A step leaves its outputs and one manifest (JSON: settings, checksums of inputs and outputs, figures).
+While it runs, a folder ``.NAME.partial`` beside the manifest holds its settings and finished parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from topr_kernels import __version__
+from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
+
+if sys.platform != "win32":
+    import fcntl
+    import os
+
+S = TypeVar("S")
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be run, or that are not those of the results in the folder."""
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag: its default, its help, and what values it takes.
+
+    Args:
+        default: also tells the flag's type, unless ``type`` is given.
+        help: one line.
+        limits: ``least``, ``most`` (numbers, inclusive), ``above`` (exclusive), ``choices``, ``type``.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings whose fields are made by ``option``; checked when they are made.
+
+    Raises:
+        SettingsError: naming the field, if a value is not one that it takes.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            for wrong, expected in (
+                ("least" in limits and value < limits["least"], f"at least {limits.get('least')}"),
+                ("most" in limits and value > limits["most"], f"at most {limits.get('most')}"),
+                ("above" in limits and not value > limits["above"], f"above {limits.get('above')}"),
+                (
+                    "choices" in limits and value not in limits["choices"],
+                    f"one of {', '.join(map(str, limits.get('choices', ())))}",
+                ),
+            ):
+                if wrong:
+                    raise SettingsError(f"{field.name}: got {value!r}; expected {expected}")
+
+
+def pick(kind: type[S], settings: Options, **changes: Any) -> S:
+    """Settings of one step out of those of a whole run: fields of equal name, and ``changes``."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    shared = {n: v for n, v in vars(settings).items() if n in names}
+    return kind(**{**shared, **changes})
+
+
+def model_key(model: str) -> str:
+    """The model as settings name it: a local folder by its name, without this machine's path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of an output lies: its name and ``.json``."""
+    # "." has no name.
+    output = output if output.name else output.resolve()
+    return output.with_name(output.name + ".json")
+
+
+def partial_path(manifest: Path) -> Path:
+    """Folder of an unfinished step's settings and parts."""
+    return manifest.with_name(f".{manifest.name}.partial")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        FileError: naming the file, if it is not one.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected a JSON object; delete it and run again")
+    return value
+
+
+def check_input(path: Path) -> None:
+    """Checks that an input is there, finished, and as its manifest says.
+
+    Raises:
+        FileError: if it is absent, unfinished or changed; a file without a manifest passes.
+    """
+    manifest = manifest_path(path)
+    if manifest.exists():
+        _check_outputs(read_mapping(manifest), manifest, [path])
+    elif partial_path(manifest).exists():
+        raise FileError(
+            f"{path}: unfinished; run the command that makes it again, and it continues"
+        )
+    if not path.exists():
+        raise FileError(f"{path}: no such file")
+
+
+def run_step(
+    step: str,
+    manifest: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    outputs: Sequence[Path],
+    compute: Callable[[Path], dict[str, Any]],
+) -> dict[str, Any]:
+    """Runs a step unless it is finished, and returns its manifest.
+
+    Args:
+        step: name of the command.
+        manifest: JSON file, written last.
+        settings: all that the outputs depend on, as plain values without paths of this machine.
+        inputs: what is read, by the name of its flag.
+        outputs: files and folders that ``compute`` writes, each whole or not at all.
+        compute: is given the folder for its parts, where it finds those of a killed run; returns the
+            figures.
+
+    Raises:
+        FileError: if an input or a finished output is damaged.
+        SettingsError: if the results there have other settings or inputs, or are not this step's, or
+            another process is at it.
+    """
+    for path in inputs.values():
+        check_input(path)
+    wanted = {
+        "step": step,
+        "version": __version__,
+        "settings": dict(settings),
+        "inputs": {n: {"file": p.name, "sha256": checksum(p)} for n, p in inputs.items()},
+    }
+    partial = partial_path(manifest)
+    if manifest.exists():
+        found = read_mapping(manifest)
+        refuse_other(found, wanted, manifest)
+        _check_outputs(found, manifest, outputs)
+        # A kill after the manifest was written leaves the parts behind.
+        shutil.rmtree(partial, ignore_errors=True)
+        return found
+    foreign = [path for path in outputs if path.exists()]
+    if foreign and not partial.exists():
+        raise SettingsError(
+            f"{foreign[0]}: exists, but was not made by this command; move it, or choose another --out"
+        )
+    with locked(partial):
+        claimed = partial / "settings.json"
+        # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
+        if not foreign and list(partial.iterdir()) == [claimed]:
+            claimed.unlink()
+        claim(claimed, wanted, manifest)
+        start = time.perf_counter()
+        figures = compute(partial)
+        result = {
+            **wanted,
+            "outputs": {path.name: checksum(path) for path in outputs},
+            "figures": figures,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        write_json(manifest, result)
+        shutil.rmtree(partial)
+    return result
+
+
+def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
+    """Writes settings into a new file, or checks that the file's are the same.
+
+    Args:
+        path: JSON file of settings.
+        wanted: those of this run.
+        shown: what the messages call the results.
+
+    Raises:
+        SettingsError: if they differ, or the file is damaged.
+    """
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    try:
+        found = read_mapping(path)
+    except FileError as error:
+        # Deleting just this file would let results of unknown settings pass for these.
+        raise SettingsError(
+            f"{path}: damaged, so the settings of the results beside it are unknown; delete the "
+            f"folder {path.parent}, or choose another --out"
+        ) from error
+    refuse_other(found, wanted, shown)
+
+
+def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], shown: Path) -> None:
+    """Refuses results of other settings or inputs, saying what differs.
+
+    Raises:
+        SettingsError: naming each difference and the remedy.
+    """
+    lines = list(_differences(found, wanted))
+    if lines:
+        raise SettingsError(
+            f"{shown} is of a run with other settings:{''.join(lines)}\nGive the same settings to "
+            "resume it, delete it to start anew (topr demo: --restart), or choose another --out"
+        )
+
+
+def _differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in wanted.items():
+        there = found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            yield from _differences(there, value, f"{name}." if name == "inputs" else prefix)
+        elif there != value:
+            shown = f"--{name.replace('_', '-')}" if not prefix else f"{prefix}{name}"
+            yield f"\n  {shown}: {there!r} there, {value!r} now"
+
+
+def _check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[Path]) -> None:
+    known = found.get("outputs")
+    for path in outputs:
+        # A manifest's own name can be an output of somebody else's: it then says nothing of it.
+        if not isinstance(known, Mapping) or path.name not in known:
+            raise FileError(
+                f"{manifest}: does not tell the checksum of {path.name}; delete both and run again"
+            )
+        if not path.exists():
+            raise FileError(f"{path}: missing, though {manifest.name} tells of it; delete that too")
+        if checksum(path) != known[path.name]:
+            raise FileError(
+                f"{path}: not as it was written (its checksum is not the one in {manifest.name}); "
+                "delete both and make it anew"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it against other processes while the block runs.
+
+    Raises:
+        SettingsError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"{folder}: another process is working there; wait for it, or choose another --out"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Accuracy of N answers per question: pass@1, majority of K, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from topr_kernels.recipe.curate import DataFigures, figures
+from topr_kernels.recipe.evaluate import wilson_interval
+from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.tasks import Question
+
+
+class Scorer(Protocol):
+    """What voting asks of a task."""
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        """The answer that a completion gives."""
+
+    def canonical(self, answer: str) -> str:
+        """The form in which equal answers are equal texts."""
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        """Positive for a right answer."""
+
+
+@dataclass(frozen=True)
+class SampledAccuracy:
+    """Accuracy of N sampled answers to each of Q questions.
+
+    Args:
+        questions: Q.
+        samples: N.
+        pass_at_1: mean over questions of the share of right answers.
+        pass_at_1_low: lower end of its 95 % interval: Wilson's, for as many independent answers as the
+            spread over questions tells of, at least Q and at most Q * N.
+        pass_at_1_high: upper end.
+        votes: K.
+        maj_at_k: accuracy of the majority of K of the N answers, mean over the draws of K. Answers
+            that cannot be parsed do not vote; of equal counts the answer drawn first wins.
+        maj_at_k_error: its standard error sqrt(K V / (N - K)), V the variance over the draws; None for
+            K = N, where there is one draw. It is of the sampling of answers, not of questions, and errs
+            on the large side: the mean over draws is surer than the formula knows.
+        invalid_share: answers that could not be parsed.
+        truncated_share: answers that were cut off.
+        mean_length: of an answer, in tokens.
+    """
+
+    questions: int
+    samples: int
+    pass_at_1: float
+    pass_at_1_low: float
+    pass_at_1_high: float
+    votes: int
+    maj_at_k: float
+    maj_at_k_error: float | None
+    invalid_share: float
+    truncated_share: float
+    mean_length: float
+
+    def __str__(self) -> str:
+        """The figures as lines of text."""
+        error = "" if self.maj_at_k_error is None else f" +- {100 * self.maj_at_k_error:.1f}"
+        return (
+            f"{self.questions} questions, {self.samples} answer(s) each\n"
+            f"pass@1   {100 * self.pass_at_1:5.1f} %  95 % interval "
+            f"[{100 * self.pass_at_1_low:.1f}, {100 * self.pass_at_1_high:.1f}]\n"
+            f"maj@{self.votes:<4} {100 * self.maj_at_k:5.1f} %{error}\n"
+            f"invalid {100 * self.invalid_share:.1f} %, cut off {100 * self.truncated_share:.1f} %, "
+            f"mean length {self.mean_length:.1f} tokens"
+        )
+
+
+def sampled_accuracy(
+    records: Sequence[Record],
+    task: Scorer,
+    questions: Sequence[Question],
+    *,
+    votes: int,
+    draws: int,
+    seed: int,
+) -> SampledAccuracy:
+    """Works out the accuracy of sampled answers.
+
+    Args:
+        records: Q * N records, those of a question together, in the order of ``questions``.
+        task: parses, compares and scores the answers.
+        questions: Q questions.
+        votes: K, answers that vote, at most N.
+        draws: how often K of the N answers are drawn; 1 is enough for K = N.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if ``records`` are not N for each question, or ``votes`` is not in 1..N.
+    """
+    samples = len(records) // max(1, len(questions))
+    groups = [record.group for record in records]
+    if not samples or groups != [q.group for q in questions for _ in range(samples)]:
+        raise ValueError(
+            f"records: got {len(records)} of {len(questions)} questions; expected equally many of "
+            "each, in the order of the questions"
+        )
+    if not 1 <= votes <= samples:
+        raise ValueError(f"votes: got {votes}; expected 1 to {samples}, the answers per question")
+    right, answers = [], []
+    for i, question in enumerate(questions):
+        part = records[i * samples : (i + 1) * samples]
+        parsed = [task.parse(r.completion, r.finish_reason, question) for r in part]
+        forms = [None if a is None else task.canonical(a) for a in parsed]
+        # One judgement per form: equal answers must not be judged differently, nor twice.
+        scores: dict[str | None, bool] = {}
+        for form, answer in zip(forms, parsed, strict=True):
+            if form not in scores:
+                scores[form] = task.reward(answer, question) > 0
+        answers.append([(form, scores[form]) for form in forms])
+        right.append(sum(scores[form] for form in forms) / samples)
+    mean = statistics.fmean(right)
+    low, high = _interval(right, samples)
+    majority, error = _majority(answers, votes, draws if votes < samples else 1, seed)
+    data: DataFigures = figures(records)
+    return SampledAccuracy(
+        questions=len(questions),
+        samples=samples,
+        pass_at_1=mean,
+        pass_at_1_low=low,
+        pass_at_1_high=high,
+        votes=votes,
+        maj_at_k=majority,
+        maj_at_k_error=error,
+        invalid_share=sum(form is None for row in answers for form, _ in row) / len(records),
+        truncated_share=data.truncated_share,
+        mean_length=data.mean_length,
+    )
+
+
+def _interval(right: Sequence[float], samples: int) -> tuple[float, float]:
+    count, mean = len(right), statistics.fmean(right)
+    variance = statistics.variance(right) / count if count > 1 else 0.0
+    # Answers to one question are alike, so N of them are worth between one and N. Where the spread
+    # tells nothing (all right, or all wrong) they count as one.
+    effective = mean * (1 - mean) / variance if variance else 0.0
+    effective = min(max(effective, count), count * samples)
+    return wilson_interval(mean * effective, effective)
+
+
+def _majority(
+    answers: Sequence[Sequence[tuple[str | None, bool]]], votes: int, draws: int, seed: int
+) -> tuple[float, float | None]:
+    draw = random.Random(seed)
+    samples = len(answers[0])
+    accuracies = []
+    for _ in range(draws):
+        correct = 0
+        for row in answers:
+            drawn = draw.sample(row, votes) if votes < samples else row
+            counts: dict[str, int] = {}
+            for form, _right in drawn:
+                if form is not None:
+                    counts[form] = counts.get(form, 0) + 1
+            # max takes the first of equals, and a dict keeps the order of the draw.
+            winner = max(counts, key=counts.__getitem__) if counts else None
+            correct += winner is not None and dict(row)[winner]
+        accuracies.append(correct / len(answers))
+    mean = statistics.fmean(accuracies)
+    if votes == samples or draws < 2:
+        return mean, None
+    # The paper's formula: the jackknife that leaves out N - K, with V over the draws.
+    return mean, math.sqrt(votes * statistics.variance(accuracies) / (samples - votes))
