@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install hidden-states sanitize clean
+.PHONY: demo test lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
@@ -23,6 +23,13 @@ install: $(STAMP)
 # Real hidden states for the benchmarks of the fused-linear path: some minutes, 58 MB in benchmarks/.cache.
 hidden-states: $(STAMP)
 	$(BIN)/python benchmarks/hidden_states.py
+
+# Every suite on the CPU in under fifteen minutes, appended to the CSV of this machine, then the tables.
+# `make bench BENCH_OUT=benchmarks/results` for figures to commit; BENCH_ARGS=--quick sees that it runs.
+BENCH_OUT ?= runs/benchmarks
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --suite cpu --minutes 13 --out $(BENCH_OUT) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.report $(BENCH_OUT) --figures
 
 $(STAMP): pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)

@@ -1,25 +1,95 @@
-"""Prints the README tables from the committed CSVs.
+"""Prints the README tables from the CSVs, draws the figures, and writes the tables into README.
 
-    python benchmarks/report.py [FOLDER]       # default: benchmarks/results
+    python -m benchmarks.report [FOLDER]             # default: benchmarks/results
+    python -m benchmarks.report --figures            # and PNGs beside the CSVs
+    python -m benchmarks.report --write README.md    # and replaces the tables of the same head there
 
-Where a setting was measured several times, the last one counts.
+Where something was measured several times, the last one counts. What is missing, failed or red stands
+under its table. CSVs of before the runner are read as well, until a new run replaces them.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import COLUMNS
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, str]
+NO_NUMBER = ("missing", "failed", "red", "does not fit")
+#: Okabe and Ito's colours: told apart by colour-blind readers; markers differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vP*X"
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     """Rows of a CSV."""
     with path.open(newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
+
+
+def load(folder: Path) -> list[Row]:
+    """Rows of every CSV of the runner in a folder, older ones translated."""
+    found: list[Row] = []
+    for path in sorted(folder.glob("*.csv")):
+        rows = read(path)
+        if rows and list(rows[0]) == list(COLUMNS):
+            found += rows
+        elif path.name in BEFORE:
+            found += [dict.fromkeys(COLUMNS, "") | row for row in BEFORE[path.name](rows)]
+    return found
+
+
+def _linear_before(rows: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        yield row | {"suite": "throughput", "path": "linear", "device": "cpu"}
+
+
+def _logits_before(rows: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        same = row | {"suite": "throughput", "path": "logits", "entropy": row["entropy_nats"]}
+        same["device"] = "cpu" if row["machine"].startswith("cpu") else "cuda"
+        yield same
+        yield same | {
+            "provider": "copy",
+            "metric": "bytes_per_s",
+            "median": row["copy_bytes_per_s"],
+        }
+
+
+def _memory_before(rows: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        same = row | {"suite": "memory", "path": "linear", "median": row["value"]}
+        yield same
+
+
+def _accuracy_before(rows: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        alone = ", the sum alone" if row["test"] == "reduction" else ""
+        what = "log_prob" if row["length"] == "1" else "log_ratio"
+        for metric in ("mean", "spread", "max"):
+            yield row | {
+                "suite": "accuracy",
+                "provider": row["provider"] + alone,
+                "data": f"SmolLM2 at {row['temperature']}",
+                "metric": f"{what}_error_{metric}",
+                "median": row[metric],
+                "device": "cpu",
+            }
+
+
+#: Files that the scripts before the runner wrote.
+BEFORE = {
+    "linear_throughput.csv": _linear_before,
+    "linear_memory.csv": _memory_before,
+    "linear_accuracy.csv": _accuracy_before,
+    "logits_throughput.csv": _logits_before,
+}
 
 
 def table(rows: Iterable[list[str]]) -> str:
@@ -29,111 +99,466 @@ def table(rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def throughput(folder: Path) -> str:
-    """Milliseconds, ratio to eager and errors of every provider, a table per mode."""
-    found: dict[tuple[str, str, str, str], float] = {}
-    entropies: list[str] = []
-    for row in read(folder / "linear_throughput.csv"):
-        key = row["mode"], row["entropy"], row["provider"], row["metric"]
-        found[key] = float(row["median"])
-        if row["entropy"] not in entropies:
-            entropies.append(row["entropy"])
-    parts = []
-    for mode in dict.fromkeys(k[0] for k in found):
-        names = dict.fromkeys(k[2] for k in found if k[0] == mode and k[2] != "matmul")
-        head = [f"{mode} head, ms (x eager)", *(f"{float(e):.1f} nats" for e in entropies)]
-        head += ["d_hidden error", "d_weight error"][: 2 if mode == "trained" else 1]
+def of_suite(rows: list[Row], suite: str, path: str | None = None) -> list[Row]:
+    """Rows of a suite, and of a path where one is given."""
+    return [r for r in rows if r["suite"] == suite and path in (None, r["path"])]
+
+
+def groups(rows: list[Row], *names: str) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
+    """Rows by the values of columns, in the order of their first appearance."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    yield from found.items()
+
+
+def milliseconds(value: float, device: str) -> str:
+    """As many digits as mean something there."""
+    return f"{value:.0f}" if device == "cpu" and value >= 10 else f"{value:.2f}"
+
+
+def absent(rows: list[Row]) -> list[str]:
+    """A line that lists who got no number, and why; none if there is nobody."""
+    measured = {r["provider"] for r in rows if r["metric"] not in NO_NUMBER}
+    notes = {r["provider"]: r for r in rows if r["metric"] in NO_NUMBER and r["provider"]}
+    listed = [
+        f"{name} ({r['metric']}{': ' + r['note'] if r['note'] else ''})"
+        for name, r in notes.items()
+        if name not in measured
+    ]
+    return ["Without a number: " + "; ".join(listed) + "."] if listed else []
+
+
+def place(row: Row) -> str:
+    """Shape and machine for a head; on the CPU the text above the table has them."""
+    if row["device"] == "cpu":
+        return ""
+    return f" {row['rows']} x {row['dim']} x {row['vocab']} {row['dtype']}, {row['machine']}:"
+
+
+def throughput(rows: list[Row]) -> Iterator[str]:
+    """Milliseconds, ratio to eager and errors of every provider, a table per mode and shape."""
+    keys = ("device", "machine", "rows", "dim", "vocab", "dtype", "mode")
+    for (device, *_, mode), part in groups(of_suite(rows, "throughput", "linear"), *keys):
+        found: dict[tuple[str, str, str], float] = {}
+        for r in part:
+            if r["metric"] not in NO_NUMBER:
+                found[r["entropy"], r["provider"], r["metric"]] = float(r["median"])
+        entropies = list(dict.fromkeys(k[0] for k in found))
+        names = dict.fromkeys(
+            k[1] for k in found if not k[1].endswith(("matmul", "matmuls", "DNN"))
+        )
+        head = [f"{mode} head,{place(part[0])} ms (x eager)"]
+        head += [f"{float(e):.1f} nats" for e in entropies]
+        metrics = ("d_hidden_error", "d_weight_error")[: 2 if mode == "trained" else 1]
+        head += [metric.replace("_error", " error") for metric in metrics]
         lines = [head]
         for name in names:
             cells = []
             for entropy in entropies:
-                ms = found.get((mode, entropy, name, "total_ms"))
-                eager = found.get((mode, entropy, "torch eager", "total_ms"))
-                share = found.get((mode, entropy, name, "active_share"), 1.0)
-                if ms is None or eager is None:
+                ms = found.get((entropy, name, "total_ms"))
+                eager = found.get((entropy, "torch eager", "total_ms"))
+                share = found.get((entropy, name, "active_share"), 1.0)
+                if ms is None:
                     cells.append("")
                     continue
+                ratio = "" if eager is None else f"{eager / ms:.2f}"
                 kept = f", {share:.1%} of V" if share < 1 else ""
-                cells.append(f"{ms:.0f} ({eager / ms:.2f}{kept})")
-            for metric in ("d_hidden_error", "d_weight_error")[: len(head) - len(entropies) - 1]:
-                errors = [found[k] for k in found if (k[0], k[2], k[3]) == (mode, name, metric)]
-                cells.append(f"{max(errors):.1e}")
+                cells.append(f"{milliseconds(ms, device)} ({ratio}{kept})")
+            for metric in metrics:
+                wrong = [v for k, v in found.items() if k[1:] == (name, metric)]
+                cells.append(f"{max(wrong):.1e}" if wrong else "")
             lines.append([name, *cells])
-        parts.append(table(lines))
-    return "\n\n".join(parts)
+        yield table(lines)
+        yield from absent(part)
 
 
-def logits(folder: Path) -> str:
-    """Milliseconds of the logits path on a CPU, ratio to eager, and the share of a copy's bandwidth."""
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in read(folder / "logits_throughput.csv"):
-        if row["machine"].startswith("cpu") and row["metric"] == "total_ms":
-            size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
-            traffic = 3 * size * int(row["rows"]) * int(row["vocab"])  # two reads and a write
-            ms = float(row["median"])
-            found[row["provider"], row["dtype"], f"{row['rows']} x {row['vocab']}"] = {
-                "ms": ms,
-                "copy": traffic / float(row["copy_bytes_per_s"]) * 1e3 / ms,
-            }
-    cases = list(dict.fromkeys(k[1:] for k in found))
-    lines = [["ms (x eager; share of a copy's bandwidth)", *(f"{d}, {s}" for d, s in cases)]]
+def logits(rows: list[Row]) -> Iterator[str]:
+    """Milliseconds of the logits path, ratio to eager, and the share of a copy's bandwidth."""
+    for (device, machine), part in groups(
+        of_suite(rows, "throughput", "logits"), "device", "machine"
+    ):
+        found: dict[tuple[str, str, str], float] = {}
+        copies: dict[tuple[str, str], float] = {}
+        traffic: dict[tuple[str, str], float] = {}
+        for r in part:
+            case = r["dtype"], f"{r['rows']} x {r['vocab']}"
+            if (r["provider"], r["metric"]) == ("copy", "bytes_per_s"):
+                size = 4 if r["dtype"] == "float32" else 2
+                copies[case] = float(r["median"])
+                traffic[case] = 3.0 * size * int(r["rows"]) * int(r["vocab"])  # 2 reads, 1 write
+            elif r["metric"] == "total_ms" and r["provider"] != "copy":
+                found[(r["provider"], *case)] = float(r["median"])
+        where = "" if device == "cpu" else f"{machine}, "
+        cases = list(dict.fromkeys(k[1:] for k in found))
+        lines = [[f"{where}ms (x eager; share of a copy's bandwidth)"]]
+        lines[0] += [f"{d}, {s}" for d, s in cases]
+        for name in dict.fromkeys(k[0] for k in found):
+            cells = []
+            for case in cases:
+                ms, eager = found.get((name, *case)), found.get(("torch eager", *case))
+                if ms is None:
+                    cells.append("")
+                    continue
+                ratio = "" if eager is None else f"{eager / ms:.1f}"
+                share = traffic[case] / copies[case] * 1e3 / ms
+                shown = f"{ms:.0f}" if device == "cpu" else f"{ms:.2f}"
+                cells.append(f"{shown} ({ratio}; {share:.0%})")
+            lines.append([name, *cells])
+        yield table(lines)
+        yield from absent(part)
+
+
+def memory(rows: list[Row]) -> Iterator[str]:
+    """MiB beyond inputs and gradients, from hidden states."""
+    for (device, machine), part in groups(of_suite(rows, "memory", "linear"), "device", "machine"):
+        found: dict[tuple[str, str, str], float] = {}
+        for r in part:
+            if r["metric"].endswith("_bytes"):
+                found[r["provider"], r["metric"], r["rows"]] = float(r["median"]) / 2**20
+        sizes = list(dict.fromkeys(k[2] for k in found))
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"MiB beyond inputs and gradients{where}", *(f"{n} rows" for n in sizes)]]
+        for name in dict.fromkeys(k[0] for k in found):
+            cells = []
+            for n in sizes:
+                methods = ("counted", "resident", "allocator")
+                values = [found.get((name, f"{m}_bytes", n)) for m in methods]
+                shown = [f"{v:.0f}" for v in values if v is not None]
+                cells.append(" / ".join(shown) or "does not fit")
+            lines.append([name, *cells])
+        yield table(lines)
+
+
+def logits_memory(rows: list[Row]) -> Iterator[str]:
+    """Bytes beyond the logits and their gradient, as a share of the logits."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for r in of_suite(rows, "memory", "logits"):
+        if r["metric"].endswith("_bytes"):
+            case = f"{r['dtype']}, {r['rows']} x {r['vocab']}"
+            found.setdefault((r["provider"], case), {})[r["metric"]] = float(r["median"])
+    if not found:
+        return
+    cases = list(dict.fromkeys(k[1] for k in found))
+    lines = [["beyond logits and gradient, share of the logits", *cases]]
     for name in dict.fromkeys(k[0] for k in found):
         cells = []
         for case in cases:
-            value, eager = found.get((name, *case)), found[("torch eager", *case)]
-            ratio = "" if value is None else f"{eager['ms'] / value['ms']:.1f}"
-            cells.append(
-                "" if value is None else f"{value['ms']:.0f} ({ratio}; {value['copy']:.0%})"
-            )
+            at = found.get((name, case), {})
+            parts = [at[f"{m}_bytes"] for m in ("counted", "resident") if f"{m}_bytes" in at]
+            cells.append(" / ".join(f"{v / at['logits_bytes']:.1%}" for v in parts))
         lines.append([name, *cells])
-    return table(lines)
+    yield table(lines)
 
 
-def memory(folder: Path) -> str:
-    """MiB beyond inputs and gradients."""
-    found: dict[tuple[str, str, str], float] = {}
-    for row in read(folder / "linear_memory.csv"):
-        found[row["provider"], row["metric"], row["rows"]] = float(row["value"]) / 2**20
-    sizes = list(dict.fromkeys(k[2] for k in found))
-    lines = [["MiB beyond inputs and gradients", *(f"{n} rows" for n in sizes)]]
-    for name in dict.fromkeys(k[0] for k in found):
-        cells = []
-        for n in sizes:
-            values = [found.get((name, f"{m}_bytes", n)) for m in ("counted", "resident")]
-            shown = [f"{v:.0f}" for v in values if v is not None]
-            cells.append(" / ".join(shown) or "does not fit")
-        lines.append([name, *cells])
-    return table(lines)
-
-
-def accuracy(folder: Path) -> str:
+def accuracy(rows: list[Row]) -> Iterator[str]:
     """Error of the sequence log-ratio at temperature 1 in nats, mean and spread, by length."""
-    found: dict[tuple[str, str, int], str] = {}
-    for row in read(folder / "linear_accuracy.csv"):
-        if float(row["temperature"]) == 1:
-            name = row["provider"] + (", the sum alone" if row["test"] == "reduction" else "")
-            mean, spread = float(row["mean"]), float(row["spread"])
-            shown = f"{mean:+.1e}" if math.isnan(spread) else f"{mean:+.1e} ± {spread:.1e}"
-            found[name, row["test"], int(row["length"])] = shown
-    lengths = sorted({k[2] for k in found})
-    lines = [["error of the log-ratio, nats", *(f"{n} tokens" for n in lengths)]]
-    for name, test in dict.fromkeys(k[:2] for k in found):
-        lines.append([name, *(found.get((name, test, n), "") for n in lengths)])
-    return table(lines)
+    part = [r for r in of_suite(rows, "accuracy") if r["data"].endswith((" 1.0", "random"))]
+    for (device, machine), here in groups(part, "device", "machine"):
+        found: dict[tuple[str, int], dict[str, str]] = {}
+        for r in here:
+            metric, _, which = r["metric"].rpartition("_")
+            if metric in ("log_prob_error", "log_ratio_error"):
+                found.setdefault((r["provider"], int(r["length"])), {})[which] = r["median"]
+        if not found:
+            continue
+        lengths = sorted({k[1] for k in found})
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"error of the log-ratio, nats{where}", *(f"{n} tokens" for n in lengths)]]
+        for name in dict.fromkeys(k[0] for k in found):
+            cells = []
+            for n in lengths:
+                at = found.get((name, n))
+                if at is None:
+                    cells.append("")
+                    continue
+                mean, spread = float(at["mean"]), float(at["spread"])
+                shown = f"{mean:+.1e}" if math.isnan(spread) else f"{mean:+.1e} ± {spread:.1e}"
+                cells.append(shown)
+            lines.append([name, *cells])
+        yield table(lines)
+        yield from absent([r for r in here if r["mode"] == ""])
 
 
-def main() -> None:
-    """Prints the tables whose CSV is there."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    tables = {
-        "linear_throughput.csv": throughput,
-        "linear_memory.csv": memory,
-        "linear_accuracy.csv": accuracy,
-        "logits_throughput.csv": logits,
-    }
-    for name, make in tables.items():
-        if (folder / name).exists():
-            print(make(folder), end="\n\n")
+def weights_and_gradients(rows: list[Row]) -> Iterator[str]:
+    """Largest error of min(1, ratio) by length, and errors of the gradients, bf16 inputs."""
+    part = [r for r in of_suite(rows, "accuracy") if r["data"].endswith((" 1.0", "random"))]
+    for (device, machine), here in groups(part, "device", "machine"):
+        weight: dict[tuple[str, int], float] = {}
+        gradient: dict[tuple[str, str], float] = {}
+        names: dict[str, None] = {}
+        metrics = ("d_hidden_error", "d_weight_error", "d_weight_sign_agreement")
+        for r in here:
+            if r["metric"] == "weight_error_max":
+                weight[r["provider"], int(r["length"])] = float(r["median"])
+            elif r["metric"] in metrics:
+                gradient[r["provider"], r["metric"]] = float(r["median"])
+            else:
+                continue
+            names[r["provider"]] = None
+        if not names:
+            continue
+        lengths = sorted({k[1] for k in weight})
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"bf16 inputs{where}: largest error of min(1, ratio)"]]
+        lines[0] += [f"{n} tokens" for n in lengths]
+        lines[0] += ["d_hidden error", "d_weight error", "d_weight, right signs"]
+        for name in names:
+            cells = [f"{weight[name, n]:.1e}" if (name, n) in weight else "" for n in lengths]
+            for metric in metrics:
+                value = gradient.get((name, metric))
+                style = ".1%" if metric.endswith("agreement") else ".1e"
+                cells.append("" if value is None else format(value, style))
+            lines.append([name, *cells])
+        yield table(lines)
+
+
+def end_to_end(rows: list[Row]) -> Iterator[str]:
+    """Milliseconds of a training step and its parts."""
+    for (device, machine, model), part in groups(
+        of_suite(rows, "end_to_end"), "device", "machine", "data"
+    ):
+        found: dict[tuple[str, str], float] = {}
+        for r in part:
+            if r["metric"].endswith("_ms"):
+                found[r["provider"], r["metric"]] = float(r["median"])
+        names = [n for n in dict.fromkeys(k[0] for k in found) if (n, "optimizer_ms") in found]
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"a step of {model}{where}, ms", "forward", "backward", "optimizer", "all"]]
+        for name in names:
+            parts = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms")
+            lines.append([name, *(milliseconds(found[name, p], device) for p in parts)])
+        if names:
+            yield table(lines)
+        yield from absent(part)
+
+
+def scaling(rows: list[Row]) -> Iterator[str]:
+    """Milliseconds by tokens and by vocabulary."""
+    keys = ("device", "machine", "dtype", "dim")
+    for (device, machine, dtype, dim), part in groups(of_suite(rows, "scaling"), *keys):
+        if not dim:
+            continue
+        found = {
+            (r["provider"], r["rows"], r["vocab"]): float(r["median"])
+            for r in part
+            if r["metric"] == "total_ms"
+        }
+        shapes = list(dict.fromkeys(k[1:] for k in found))
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"ms by rows x V, D = {dim}, {dtype}{where}"]]
+        lines[0] += [" x ".join(shape) for shape in shapes]
+        for name in dict.fromkeys(k[0] for k in found):
+            values = [found.get((name, *shape)) for shape in shapes]
+            cells = ["" if v is None else milliseconds(v, device) for v in values]
+            lines.append([name, *cells])
+        yield table(lines)
+        yield from absent(part)
+
+
+TABLES = (
+    throughput,
+    memory,
+    accuracy,
+    weights_and_gradients,
+    logits,
+    logits_memory,
+    end_to_end,
+    scaling,
+)
+
+
+def tables(folder: Path) -> list[str]:
+    """Every table that has rows."""
+    rows = load(folder)
+    return [text for make in TABLES for text in make(rows)]
+
+
+def _axes(width: float = 8.3, height: float = 4.0):  # type: ignore[no-untyped-def]
+    # README is about 830 pixels wide: at 200 a picture is sharp there, and its text 9 points tall.
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    mpl.rcParams.update({"font.size": 9, "savefig.dpi": 200, "axes.axisbelow": True})
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    return figure, axes
+
+
+def _save(figure: object, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path, metadata={"Software": None})  # type: ignore[attr-defined]
+    pyplot.close(figure)  # type: ignore[arg-type]
+    return path
+
+
+def roofline(rows: list[Row], folder: Path) -> Iterator[Path]:
+    """Time over one forward matmul of every provider, with the floors that were measured."""
+    keys = ("machine", "rows", "dim", "vocab", "dtype", "mode")
+    for key, part in groups(of_suite(rows, "throughput", "linear"), *keys):
+        ratio = [r for r in part if r["metric"] == "total_per_matmul"]
+        floors = {r["provider"]: float(r["median"]) for r in ratio if "matmuls" in r["provider"]}
+        points = {
+            (r["provider"], r["entropy"]): tuple(float(r[q]) for q in ("q10", "median", "q90"))
+            for r in ratio
+            if "matmuls" not in r["provider"]
+        }
+        if not points:
+            continue
+        names = list(dict.fromkeys(k[0] for k in points))
+        entropies = sorted({k[1] for k in points}, key=float)
+        figure, axes = _axes(height=1.3 + 0.3 * len(names))
+        for i, entropy in enumerate(entropies):
+            here = [(names.index(n), *points[n, e]) for n, e in points if e == entropy]
+            y, low, middle, high = zip(*here, strict=True)
+            offset = 0.2 * (i - (len(entropies) - 1) / 2)
+            error = [
+                [m - a for m, a in zip(middle, low, strict=True)],
+                [b - m for m, b in zip(middle, high, strict=True)],
+            ]
+            axes.errorbar(
+                middle,
+                [v + offset for v in y],
+                xerr=error,
+                fmt=MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                markersize=5,
+                linewidth=1,
+                label=f"{float(entropy):.1f} nats",
+            )
+        for style, (label, value) in zip(
+            ("-", "--", ":"), {"one matmul": 1.0, **floors}.items(), strict=False
+        ):
+            axes.axvline(value, color="#555555", linestyle=style, linewidth=1.2, label=label)
+        axes.set_xscale("log")
+        largest = max(v[2] for v in points.values()) * 1.15
+        smallest = min([0.9, *(v[0] * 0.9 for v in points.values())])
+        axes.set_xlim(smallest, largest)
+        _plain_ticks(axes.xaxis, smallest, largest)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        machine, n, d, v, dtype, mode = key
+        axes.set_xlabel("time of forward and backward over one forward matmul (10 to 90 % of runs)")
+        axes.set_title(f"{mode} head, {n} x {d} x {v}, {dtype}, {machine}", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+        yield _save(figure, folder / f"roofline-{_slug(machine)}-{n}x{d}x{v}-{mode}.png")
+
+
+def error_by_length(rows: list[Row], folder: Path) -> Iterator[Path]:
+    """Largest error of the log-ratio by length of the sequence."""
+    part = [r for r in of_suite(rows, "accuracy") if r["data"].endswith((" 1.0", "random"))]
+    for (machine,), here in groups(part, "machine"):
+        curves: dict[str, dict[int, float]] = {}
+        for r in here:
+            if r["metric"] == "log_ratio_error_max" and "alone" not in r["provider"]:
+                curves.setdefault(r["provider"], {})[int(r["length"])] = float(r["median"])
+        if curves:
+            title = f"bf16 hidden states and head, {machine}"
+            path = folder / f"accuracy-{_slug(machine)}.png"
+            labels = "tokens of a sequence", "largest error of the log-ratio, nats"
+            yield _curves(curves, title, *labels, path)
+
+
+def times_by_size(rows: list[Row], folder: Path) -> Iterator[Path]:
+    """Time over one forward matmul by tokens and by vocabulary."""
+    for (machine,), part in groups(of_suite(rows, "scaling"), "machine"):
+        ratio = [r for r in part if r["metric"] == "total_per_matmul"]
+        for size, fixed in (("rows", "vocab"), ("vocab", "rows")):
+            for (value, dim), here in groups(ratio, fixed, "dim"):
+                curves: dict[str, dict[int, float]] = {}
+                for r in here:
+                    curves.setdefault(r["provider"], {})[int(r[size])] = float(r["median"])
+                if max(map(len, curves.values())) > 1:
+                    title = f"{fixed} {value}, D = {dim}, {machine}"
+                    path = folder / f"scaling-{size}-{_slug(machine)}.png"
+                    yield _curves(curves, title, size, "time over one forward matmul", path)
+
+
+def _plain_ticks(axis: Any, low: float, high: float) -> None:
+    ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+    shown = [t for t in ticks if low <= t <= high]
+    axis.set_ticks(shown, [str(t) for t in shown])
+    axis.set_ticks([], minor=True)
+
+
+def _slug(machine: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in machine.lower()).split())
+
+
+def _curves(curves: dict[str, dict[int, float]], title: str, x: str, y: str, path: Path) -> Path:
+    figure, axes = _axes()
+    for i, (name, points) in enumerate(curves.items()):
+        at = sorted(points)
+        axes.plot(
+            at,
+            [points[n] for n in at],
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="-" if i < len(COLOURS) else "--",
+            markersize=5,
+            label=name,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({n for points in curves.values() for n in points})
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
+    values = [v for points in curves.values() for v in points.values()]
+    if min(values) > 0.1 and max(values) < 128:  # else powers of ten
+        _plain_ticks(axes.yaxis, min(values) * 0.9, max(values) * 1.1)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
+def write(readme: Path, made: list[str]) -> list[str]:
+    """Replaces the tables of the same head in a README; heads of tables that it has not."""
+    text = readme.read_text(encoding="utf-8")
+    lines, unknown = text.split("\n"), []
+    for new in (t for t in made if t.startswith("|")):
+        head = new.split("|")[1]
+        starts = [
+            i
+            for i, line in enumerate(lines)
+            if line.startswith(f"|{head}|") and not lines[i - 1].startswith("|")
+        ]
+        if not starts:
+            unknown.append(head.strip())
+            continue
+        end = starts[0]
+        while end < len(lines) and lines[end].startswith("|"):
+            end += 1
+        lines[starts[0] : end] = new.split("\n")
+    readme.write_text("\n".join(lines), encoding="utf-8")
+    return unknown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the tables; draws and writes where asked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--figures", action="store_true", help="PNGs into the folder")
+    parser.add_argument("--write", type=Path, metavar="README", help="replace the tables there")
+    args = parser.parse_args(arguments)
+    made = tables(args.folder)
+    print("\n\n".join(made))
+    if args.figures:
+        rows = load(args.folder)
+        for draw in (roofline, error_by_length, times_by_size):
+            for path in draw(rows, args.folder):
+                print(f"\nwrote {path}")
+    if args.write:
+        for head in write(args.write, made):
+            print(f"\nnot in {args.write}, put it there by hand: {head}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of this package beside its peers: ``python -m benchmarks --help``."""

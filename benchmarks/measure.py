@@ -1,0 +1,151 @@
+"""How everything here is measured: clocks, quantiles, interleaving, intervals, what it ran on.
+
+Timings are cold: before each the last-level cache is overwritten. Providers of a case take turns, one
+repetition each, in an order that rotates, so that a slow minute of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("trl", "liger_kernel", "cut_cross_entropy", "quack_kernels", "verl", "transformers")
+#: Larger than the last-level cache of what this has run on: 32 MiB of a CPU, 50 MiB of an H200.
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+#: A case that is over its share of the time stops after as many repetitions.
+FEWEST = 3
+
+Sample = TypeVar("Sample")
+
+
+class Clock:
+    """Times a call on a device, cold: the last-level cache is overwritten first."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES[device], dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        self.flush.zero_()
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call()
+        after.record()
+        torch.cuda.synchronize()
+        return float(before.elapsed_time(after))
+
+
+def deciles(xs: Sequence[float]) -> tuple[float, float, float]:
+    """10 % quantile, median and 90 % quantile within the range of what was seen."""
+    q = statistics.quantiles(xs if len(xs) > 1 else [*xs, *xs], n=10, method="inclusive")
+    return q[0], statistics.median(xs), q[-1]
+
+
+def median_interval(xs: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval that holds the true median with at least the confidence, whatever the distribution.
+
+    The k-th smallest and largest values, k as large as the binomial distribution allows; the whole
+    line while there are too few (fewer than 6 at 95 %).
+    """
+    n, ordered = len(xs), sorted(xs)
+    below, k = 0.0, 0
+    while k < n // 2:
+        below += math.comb(n, k) / 2**n
+        if 2 * below > 1 - confidence:
+            break
+        k += 1
+    return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Sample]],
+    repetitions: int,
+    deadline: float = math.inf,
+    tick: Callable[[str], None] = lambda name: None,
+    now: Callable[[], float] = time.monotonic,
+) -> tuple[dict[str, list[Sample]], bool]:
+    """Samples of every call, in turns, and whether Ctrl-C ended it.
+
+    Args:
+        calls: name to one repetition.
+        repetitions: of each; fewer, but at least FEWEST, after the deadline. Ctrl-C keeps the whole
+            rounds and is raised again if there is none.
+        deadline: by ``now``.
+        tick: told the name of each call before it.
+        now: the clock of the deadline.
+    """
+    names = list(calls)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    done = 0
+    try:
+        while done < repetitions and (done < FEWEST or now() < deadline):
+            start = done % max(1, len(names))
+            for name in names[start:] + names[:start]:
+                tick(name)
+                samples[name].append(calls[name]())
+            done += 1
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        return {name: xs[:done] for name, xs in samples.items()}, True
+    return samples, False
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a row was measured with and on."""
+
+    def git(*args: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *args], capture_output=True, text=True, check=False, cwd=ROOT
+            )
+        except FileNotFoundError:
+            return ""
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return {
+        "commit": commit,
+        # A copy without its history cannot say that it is clean.
+        "dirty": str(not commit or bool(git("status", "--porcelain", "--untracked-files=no"))),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "versions": "; ".join(f"{p} {v}" for p in PACKAGES if (v := version(p))),
+        "device": device,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def version(package: str) -> str:
+    """Version of an installed package, "" if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def processor() -> str:
+    """The CPU and the threads torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"cpu: {names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"

@@ -1,0 +1,1 @@
+"""What is measured, a file each; every suite is ``jobs(device, quick) -> list of Job``."""

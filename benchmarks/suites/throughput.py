@@ -1,0 +1,71 @@
+"""Time of forward and backward, from hidden states and from logits, beside every peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import data, hidden_states, providers
+from benchmarks.engine import Bench, Job, measure_case
+
+#: Rows x D x V: BAR.md's, then the micro-batches usual with Hugging Face.
+SHAPES = (
+    (8192, 4096, 128256),
+    (16384, 2048, 151936),
+    (4096, 896, 151936),
+    (2048, 4096, 128256),
+    (1024, 4096, 128256),
+)
+ENTROPIES = (1.2, 0.5, 2.6)
+CPU_ROWS = 1024
+LOGITS = {
+    "cuda": ((8192, 128256), (16384, 151936), (4096, 151936), (2048, 50257)),
+    "cpu": ((1024, 49152), (1024, 151936)),
+}
+
+
+def jobs(device: str, quick: bool) -> list[Job]:
+    """What matters most first: with a limit of time the last go without."""
+    found = []
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    if quick:
+        linear = [({**data.TINY}, "tiny")]
+    elif device == "cpu":
+        temperatures = hidden_states.TEMPERATURES
+        linear = [({"rows": CPU_ROWS, "temperature": t}, f"T {t}") for t in temperatures]
+    else:
+        linear = [
+            ({"rows": n, "dim": d, "vocab": v, "entropy": e}, f"{e} nats {n}x{d}x{v}")
+            for e in ENTROPIES
+            for n, d, v in SHAPES
+        ]
+    for shape, label in linear:
+        for mode in ("trained", "frozen"):
+            name = f"throughput linear {label} {mode} {dtype}"
+            found.append(Job(name, _linear(dtype, shape, mode), 3.0 if mode == "trained" else 2.0))
+    dtypes = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+    for kind in dtypes:
+        for rows, vocab in ((16, 97),) if quick else LOGITS[device]:
+            name = f"throughput logits {rows}x{vocab} {kind}"
+            found.append(Job(name, _logits(kind, rows, vocab)))
+    return found
+
+
+def _linear(dtype: str, shape: dict[str, float], mode: str) -> Callable[[Bench], None]:
+    def measure(bench: Bench) -> None:
+        torch._dynamo.reset()
+        case = data.linear_case(bench.device, dtype, bench.quick, **shape)
+        found = providers.linear(bench.device)
+        measure_case(bench, case, found, case.facts(), mode == "trained")
+
+    return measure
+
+
+def _logits(dtype: str, rows: int, vocab: int) -> Callable[[Bench], None]:
+    def measure(bench: Bench) -> None:
+        torch._dynamo.reset()
+        case = data.logits_case(bench.device, dtype, rows, vocab)
+        measure_case(bench, case, providers.logits(bench.device), case.facts())
+
+    return measure
