@@ -224,7 +224,7 @@ class Sent:
 
 
 def traffic_worker() -> None:
-    """Bytes per tile are those of docs/PARALLEL.md, for tiles of 16 rows in fp32."""
+    """Bytes per tile are those of benchmarks/PARALLEL.md, for tiles of 16 rows in fp32."""
     rank, world = start()
     group, edges = dist.group.WORLD, cuts(world, False)
     rows = slice(edges[rank], edges[rank + 1])

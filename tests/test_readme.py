@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from torch import Tensor
 
-from topr_kernels import topr_loss
+from topr_kernels import linear_log_prob, linear_topr_loss, topr_loss
 from topr_kernels.testing import make_batch
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -145,3 +146,38 @@ def test_the_tables_are_those_that_were_measured() -> None:
     assert len(tables) == 5
     for table in tables:
         assert table in README
+
+
+def processes_worker() -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    class Axis:
+        def get_group(self) -> Any:
+            return dist.group.WORLD
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8, 16), torch.randn(50, 16)
+    labels = torch.randint(0, 50, (3, 8))
+    mu = linear_log_prob(hidden, weight, labels).log_prob + 0.1
+    columns = slice(0, 5) if rank == 0 else slice(5, 8)
+    names: dict[str, Any] = {
+        **{"linear_topr_loss": linear_topr_loss, "mesh": {"tp": Axis(), "cp": Axis()}},
+        **{"hidden": hidden, "weight": weight, "labels": labels, "mu": mu},
+        **{"weight_shard": weight[:20] if rank == 0 else weight[20:]},
+        **{"hidden_piece": hidden[:, columns], "labels_piece": labels[:, columns]},
+        **{"mu_piece": mu[:, columns], "reward": torch.tensor([1.0, -1.0, -1.0])},
+    }
+    expected = linear_topr_loss(hidden, weight, labels, mu, names["reward"]).loss
+    first, second = block("Beyond one device").split("\n\n")
+    for part in (first, second):
+        names.pop("out", None)
+        exec(part, names)
+        torch.testing.assert_close(names["out"].loss, expected)
+
+
+def test_beyond_one_device() -> None:
+    launch(2, "import test_readme; test_readme.processes_worker()")
