@@ -1,8 +1,11 @@
-"""TOPR at home in Hugging Face: a Trainer, its settings and its collator. Needs transformers."""
+"""TOPR at home in Hugging Face: Trainer, collator, functions of model and batch. Needs transformers."""
 
+from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
+from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import Head, find_head
+from topr_kernels.hf.packing import check_packing
 from topr_kernels.hf.trainer import TOPRConfig, TOPRTrainer
 
 __all__ = [
@@ -12,7 +15,10 @@ __all__ = [
     "TOPRTrainer",
     "causal_lm_log_prob",
     "causal_lm_topr_loss",
+    "check_packing",
     "completion_hidden",
     "completion_logits",
     "find_head",
+    "prepare_records",
+    "score_behavior",
 ]
