@@ -383,7 +383,7 @@ def test_logits_in_shards_and_pieces(world: int):
 def dtensor_worker() -> None:
     """A head that tensor parallelism spread as a DTensor; its gradient comes back as one."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
     _, world = start()
     mesh = init_device_mesh("cpu", (world,))
@@ -398,6 +398,14 @@ def dtensor_worker() -> None:
     close(hidden.grad, whole["hidden"], "hidden")
     assert weight.grad.placements == (Shard(0),)
     close(weight.grad.full_tensor(), whole["weight"], "weight")
+    # Gathered, each process with data of its own, as the message of the next refusal says.
+    weight.grad = None
+    share = slice(0, 2) if dist.get_rank() == 0 else slice(2, 5)
+    mine = {n: x[share] for n, x in data.items()}
+    gathered = weight.full_tensor(grad_placements=[Partial()])
+    part = linear_topr_loss(hidden[share], gathered, **mine, limits=BOTH, normalizer=4)
+    (3 * part.loss).backward()
+    close(weight.grad.full_tensor(), whole["weight"], "weight, gathered")
     with pytest.raises(TypeError, match=r"process_group=weight\.device_mesh"):
         linear_topr_loss(hidden, weight, **data)
     replicated = weight.detach().redistribute(mesh, [Replicate()])

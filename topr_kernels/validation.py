@@ -206,8 +206,10 @@ def check_head(
         kind = type(weight).__name__
         raise TypeError(
             f"weight: a {kind} that is sharded over processes; pass the whole matrix (inside the "
-            "wrapped forward, as topr_kernels.hf.causal_lm_topr_loss does; weight.full_tensor(); or "
-            "inside deepspeed.zero.GatheredParameters), or, for a vocabulary in shards, "
+            "wrapped forward, as topr_kernels.hf.causal_lm_topr_loss does; "
+            # Without grad_placements every process would keep the gradient of its own data alone.
+            "weight.full_tensor(grad_placements=[torch.distributed.tensor.Partial()]); or inside "
+            "deepspeed.zero.GatheredParameters), or, for a vocabulary in shards, "
             "process_group=weight.device_mesh.get_group()"
         )
     weight = check_tensor("weight", weight, LOGITS_DTYPES, device)
