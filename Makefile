@@ -21,14 +21,23 @@ lint: $(STAMP)
 install: $(STAMP)
 
 # Real hidden states for the benchmarks of the fused-linear path: some minutes, 58 MB in benchmarks/.cache.
-hidden-states: $(STAMP)
+HIDDEN_STATES := benchmarks/.cache/hidden_states.pt
+hidden-states: $(HIDDEN_STATES)
+$(HIDDEN_STATES): | $(STAMP)
 	$(BIN)/python benchmarks/hidden_states.py
+
+# Peers that run on a CPU: without their dependencies, which would bring another torch, and in a folder of
+# their own, so that no test sees them.
+PEERS := $(VENV)/peers
+$(PEERS)/installed: $(STAMP)
+	$(PIP) --no-deps --upgrade --target $(PEERS) cut-cross-entropy==25.1.1 liger-kernel==0.8.5
+	@touch $@
 
 # Every suite on the CPU in under fifteen minutes, appended to the CSV of this machine, then the tables.
 # `make bench BENCH_OUT=benchmarks/results` for figures to commit; BENCH_ARGS=--quick sees that it runs.
 BENCH_OUT ?= runs/benchmarks
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks --suite cpu --minutes 13 --out $(BENCH_OUT) $(BENCH_ARGS)
+bench: $(STAMP) $(PEERS)/installed $(HIDDEN_STATES)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks --suite cpu --minutes 13 --out $(BENCH_OUT) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report $(BENCH_OUT) --figures
 
 $(STAMP): pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
