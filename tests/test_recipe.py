@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from topr_kernels.recipe import (
 from topr_kernels.recipe import generate as generate_function
 from topr_kernels.recipe.files import atomic_folder, write_json
 from topr_kernels.recipe.generate import stop_token_ids
+from topr_kernels.recipe.tasks import canonical_number
 
 DIGITS = Task(
     "chain_sum",
@@ -46,6 +48,50 @@ DIGITS = Task(
     examples=(("2 + 3 =", "5"), ("4 + 4 =", "8")),
 )
 SAMPLING = Sampling("tiny", 1.0, 0, 1.0, 6, 7)
+
+
+def saved(folder: Path, **changes: Any) -> tuple[Path, Any]:
+    """A random model and its tokenizer in a folder."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(**changes))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder, model
+
+
+def test_a_model_is_trained_without_dropout(tmp_path: Path):
+    """Scored without and trained with it, every ratio would be noise."""
+    folder, model = saved(tmp_path / "model", attention_dropout=0.5)
+    ids = torch.arange(12).view(1, 12)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    loaded = load_model(str(folder)).model.train()
+    assert torch.equal(loaded(ids).logits, loaded(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("change", ["absent", "other shape"])
+def test_a_model_without_all_its_weights_is_refused(tmp_path: Path, change: str):
+    """transformers makes up what is missing."""
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = saved(tmp_path / "model", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    head = weights.pop("lm_head.weight")
+    if change == "other shape":
+        weights["lm_head.weight"] = head[:, :8].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=r"lm_head\.weight"):
+        load_model(str(folder))
+
+
+def test_an_answer_that_is_hard_to_reckon_is_no_number():
+    start = time.perf_counter()
+    for text in ("1e9999999", "9" * 10_000_000, "1/" + "9" * 5_000_000):
+        assert canonical_number(text) is None
+    assert time.perf_counter() - start < 1
+    found = [canonical_number(x) for x in ("1,200.50", " -3/6 ", ".5", "2e3", "0x10", "1_000", "")]
+    assert found == ["2401/2", "-1/2", "1/2", "2000", None, None, None]
 
 
 def record(**changes: Any) -> Record:

@@ -95,6 +95,16 @@ def test_negatives_are_drawn_alike():
     assert all(240 < n < 360 for n in counts[1:]), counts  # 300 expected, sd 13
 
 
+def test_each_draw_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """The draw of the share must not repeat that of the size: the two would pick the same places."""
+    seeds, original = [], random.Random
+    monkeypatch.setattr(random, "Random", lambda seed: seeds.append(seed) or original(seed))
+    for method in ("uniform", "anna-karenina"):
+        options = CurationOptions(method=method, size=30, positive_share=0.5)
+        curate(candidates(["+---"] * 12), options, seed=3)
+    assert len(seeds) == 4 and len(set(seeds)) == 3
+
+
 def test_uniform_draws_size_records_of_both_signs():
     records = candidates(["+-+-"] * 10)
     chosen = curate(records, CurationOptions(size=12), seed=3)
@@ -142,12 +152,12 @@ def test_duplicates_long_and_cut_completions_are_left_out_before_the_draw():
         record(1, -1.0, 9),
         record(2, -1.0, 3, finish_reason="length", valid=False),
     ]
-    plain = CurationOptions(dedupe=False)
-    assert curate(records, plain, seed=0).records == records
-    assert curate(records, CurationOptions(), seed=0).records == [records[0], *records[2:]]
-    capped = curate(records, dataclasses.replace(plain, max_length=3), seed=0)
+    assert curate(records, CurationOptions(), seed=0).records == records
+    alone = CurationOptions(dedupe=True)
+    assert curate(records, alone, seed=0).records == [records[0], *records[2:]]
+    capped = curate(records, CurationOptions(max_length=3), seed=0)
     assert capped.records == [*records[:3], records[4]]
-    whole = curate(records, dataclasses.replace(plain, drop_truncated=True), seed=0)
+    whole = curate(records, CurationOptions(drop_truncated=True), seed=0)
     assert whole.records == records[:4]
     # The draw is from what is left.
     assert len(curate(records, CurationOptions(size=4), seed=0).records) == 4

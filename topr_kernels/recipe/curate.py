@@ -40,7 +40,7 @@ class CurationOptions(Options):
         "subtract a baseline from the rewards",
         choices=("subsample", "baseline"),
     )
-    dedupe: bool = option(True, "keep only the first of equal completions of a question")
+    dedupe: bool = option(False, "keep only the first of equal completions of a question")
     max_length: int = option(
         0, "leave out completions longer than this, in tokens; 0 for no cap", least=0
     )
@@ -139,7 +139,7 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
     if options.method == "anna-karenina":
         kept = anna_karenina(kept, options.size, seed)
     elif 0 < options.size < len(kept):
-        chosen = random.Random(seed).sample(range(len(kept)), options.size)
+        chosen = _draw(seed, "size").sample(range(len(kept)), options.size)
         kept = [kept[i] for i in sorted(chosen)]
     baseline = 0.0
     share = sum(r.reward > 0 for r in kept) / len(kept)
@@ -151,6 +151,11 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
         else:
             kept = to_positive_share(kept, options.positive_share, seed)
     return Curation(kept, baseline, before, figures(kept, baseline))
+
+
+def _draw(seed: int, what: str) -> random.Random:
+    """A stream of its own for each draw: two draws from equal numbers depend on each other."""
+    return random.Random(f"{seed}/{what}")
 
 
 def drop_duplicates(records: Iterable[Record]) -> list[Record]:
@@ -188,7 +193,7 @@ def anna_karenina(records: Sequence[Record], size: int, seed: int) -> list[Recor
             "anna-karenina keeps; expected at least that many, or fewer questions"
         )
     wanted = min(size - len(first), len(negative)) if size else len(negative)
-    kept = sorted([*first.values(), *random.Random(seed).sample(negative, wanted)])
+    kept = sorted([*first.values(), *_draw(seed, "anna-karenina").sample(negative, wanted)])
     return [records[i] for i in kept]
 
 

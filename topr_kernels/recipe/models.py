@@ -21,7 +21,7 @@ class LoadedModel:
     """A model ready to be sampled and trained.
 
     Args:
-        model: fp32, in eval mode.
+        model: fp32, in eval mode, without dropout.
         tokenizer: with a pad token.
         name: what to call it in records and reports; never a path of this machine.
         remark: what a reader must know about its weights, "" if nothing.
@@ -42,14 +42,13 @@ def load_model(source: str) -> LoadedModel:
 
     Raises:
         ModuleNotFoundError: if "smollm2" is asked for and the package is not installed.
-        ValueError: if a local folder holds no model, or several GGUF files.
+        ValueError: if a local folder holds no model, or several GGUF files, or not all weights.
     """
     name, options = _find(source)
     if "gguf_file" in options:
         return _load_gguf(options, name)
     tokenizer = AutoTokenizer.from_pretrained(**options)
-    model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    return _ready(model, tokenizer, name, "")
+    return _ready(_load(options), tokenizer, name, "")
 
 
 def load_tokenizer(source: str) -> Any:
@@ -120,9 +119,44 @@ def _smollm2_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def _load(options: dict[str, Any]) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **options,
+        dtype=torch.float32,
+        output_loading_info=True,
+        # Refused below, by name.
+        ignore_mismatched_sizes=True,
+    )
+    model, found = loaded
+    # transformers fills them with random numbers, and says so in a warning among others.
+    absent = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ValueError(
+            f"model: no weights, or of another shape, for {', '.join(absent[:3])}{more}; expected a "
+            "causal language model with its head"
+        )
+    return model
+
+
+def without_dropout(model: Any) -> Any:
+    """Turns a model's dropout off for good, and returns the model.
+
+    mu is scored without it; with it every ratio of training would be noise.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Attention passes the rate on; a nested module of that name is a Dropout.
+        for attribute, value in list(vars(module).items()):
+            if "drop" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
 def _load_gguf(options: dict[str, Any], name: str) -> LoadedModel:
     tokenizer = AutoTokenizer.from_pretrained(**options)
-    loaded = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    loaded = _load(options)
     # The weights are plain fp32 by now, but transformers still calls the model quantised and would
     # neither train nor save it. A model of the same shape without that mark takes the weights.
     config = copy.deepcopy(loaded.config)
@@ -137,4 +171,4 @@ def _ready(model: Any, tokenizer: Any, name: str, remark: str) -> LoadedModel:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedModel(model.to(device).eval(), tokenizer, name, remark)
+    return LoadedModel(without_dropout(model).to(device).eval(), tokenizer, name, remark)

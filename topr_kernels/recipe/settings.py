@@ -125,3 +125,12 @@ class IterateSettings(
 
     samples: int = option(8, "answers sampled per training question", least=1)
     iterations: int = option(3, "rounds of sampling and training", least=1)
+    # Those of the demo: with few right answers, leaving wrong ones out is the cheapest good setting that
+    # was found (benchmarks/LOG.md).
+    positive_share: float = option(
+        0.5,
+        "share of right answers to make (p~ of Eq. 7; the paper recommends 0.1 to 0.2); 0 leaves it",
+        least=0,
+        most=1,
+    )
+    epochs: int = option(2, "passes over the samples", least=1)

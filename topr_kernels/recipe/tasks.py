@@ -160,6 +160,9 @@ class Task:
             ) from error
 
 
+_LONGEST_NUMBER = 100
+_NUMBER = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
+
 #: Sums and differences of two two-digit numbers, after three worked lines.
 ARITHMETIC = Task(
     "chain_sum",
@@ -170,9 +173,13 @@ ARITHMETIC = Task(
 
 def canonical_number(text: str) -> str | None:
     """A number (commas, decimals, fractions a/b) in one form; None for anything else."""
+    plain = text.strip().replace(",", "")
+    # A power such as 1e9999999, or a text of digits alone, would take minutes to reckon.
+    if len(plain) > _LONGEST_NUMBER or not _NUMBER.fullmatch(plain):
+        return None
     try:
-        return str(Fraction(text.strip().replace(",", "")))
-    except (ValueError, ZeroDivisionError):
+        return str(Fraction(plain))
+    except ZeroDivisionError:
         return None
 
 
