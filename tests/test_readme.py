@@ -131,6 +131,19 @@ def test_other_loops() -> None:
         torch.testing.assert_close(moved, gradient, rtol=1e-8, atol=1e-12)
 
 
+def test_the_commands_of_the_pipeline_are_known() -> None:
+    from topr_kernels.recipe.cli import _parser
+
+    section = README.split("## The whole pipeline\n")[1].split("\n## ")[0].replace("\\\n", " ")
+    commands = [line.split()[1:] for line in section.splitlines() if line.startswith("topr ")]
+    assert [command[0] for command in commands] == [
+        *("iterate", "generate", "score", "curate", "train", "evaluate")
+    ]
+    for command in commands:
+        # Raises SystemExit for a flag or a value that it does not know.
+        _parser(command[0]).parse_args(command)
+
+
 def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "demo_seeds.py"
     command = [sys.executable, str(script), "--table-only"]
