@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from topr_kernels import (
     parallel,
     topr_loss,
     topr_loss_from_log_prob,
+    validation,
 )
 from topr_kernels.loss import TOPROutput
 
@@ -233,7 +235,7 @@ def traffic_worker() -> None:
     here = {**data, "weight": data["weight"][rows].requires_grad_()}
     here["hidden"] = here["hidden"].requires_grad_()
     scored, n = 11 + 4 + 7 + 2, 16
-    once = ("all_gather", 4 * 8)
+    once = ("all_gather", 5 * 8)
     tile = [("all_reduce", 4 * n), ("all_reduce", 3 * 4 * n)]
     options: dict[str, Any] = {"process_group": group, "workspace_bytes": n * 4 * V}
     with pytest.MonkeyPatch.context() as patch:
@@ -263,8 +265,8 @@ def traffic_worker() -> None:
         reduced = [size for name, size in sent.calls if name == "all_reduce"]
         assert reduced == [8 * (b + 1), 8 * b, 8 * b]
         gathered = [size for name, size in sent.calls if name == "all_gather"]
-        # Rewards; labels and log mu across the borders, and three results back.
-        assert gathered == [16, 8 * (b + 1), *[4 * (b + 1)] * 4]
+        # What must agree; labels and log mu across the borders, and three results back.
+        assert gathered == [5 * 8, 8 * (b + 1), *[4 * (b + 1)] * 4]
 
 
 def test_what_is_sent_is_what_the_docs_say():
@@ -299,6 +301,124 @@ def log_prob_worker() -> None:
         *whole, d_weight = results[0]
         for a, b in zip(results[1], (*whole, d_weight[rows]), strict=True):
             close(a.detach(), b.detach(), f"{dtype}")
+
+
+def unscored_worker() -> None:
+    """Rows without a label get no gradient, whatever comes from above, and may hold NaN."""
+    rank, world = start()
+    edges = cuts(world, True)
+    rows = slice(edges[rank], edges[rank + 1])
+    for packed in (False, True):
+        data = batch(torch.float64, packed=packed)
+        offsets = data.get("cu_seqlens")
+        logits = (data["hidden"] @ data["weight"].t()).detach()
+        # A slice that no view can flatten.
+        logits = torch.cat([logits, logits], dim=-2)[..., : logits.shape[-2], :]
+        y = data["labels"]
+        rows_of = torch.nn.functional.pad(y, (0, 1), value=-100)[..., 1:]
+        if packed:
+            rows_of[offsets[1:].long() - 1] = -100
+        for fill in (0.0, torch.nan):
+            z = torch.where((rows_of == -100)[..., None], logits + fill, logits)
+            whole, part = z.clone().requires_grad_(), z[..., rows].clone().requires_grad_()
+            log_prob(whole, y, cu_seqlens=offsets, impl="torch").log_prob.sum().backward()
+            found = log_prob(part, y, cu_seqlens=offsets, process_group=dist.group.WORLD)
+            found.log_prob.sum().backward()
+            close(part.grad, whole.grad[..., rows], f"packed={packed}, fill={fill}")
+            assert not part.grad[rows_of == -100].any() and part.grad.isfinite().all()
+
+
+def scorer_worker() -> None:
+    """log mu scored in pieces is that of the whole sequences, at the borders too."""
+    rank, world = start()
+    group, edges = dist.group.WORLD, PIECES[world]
+    columns = slice(edges[rank], edges[rank + 1])
+    data = batch(torch.float64)
+    labels, upstream = data["labels"], torch.randn(5, 12, dtype=torch.float64)
+    dist.broadcast(upstream, 0)
+    hidden = data["hidden"].clone().requires_grad_()
+    weight = data["weight"].clone().requires_grad_()
+    expected = linear_log_prob(hidden, weight, labels, entropy=True)
+    (expected.log_prob * upstream).sum().backward()
+    here = data["hidden"][:, columns].clone().requires_grad_()
+    head = data["weight"].clone().requires_grad_()
+    found = linear_log_prob(here, head, labels[:, columns], entropy=True, sequence_group=group)
+    (found.log_prob * upstream[:, columns]).sum().backward()
+    for name, x in expected._asdict().items():
+        close(getattr(found, name).detach(), x.detach()[:, columns], name)
+    close(here.grad, hidden.grad[:, columns], "hidden")
+    dist.all_reduce(head.grad)
+    close(head.grad, weight.grad, "weight")
+    logits = (data["hidden"] @ data["weight"].t()).detach()
+    whole, part = logits.clone().requires_grad_(), logits[:, columns].clone().requires_grad_()
+    (log_prob(whole, labels).log_prob * upstream).sum().backward()
+    found = log_prob(part, labels[:, columns], sequence_group=group)
+    (found.log_prob * upstream[:, columns]).sum().backward()
+    close(part.grad, whole.grad[:, columns], "logits")
+    close(found.log_prob.detach(), expected.log_prob.detach()[:, columns], "of logits")
+    # What README does: every ratio is 1.
+    out = linear_topr_loss(
+        here,
+        head,
+        labels[:, columns],
+        found.log_prob.detach(),
+        data["reward"],
+        sequence_group=group,
+    )
+    assert out.log_ratio.abs().max() < 1e-12 and (out.length > 0).any()
+    with pytest.raises(ValueError, match="shift the labels before they are cut"):
+        offsets = torch.tensor([0, here.shape[1] * 5], dtype=torch.int32)
+        linear_log_prob(
+            here.flatten(0, 1),
+            head,
+            labels[:, columns].flatten(),
+            cu_seqlens=offsets,
+            sequence_group=group,
+        )
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_log_probs_of_sequences_in_pieces(world: int):
+    launch(world, "import test_parallel; test_parallel.scorer_worker()")
+
+
+def ambiguous_worker() -> None:
+    """As many packed tokens here as sequences: what log mu is, all processes decide together."""
+    rank, _ = start()
+    group = dist.group.WORLD
+    # Two sequences; process 0 holds one token of each, process 1 the other five.
+    pieces = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -0.7, -0.2, -0.1, -0.3])]
+    offsets = [[0, 1, 2], [0, 2, 5]][rank]
+    here = {
+        "log_prob": pieces[rank],
+        "mask": torch.ones(len(pieces[rank])),
+        "cu_seqlens": torch.tensor(offsets, dtype=torch.int32),
+        "reward": torch.tensor([1.0, -1.0]),
+    }
+    sums = torch.tensor([-2.2, -2.6])
+    out = topr_loss_from_log_prob(**here, behavior_log_prob=sums, sequence_group=group)
+    close(out.log_ratio, torch.zeros(2), "sums")
+    per_token = pieces[rank] + torch.tensor([[0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.2]][rank])
+    out = topr_loss_from_log_prob(**here, behavior_log_prob=per_token, sequence_group=group)
+    close(out.log_ratio, -torch.tensor([0.3, 0.7]), "per token")
+    with pytest.raises(ValueError, match="behavior_log_prob is per token on some"):
+        mixed = per_token[None] if rank == 0 else sums
+        topr_loss_from_log_prob(**here, behavior_log_prob=mixed, sequence_group=group)
+    # Unsound offsets in one piece, where values are not read on the host.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "values_readable", lambda *_: False)
+        if rank == 1:
+            here["cu_seqlens"] = torch.tensor([0, 2, 4], dtype=torch.int32)
+        out = topr_loss_from_log_prob(**here, behavior_log_prob=per_token, sequence_group=group)
+        assert out.loss.isnan()
+
+
+def test_what_log_mu_is_all_processes_decide_together():
+    launch(2, "import test_parallel; test_parallel.ambiguous_worker()")
+
+
+def test_rows_without_a_label_have_no_gradient_in_shards():
+    launch(2, "import test_parallel; test_parallel.unscored_worker()")
 
 
 def test_log_probs_of_a_vocabulary_in_shards():
@@ -406,6 +526,21 @@ def dtensor_worker() -> None:
     part = linear_topr_loss(hidden[share], gathered, **mine, limits=BOTH, normalizer=4)
     (3 * part.loss).backward()
     close(weight.grad.full_tensor(), whole["weight"], "weight, gathered")
+    # Logits as loss parallelism has them.
+    logits = (hidden.detach() @ weight.detach().full_tensor().t()).requires_grad_()
+    expected = topr_loss(logits, **data, limits=BOTH)
+    expected.loss.backward()
+    spread = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    found = topr_loss(spread, **data, limits=BOTH, process_group=group)
+    found.loss.backward()
+    compare(found, expected, "logits", MEASURED)
+    close(spread.grad.full_tensor(), logits.grad, "logits")
+    with pytest.raises(TypeError, match=r"logits: a DTensor; pass .*process_group="):
+        topr_loss(spread, **data)
+    with pytest.raises(ValueError, match=r"logits: a DTensor of .*expected \(Shard\(dim=2\),\)"):
+        log_prob(
+            spread.detach().redistribute(mesh, [Shard(0)]), data["labels"], process_group=group
+        )
     with pytest.raises(TypeError, match=r"process_group=weight\.device_mesh"):
         linear_topr_loss(hidden, weight, **data)
     replicated = weight.detach().redistribute(mesh, [Replicate()])
@@ -474,7 +609,7 @@ def pieces_worker() -> None:
     check_pieces_of_log_probs(group, columns)
     check_packed_pieces(group, rank, world)
     # All tokens here or none: a sequence that does not reach this piece has no row in it.
-    with pytest.raises(ValueError, match="number of sequences or in their rewards"):
+    with pytest.raises(ValueError, match=r"differ in .*reward"):
         data = piece(batch(torch.float64), columns)
         data.pop("bias")
         linear_topr_loss(**{**data, "reward": data["reward"] * (1 + rank)}, sequence_group=group)
@@ -600,13 +735,87 @@ def refusal_worker() -> None:
     rows = slice(cuts(world, False)[rank], cuts(world, False)[rank + 1])
     shard = {**data, "weight": data["weight"][rows]}
     other = {**shard, "labels": shard["labels"].roll(rank, 0)}
-    with pytest.raises(ValueError, match="differ in the sum over labels"):
+    with pytest.raises(ValueError, match="differ in labels"):
         linear_topr_loss(**other, process_group=group)
-    with pytest.raises(ValueError, match=r"shards of the head have \[\d+, 0\] rows"):
+    problem = r"weight: expected \[V, D\]" if rank == 1 else "process 1 of it refused its own"
+    with pytest.raises(ValueError, match=problem):
         empty = {**data, "weight": data["weight"][: V * (1 - rank)]}
         linear_topr_loss(**empty, process_group=group)
     with pytest.raises(ValueError, match="impl: got 'native' with process_group"):
         linear_topr_loss(**shard, process_group=group, impl="native")
+    mu, reward = data["behavior_log_prob"], data["reward"]
+    for name, here in (
+        ("reward", {"reward": reward * (1 - rank)}),
+        ("behavior_log_prob", {"behavior_log_prob": mu + 0.1 * rank}),
+        ("shape", {"hidden": torch.cat([data["hidden"]] * (1 + rank), -1), "weight": None}),
+        ("baseline", {"baseline": 0.1 * rank}),
+        ("limits", {"limits": (BOTH, TIS)[rank]}),
+        ("ratio", {"ratio": ("sequence", "geometric")[rank]}),
+        ("normalizer", {"normalizer": 3.0 + rank}),
+        ("options", {"temperature": 1.0 + rank}),
+        ("options", {"workspace_bytes": (1 + rank) << 20}),
+        ("requires_grad", {"hidden": data["hidden"].clone().requires_grad_(rank == 1)}),
+    ):
+        here = {**shard, **here}
+        if here["weight"] is None:
+            here["weight"] = torch.cat([shard["weight"]] * (1 + rank), -1)
+        with pytest.raises(ValueError, match=rf"process_group: its processes differ in .*{name}"):
+            linear_topr_loss(**here, process_group=group)
+    # log mu of each process may have its own rounding.
+    linear_topr_loss(**{**shard, "behavior_log_prob": mu + 1e-9 * rank}, process_group=group)
+    # What only one of them sees wrong in its own piece.
+    columns = slice(0, 5) if rank == 0 else slice(5, 12)
+    for wrong, problem in (
+        ({"labels": torch.full((5, columns.stop - columns.start), 999)}, "token ids in"),
+        ({"hidden": data["hidden"][:, :1]}, "labels: expected shape"),
+    ):
+        here = piece(data, columns)
+        here |= wrong if rank == 1 else {}
+        problem = problem if rank == 1 else "sequence_group: process 1 of it refused"
+        with pytest.raises(ValueError, match=problem):
+            linear_topr_loss(**here, sequence_group=group)
+    token = torch.zeros(5, 3)
+    for rewards, problem in ((reward * (1 + rank), "reward"), (reward[: 5 - rank], "reward")):
+        here = {"log_prob": token[: len(rewards)], "mask": token[: len(rewards)] == 0}
+        with pytest.raises(ValueError, match=f"sequence_group: .*differ in .*{problem}"):
+            topr_loss_from_log_prob(
+                **here,
+                behavior_log_prob=here["log_prob"],
+                reward=rewards.float(),
+                sequence_group=group,
+            )
+    for wrong in (True, "tp", SimpleNamespace(get_group=lambda: group)):
+        with pytest.raises(TypeError, match=r"process_group: got .*expected a torch.distributed"):
+            linear_topr_loss(**shard, process_group=wrong)
+    alone = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(TypeError, match="a group that this process is not in"):
+            linear_topr_loss(**shard, process_group=alone)
+
+
+def grid_refusal_worker() -> None:
+    """One of 2 x 2 processes refuses: the other row of the grid must hear of it too."""
+    rank, _ = start()
+    rows_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    column_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    data = batch(torch.float64)
+    data.pop("bias")
+    edges = cuts(2, False)
+    data["weight"] = data["weight"][edges[rank % 2] : edges[rank % 2 + 1]]
+    here = piece(data, slice(0, 5) if rank // 2 == 0 else slice(5, 12))
+    groups = {"process_group": rows_groups[rank // 2], "sequence_group": column_groups[rank % 2]}
+    for wrong, ranks in (
+        ({"temperature": -1.0}, [3]),
+        ({"labels": here["labels"] + 1000}, [3]),
+        ({"labels": here["labels"] + 1000}, [2, 3]),
+    ):
+        problem = r"temperature: expected|token ids in|differ in labels|refused its own"
+        with pytest.raises(ValueError, match=problem):
+            linear_topr_loss(**{**here, **(wrong if rank in ranks else {})}, **groups)
+
+
+def test_a_refusal_is_heard_across_a_grid():
+    launch(4, "import test_parallel; test_parallel.grid_refusal_worker()")
 
 
 def test_disagreement_raises_on_every_process():

@@ -175,14 +175,14 @@ def processes_worker() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 8, 16), torch.randn(50, 16)
     labels = torch.randint(0, 50, (3, 8))
-    mu = linear_log_prob(hidden, weight, labels).log_prob + 0.1
+    mu = linear_log_prob(hidden, weight, labels).log_prob
     columns = slice(0, 5) if rank == 0 else slice(5, 8)
     names: dict[str, Any] = {
         **{"linear_topr_loss": linear_topr_loss, "mesh": {"tp": Axis(), "cp": Axis()}},
         **{"hidden": hidden, "weight": weight, "labels": labels, "mu": mu},
         **{"weight_shard": weight[:20] if rank == 0 else weight[20:]},
         **{"hidden_piece": hidden[:, columns], "labels_piece": labels[:, columns]},
-        **{"mu_piece": mu[:, columns], "reward": torch.tensor([1.0, -1.0, -1.0])},
+        **{"frozen_piece": hidden[:, columns], "linear_log_prob": linear_log_prob, "reward": torch.tensor([1.0, -1.0, -1.0])},
     }
     expected = linear_topr_loss(hidden, weight, labels, mu, names["reward"]).loss
     first, second = block("Beyond one device").split("\n\n")

@@ -91,7 +91,7 @@ class Shard(NamedTuple):
     """The rows of the head that this process holds, of a vocabulary spread over a process group.
 
     Every process sees the same hidden states, labels and sequences, so all take the same path through
-    this file and meet in the same sums. What is summed: two vectors per tile in the row kernel, the
+    this file and meet in the same sums. What is summed: [n] and [3, n] per tile in the row kernel, the
     histogram of energies and two numbers in the selection of columns, the rows of d_hidden.
     """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topr_kernels import kernels, parallel, validation
+from topr_kernels.fused_linear import Shard
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets, to_labels, to_rows
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
@@ -27,6 +29,17 @@ class LogProbOutput(NamedTuple):
     entropy: Tensor
 
 
+class LogProbInputs(NamedTuple):
+    """Arguments of ``log_prob``, checked."""
+
+    x: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    temperature: float
+    softcap: float | None
+    impl: str
+
+
 def log_prob(
     logits: Tensor,
     labels: Tensor,
@@ -37,6 +50,7 @@ def log_prob(
     entropy: bool = False,
     shift: bool = True,
     process_group: Any = None,
+    sequence_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> LogProbOutput:
@@ -56,7 +70,11 @@ def log_prob(
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         process_group: of ``torch.distributed``, over whose processes the vocabulary is spread: the
             logits here are this process's columns, in the order of the ranks and not necessarily of one
-            number. Labels must be the same on each; so are the results.
+            number, or a DTensor of placement Shard(-1) over that group. Labels and options must be the
+            same on each; so are the results. Reads 40 bytes of each on the host.
+        sequence_group: over whose processes the tokens of each sequence are spread, in the order of the
+            ranks; needed where labels are shifted, across its borders. The backward is collective then.
+            Packed input: shift the labels before they are cut, and pass ``shift=False``.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -68,18 +86,25 @@ def log_prob(
         ValueError: shapes, devices or options that disagree; on eager CPU (or with ``debug``) also
             labels outside the vocabulary and unsound ``cu_seqlens``. Elsewhere those give NaN.
     """
-    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
-    temperature, softcap = validation.check_transforms(temperature, softcap)
-    shard = None if process_group is None else parallel.check_columns(process_group, impl, x, y)
-    if validation.values_readable(x, debug):
-        validation.check_values(y, x.shape[-1] if shard is None else shard.vocab, offsets)
-    if shard is not None:
-        out = _sharded(x, y, offsets, shard, process_group, softcap, temperature, entropy, shift)
-        return _aligned(out, labels, y, offsets)
-    name = kernels.resolve(impl, x)
-    out = ops.log_prob_fwd(x, y, offsets, temperature, softcap, entropy, shift, name)
-    log_prob, lse, _, ent = out
-    return _aligned((log_prob, lse, ent), labels, y, offsets)
+    groups = process_group, sequence_group
+    given, settled = parallel.settle(
+        *groups,
+        logits,
+        lambda: check_logits(
+            logits, labels, cu_seqlens, temperature, softcap, shift, *groups, impl
+        ),
+        lambda i: describe(
+            i.x, i.labels, i.cu_seqlens, i.x.shape[-1], i.x.shape[:-1], (*i[3:], entropy, shift)
+        ),
+        lambda i, vocab: _check_values(i.x, i.labels, i.cu_seqlens, vocab or i.x.shape[-1], debug),
+    )
+    pieces = shift and sequence_group is not None
+    if pieces:
+        moved = parallel.next_tokens(given.labels, IGNORE_INDEX, sequence_group)
+        given, shift = given._replace(labels=moved), False
+    out = token_log_probs(given, settled.shard, process_group, entropy, shift)
+    group = sequence_group if pieces else None
+    return _aligned(out, labels, given.labels, given.cu_seqlens, entropy, group)
 
 
 def linear_log_prob(
@@ -97,6 +122,7 @@ def linear_log_prob(
     grad_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     process_group: Any = None,
+    sequence_group: Any = None,
     impl: str = "auto",
     debug: bool = False,
 ) -> LogProbOutput:
@@ -121,6 +147,7 @@ def linear_log_prob(
         grad_tolerance: as in :func:`topr_kernels.linear_topr_loss`; None is 0.
         workspace_bytes: as in :func:`topr_kernels.linear_topr_loss`.
         process_group: as in :func:`topr_kernels.linear_topr_loss`.
+        sequence_group: as in :func:`log_prob`.
         impl: "auto" or the name of an implementation; an explicit one never falls back.
         debug: check values on the host even where that costs a device sync.
 
@@ -131,62 +158,153 @@ def linear_log_prob(
         TypeError: wrong type or dtype of an argument, or a head sharded over processes.
         ValueError: as :func:`log_prob`.
     """
-    x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
-    if process_group is not None:
-        weight, bias = parallel.local_rows(process_group, weight, bias)
-    spread = parallel.resolve(impl, process_group, None, weight, x, y)
-    head, bias, compute_dtype = validation.check_head(x, weight, bias)
-    logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
-    temperature, softcap = validation.check_transforms(temperature, softcap)
-    tolerance = validation.check_tolerance(grad_tolerance, compute_dtype, False, 0.0)
-    workspace = validation.check_workspace(workspace_bytes, x, spread.largest)
-    if validation.values_readable(x, debug):
-        validation.check_values(y, spread.vocab, offsets)
+
+    def check() -> tuple[validation.LinearInputs, float, str]:
+        parallel.check_shift(shift, sequence_group, cu_seqlens)
+        head = parallel.local_rows(process_group, weight, bias)
+        given = validation.check_linear(
+            hidden, head[0], labels, head[1], cu_seqlens, logit_scale, temperature, softcap
+        )
+        tolerance = validation.check_tolerance(grad_tolerance, given.compute_dtype, False, 0.0)
+        validation.check_workspace(workspace_bytes, given.x, given.weight.shape[0])
+        return given, tolerance, parallel.check_impl(impl, given.x, process_group, kernels.LINEAR)
+
+    def claims(checked: tuple[validation.LinearInputs, float, str]) -> parallel.Claims:
+        i, *options = checked
+        options += [*i[5:], workspace_bytes, entropy, shift]
+        return describe(i.x, i.labels, i.cu_seqlens, len(i.weight), i.x.shape, options)
+
+    (given, tolerance, name), settled = parallel.settle(
+        process_group,
+        sequence_group,
+        hidden,
+        check,
+        claims,
+        lambda c, vocab: _check_values(
+            c[0].x, c[0].labels, c[0].cu_seqlens, vocab or len(c[0].weight), debug
+        ),
+    )
+    y = given.labels
+    pieces = shift and sequence_group is not None
+    if pieces:
+        y, shift = parallel.next_tokens(y, IGNORE_INDEX, sequence_group), False
+    shard = settled.shard
+    largest = given.weight.shape[0] if shard is None else shard.largest
     out = linear_ops.linear_log_prob_fwd(
-        x,
-        head,
-        bias,
+        given.x,
+        given.weight,
+        given.bias,
         y,
-        offsets,
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
+        given.cu_seqlens,
+        given.compute_dtype,
+        given.logit_scale,
+        given.softcap,
+        given.temperature,
         entropy,
         shift,
         tolerance,
-        workspace,
-        spread.impl,
+        validation.check_workspace(workspace_bytes, given.x, largest),
+        parallel.serve(shard, process_group, None, name),
     )
-    return _aligned(out, labels, y, offsets)
+    group = sequence_group if pieces else None
+    return _aligned(out, labels, y, given.cu_seqlens, entropy, group)
 
 
-def _sharded(
+def describe(
     x: Tensor,
-    y: Tensor,
-    offsets: Tensor | None,
-    shard: Any,
-    group: Any,
-    softcap: float | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    size: int,
+    shape: torch.Size,
+    options: Iterable[object],
+) -> parallel.Claims:
+    """What the processes of the groups must agree on.
+
+    Args:
+        x: logits or hidden states.
+        labels: [O, T].
+        cu_seqlens: [B + 1] or None.
+        size: columns of the vocabulary that are here.
+        shape: what ``x`` has in common with those of other shards.
+        options: of the call.
+    """
+    shared = {
+        "options": tuple(options),
+        "dtype": x.dtype,
+        "requires_grad": x.requires_grad and torch.is_grad_enabled(),
+        "number of sequences": len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
+    }
+    tensors = {"labels": labels, "cu_seqlens": cu_seqlens}
+    whole = parallel.Facts({**shared, "shape": tuple(shape)}, tensors)
+    return parallel.Claims(size, whole, parallel.Facts(shared, {}))
+
+
+def _check_values(
+    x: Tensor, labels: Tensor, cu_seqlens: Tensor | None, vocab: int, debug: bool
+) -> None:
+    if validation.values_readable(x, debug):
+        validation.check_values(labels, vocab, cu_seqlens)
+
+
+def check_logits(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
     temperature: float,
-    entropy: bool,
+    softcap: float | None,
     shift: bool,
+    process_group: Any,
+    sequence_group: Any,
+    impl: str,
+) -> LogProbInputs:
+    """Checks all but values."""
+    parallel.check_shift(shift, sequence_group, cu_seqlens)
+    here = parallel.local_columns(process_group, logits)
+    rows = validation.check_rows(here, labels, cu_seqlens)
+    transforms = validation.check_transforms(temperature, softcap)
+    name = parallel.check_impl(impl, rows[0], process_group, kernels.LOGITS)
+    return LogProbInputs(*rows, *transforms, name)
+
+
+def token_log_probs(
+    given: LogProbInputs, shard: Shard | None, group: Any, entropy: bool, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_prob, lse, entropy) [O, T] of logits [O, T, V of the shard], aligned with the labels."""
+    """(log_prob, lse, entropy) [O, T] aligned with the labels; over a ``group`` for a ``shard``."""
+    x, y, offsets, temperature, softcap, name = given
+    if shard is None:
+        log_prob, lse, _, row_entropy = ops.log_prob_fwd(
+            x, y, offsets, temperature, softcap, entropy, shift, name
+        )
+        return log_prob, lse, row_entropy
     target = to_rows(scored_labels(y, offsets, shift), shift, IGNORE_INDEX)
     flat: tuple[Tensor, ...] = parallel.ShardedLogProb.apply(  # type: ignore[no-untyped-call]
-        x.flatten(0, 1), target.flatten(), shard, group, softcap, temperature, entropy
+        x, target.flatten(), shard, group, softcap, temperature, entropy
     )
     log_prob, lse, row_entropy = (to_labels(value.view(y.shape), shift) for value in flat)
     return log_prob, lse, row_entropy if entropy else torch.full_like(lse, torch.nan)
 
 
 def _aligned(
-    out: tuple[Tensor, Tensor, Tensor], labels: Tensor, y: Tensor, offsets: Tensor | None
+    out: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    y: Tensor,
+    offsets: Tensor | None,
+    entropy: bool,
+    group: Any,
 ) -> LogProbOutput:
-    """Results in the shape of the labels; NaN for offsets that are not sound."""
+    """Results in the shape of the labels; NaN for offsets that are not sound.
+
+    With a ``group`` they are moved to their labels across the pieces of the sequences.
+    """
+    if group is not None:
+        log_prob, lse, row_entropy = out
+        out = (
+            parallel.moved_to_labels(log_prob, 0.0, group),
+            parallel.previous_tokens(lse, 0.0, group),
+            parallel.previous_tokens(row_entropy, 0.0 if entropy else torch.nan, group),
+        )
     if offsets is not None:
         _, sound = sequence_offsets(y, offsets)
-        log_prob, lse, entropy = (torch.where(sound, x, torch.nan) for x in out)
-        out = log_prob, lse, entropy
+        log_prob, lse, row_entropy = (torch.where(sound, x, torch.nan) for x in out)
+        out = log_prob, lse, row_entropy
     return LogProbOutput(*(x.view(labels.shape) for x in out))

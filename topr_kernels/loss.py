@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from topr_kernels import kernels, parallel, validation
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
 from topr_kernels.limits import TOPR, Limits
-from topr_kernels.log_prob import log_prob
+from topr_kernels.log_prob import LogProbInputs, check_logits, describe, token_log_probs
 from topr_kernels.metrics import metrics
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
@@ -127,25 +127,18 @@ def topr_loss(
             raise ValueError(
                 "inplace: got True with a process group, where it is not served; pass inplace=False"
             )
-        transforms = {"temperature": temperature, "softcap": softcap, "entropy": entropy}
         return _spread_topr_loss(
             logits,
             labels,
-            behavior_log_prob,
-            reward,
             cu_seqlens,
+            _Sequences(
+                behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
+            ),
+            (temperature, softcap, entropy),
             shift,
             process_group,
             sequence_group,
-            {**transforms, "impl": impl, "debug": debug},
-            {
-                "limits": limits,
-                "ratio": ratio,
-                "baseline": baseline,
-                "reduction": reduction,
-                "normalizer": normalizer,
-                "debug": debug,
-            },
+            impl,
         )
     x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
     behavior, signed_reward, denominator = validation.check_sequences(
@@ -283,58 +276,74 @@ def linear_topr_loss(
         TypeError: wrong type or dtype of an argument, or a head sharded over processes.
         ValueError: as :func:`topr_loss`.
     """
-    x, y, offsets = validation.check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    given = _Sequences(
+        behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
+    )
+
+    def tolerance_of(i: validation.LinearInputs) -> float:
+        return validation.check_tolerance(
+            grad_tolerance, i.compute_dtype, not i.wanted[1], FROZEN_HEAD_TOLERANCE
+        )
+
+    def check() -> tuple[validation.LinearInputs, _Checked, str]:
+        parallel.check_shift(shift, sequence_group, cu_seqlens)
+        head = parallel.local_rows(process_group, weight, bias)
+        i = validation.check_linear(
+            hidden, head[0], labels, head[1], cu_seqlens, logit_scale, temperature, softcap
+        )
+        sequences = given.check(i.labels, i.cu_seqlens)
+        tolerance_of(i)
+        validation.check_workspace(workspace_bytes, i.x, i.weight.shape[0])
+        return i, sequences, parallel.check_impl(impl, i.x, process_group, kernels.LINEAR)
+
+    def claims(checked: tuple[validation.LinearInputs, _Checked, str]) -> parallel.Claims:
+        i, sequences, name = checked
+        options = (name, *i[5:], grad_tolerance, workspace_bytes, entropy, shift)
+        base = describe(i.x, i.labels, i.cu_seqlens, len(i.weight), i.x.shape, options)
+        return given.claims(base, sequences)
+
+    def check_values(
+        checked: tuple[validation.LinearInputs, _Checked, str], vocab: int | None
+    ) -> None:
+        i, sequences, _ = checked
+        if validation.values_readable(i.x, debug):
+            vocab = vocab or i.weight.shape[0]
+            validation.check_values(i.labels, vocab, i.cu_seqlens, sequences.reward, normalizer)
+
+    (inputs, sequences, name), settled = parallel.settle(
+        process_group, sequence_group, hidden, check, claims, check_values
+    )
+    y, behavior = inputs.labels, sequences.of_kind(settled.per_token)
     pieces_shift = shift and sequence_group is not None
     if pieces_shift:
-        _check_shift_of_pieces(offsets)
-    if process_group is not None:
-        weight, bias = parallel.local_rows(process_group, weight, bias)
-    spread = parallel.resolve(impl, process_group, sequence_group, weight, x, y, reward)
-    head, bias, compute_dtype = validation.check_head(x, weight, bias)
-    behavior, signed_reward, denominator = validation.check_sequences(
-        y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
-    )
-    limits = validation.check_limits(limits)
-    baseline = validation.check_number("baseline", baseline)
-    logit_scale = validation.check_number("logit_scale", logit_scale, positive=True)
-    temperature, softcap = validation.check_transforms(temperature, softcap)
-    wanted = [
-        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, head, bias)
-    ]
-    tolerance = validation.check_tolerance(
-        grad_tolerance, compute_dtype, not wanted[1], FROZEN_HEAD_TOLERANCE
-    )
-    workspace = validation.check_workspace(workspace_bytes, x, spread.largest)
-    if validation.values_readable(x, debug):
-        validation.check_values(y, spread.vocab, offsets, signed_reward, normalizer)
-    if pieces_shift:
         y, behavior = parallel.aligned(y, behavior, sequence_group)
+    largest = inputs.weight.shape[0] if settled.shard is None else settled.shard.largest
     out = linear_ops.linear_topr_fwd(
-        x,
-        head,
-        bias,
+        inputs.x,
+        inputs.weight,
+        inputs.bias,
         y,
-        offsets,
+        inputs.cu_seqlens,
         behavior,
-        signed_reward,
-        denominator,
-        *limits.log(),
+        sequences.reward,
+        sequences.denominator,
+        *sequences.limits.log(),
         ratio,
-        baseline,
+        sequences.baseline,
         reduction,
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
+        inputs.compute_dtype,
+        inputs.logit_scale,
+        inputs.softcap,
+        inputs.temperature,
         entropy,
         shift and not pieces_shift,
-        tolerance,
-        workspace,
-        *wanted,
-        spread.impl,
+        tolerance_of(inputs),
+        validation.check_workspace(workspace_bytes, inputs.x, largest),
+        *inputs.wanted,
+        parallel.serve(settled.shard, process_group, sequence_group, name),
     )
-    loss, _, log_prob, _, ent, token_log_ratio, *sequence, active_share, left_out = out[:13]
-    log_ratio, sequence_weight, objective, effective_reward, length = sequence
+    loss, _, log_prob, _, ent, token_log_ratio, *per_sequence, active_share, left_out = out[:13]
+    log_ratio, sequence_weight, objective, effective_reward, length = per_sequence
     result = TOPROutput(
         loss=loss,
         log_prob=log_prob.view(labels.shape),
@@ -400,41 +409,138 @@ def topr_loss_from_log_prob(
         TypeError: wrong type or dtype of an argument; half-precision log-probs among them.
         ValueError: as :func:`topr_loss`.
     """
-    x, scored, offsets = validation.check_token_log_prob(log_prob, mask, cu_seqlens)
-    behavior, signed_reward, denominator = validation.check_sequences(
-        scored, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
+    given = _Sequences(
+        behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
     )
-    limits = validation.check_limits(limits)
-    baseline = validation.check_number("baseline", baseline)
-    if validation.values_readable(x, debug):
-        validation.check_sequence_values(scored, offsets, signed_reward, normalizer)
+
+    def check() -> tuple[Tensor, Tensor, Tensor | None, _Checked]:
+        x, scored, offsets = validation.check_token_log_prob(log_prob, mask, cu_seqlens)
+        return x, scored, offsets, given.check(scored, offsets)
+
+    def claims(checked: tuple[Tensor, Tensor, Tensor | None, _Checked]) -> parallel.Claims:
+        x, scored, offsets, sequences = checked
+        return given.claims(describe(x, scored, offsets, 0, x.shape, ()), sequences)
+
+    def check_values(
+        checked: tuple[Tensor, Tensor, Tensor | None, _Checked], vocab: int | None
+    ) -> None:
+        x, scored, offsets, sequences = checked
+        if validation.values_readable(x, debug):
+            validation.check_sequence_values(scored, offsets, sequences.reward, normalizer)
+
+    (x, scored, offsets, sequences), settled = parallel.settle(
+        None, sequence_group, log_prob, check, claims, check_values
+    )
+    behavior = sequences.of_kind(settled.per_token)
+    return _from_log_prob(
+        x, scored, offsets, behavior, sequences, given, sequence_group, log_prob.shape
+    )
+
+
+class _Checked(NamedTuple):
+    """The arguments that belong to sequences, checked."""
+
+    #: [O, T] or [B]; [O, T] also where it could be either.
+    behavior: Tensor
+    reward: Tensor
+    denominator: Tensor | None
+    limits: Limits
+    baseline: float
+    #: PER_SEQUENCE, PER_TOKEN or both.
+    kind: int
+
+    def of_kind(self, per_token: bool) -> Tensor:
+        """Log mu as the processes have agreed to take it."""
+        either = self.kind == parallel.PER_SEQUENCE | parallel.PER_TOKEN
+        return self.behavior.reshape(-1) if either and not per_token else self.behavior
+
+
+class _Sequences(NamedTuple):
+    """The arguments that belong to sequences, as they came."""
+
+    behavior_log_prob: Tensor
+    reward: Tensor
+    limits: Limits
+    ratio: str
+    baseline: float
+    reduction: str
+    normalizer: float | Tensor | None
+    debug: bool
+
+    def check(self, labels: Tensor, cu_seqlens: Tensor | None) -> _Checked:
+        """Checks them against labels (or scored tokens) [O, T]."""
+        behavior, reward, denominator = validation.check_sequences(
+            labels,
+            cu_seqlens,
+            self.behavior_log_prob,
+            self.reward,
+            self.normalizer,
+            self.ratio,
+            self.reduction,
+        )
+        limits = validation.check_limits(self.limits)
+        baseline = validation.check_number("baseline", self.baseline)
+        kind = parallel.PER_TOKEN if behavior.dim() == 2 else parallel.PER_SEQUENCE
+        if self.behavior_log_prob.shape == reward.shape and self.ratio != "token":
+            kind |= parallel.PER_SEQUENCE
+        return _Checked(behavior, reward, denominator, limits, baseline, kind)
+
+    def claims(self, base: parallel.Claims, checked: _Checked) -> parallel.Claims:
+        """Adds what belongs to sequences to what the processes of the groups must agree on."""
+        options = {
+            "limits": checked.limits.log(),
+            "ratio": self.ratio,
+            "baseline": checked.baseline,
+            "reduction": self.reduction,
+            "dtype of behavior_log_prob": checked.behavior.dtype,
+        }
+        tensors = {"reward": checked.reward, "normalizer": checked.denominator}
+        whole = parallel.Facts(
+            {**base.whole.options, **options},
+            {**base.whole.tensors, **tensors},
+            checked.behavior,
+        )
+        summed = checked.of_kind(False) if checked.kind & parallel.PER_SEQUENCE else None
+        pieces = parallel.Facts({**base.pieces.options, **options}, tensors, summed)
+        return parallel.Claims(base.size, whole, pieces, checked.kind)
+
+
+def _from_log_prob(
+    x: Tensor,
+    scored: Tensor,
+    offsets: Tensor | None,
+    behavior: Tensor,
+    sequences: _Checked,
+    given: _Sequences,
+    group: Any,
+    shape: torch.Size,
+) -> TOPROutput:
+    """The sequence stage over log-probs [O, T]; results per token in ``shape``."""
     starts, sound = sequence_offsets(scored, offsets)
-    if sequence_group is not None:
-        parallel.check_pieces(sequence_group, signed_reward)
     x = torch.where(scored, x, 0.0)
     stage = SequenceStage(
         *SequenceLoss.apply(  # type: ignore[no-untyped-call]
             x,
             scored,
             behavior,
-            signed_reward,
+            sequences.reward,
             starts,
             sound,
-            denominator,
-            limits.log(),
-            ratio,
-            baseline,
-            reduction,
+            sequences.denominator,
+            sequences.limits.log(),
+            given.ratio,
+            sequences.baseline,
+            given.reduction,
             None,
-            parallel.total_of(sequence_group),
+            parallel.total_of(group),
         )
     )
     nan = torch.full_like(stage.loss, torch.nan, requires_grad=False)
     return TOPROutput(
         loss=stage.loss,
-        log_prob=x.detach().view(log_prob.shape),
-        entropy=nan.expand(log_prob.shape),
-        token_log_ratio=stage.token_log_ratio.view(log_prob.shape),
+        log_prob=x.detach().view(shape),
+        entropy=nan.expand(shape),
+        token_log_ratio=stage.token_log_ratio.view(shape),
         log_ratio=stage.log_ratio,
         weight=stage.weight,
         objective=stage.objective,
@@ -448,53 +554,61 @@ def topr_loss_from_log_prob(
 def _spread_topr_loss(
     logits: Tensor,
     labels: Tensor,
-    behavior: Tensor,
-    reward: Tensor,
     cu_seqlens: Tensor | None,
+    given: _Sequences,
+    transforms: tuple[float, float | None, bool],
     shift: bool,
     process_group: Any,
     sequence_group: Any,
-    rows: dict[str, Any],
-    sequences: dict[str, Any],
+    impl: str,
 ) -> TOPROutput:
     """``topr_loss`` in its two stages, each over its process group."""
-    validation.check_rows(logits, labels, cu_seqlens)
+
+    def check() -> tuple[LogProbInputs, _Checked]:
+        i = check_logits(
+            logits, labels, cu_seqlens, *transforms[:2], shift, process_group, sequence_group, impl
+        )
+        return i, given.check(i.labels, i.cu_seqlens)
+
+    def claims(checked: tuple[LogProbInputs, _Checked]) -> parallel.Claims:
+        i, sequences = checked
+        options = (*i[3:], transforms[2], shift)
+        size, shape = i.x.shape[-1], i.x.shape[:-1]
+        return given.claims(describe(i.x, i.labels, i.cu_seqlens, size, shape, options), sequences)
+
+    def check_values(checked: tuple[LogProbInputs, _Checked], vocab: int | None) -> None:
+        i, sequences = checked
+        if validation.values_readable(i.x, given.debug):
+            vocab = vocab or i.x.shape[-1]
+            validation.check_values(
+                i.labels, vocab, i.cu_seqlens, sequences.reward, given.normalizer
+            )
+
+    (inputs, sequences), settled = parallel.settle(
+        process_group, sequence_group, logits, check, claims, check_values
+    )
+    y, behavior = inputs.labels, sequences.of_kind(settled.per_token)
     pieces_shift = shift and sequence_group is not None
     if pieces_shift:
-        _check_shift_of_pieces(cu_seqlens)
-        labels, behavior = parallel.aligned(labels, behavior, sequence_group)
-    token = log_prob(
-        logits,
-        labels,
-        cu_seqlens=cu_seqlens,
-        shift=shift and not pieces_shift,
-        process_group=process_group,
-        **rows,
+        y, behavior = parallel.aligned(y, behavior, sequence_group)
+        shift = False
+    token = token_log_probs(
+        inputs._replace(labels=y), settled.shard, process_group, transforms[2], shift
     )
-    _, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
-    mask = scored_labels(y, offsets, shift and not pieces_shift) != IGNORE_INDEX
-    out = topr_loss_from_log_prob(
-        token.log_prob,
-        mask.view(labels.shape),
+    scored = scored_labels(y, inputs.cu_seqlens, shift) != IGNORE_INDEX
+    out = _from_log_prob(
+        token[0],
+        scored,
+        inputs.cu_seqlens,
         behavior,
-        reward,
-        cu_seqlens=cu_seqlens,
-        sequence_group=sequence_group,
-        **sequences,
-    )._replace(entropy=token.entropy)
+        sequences,
+        given,
+        sequence_group,
+        labels.shape,
+    )._replace(entropy=token[2].view(labels.shape))
     if not pieces_shift:
         return out
-    return out._replace(
-        **_back_to_labels(out, rows["entropy"], behavior.dim() == 1, sequence_group)
-    )
-
-
-def _check_shift_of_pieces(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        raise ValueError(
-            "shift: got True with cu_seqlens and sequence_group; where the pieces of packed sequences "
-            "meet is not known here: shift the labels before they are cut, and pass shift=False"
-        )
+    return out._replace(**_back_to_labels(out, transforms[2], behavior.dim() == 1, sequence_group))
 
 
 def _back_to_labels(out: TOPROutput, entropy: bool, summed: bool, group: Any) -> dict[str, Tensor]:

@@ -7,8 +7,12 @@ before any work, so that a mistake raises on all of them and nobody waits for ev
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,94 +27,279 @@ from topr_kernels.rows import transform_
 # torch.distributed is imported where it is used: some builds of torch come without it.
 
 
+T = TypeVar("T")
+#: What ``torch.distributed.new_group`` gives to a process outside of the group.
+NON_MEMBER = -100
 #: Elements of a block of logits that is transformed at a time.
 BLOCK = 1 << 22
 
 
-class Spread(NamedTuple):
-    """How a fused-linear call is served.
+class Facts(NamedTuple):
+    """What the processes of a group must agree on.
 
     Attributes:
-        impl: name of the implementation.
-        vocab: size of the whole vocabulary.
-        largest: rows of the head in the largest shard.
+        options: compared by their ``repr``.
+        tensors: compared by shape, dtype and every bit; None where an argument is absent.
+        behavior: log mu, where it must be the same but for rounding; compared by sums.
     """
 
-    impl: str
-    vocab: int
-    largest: int
+    options: Mapping[str, object]
+    tensors: Mapping[str, Tensor | None]
+    behavior: Tensor | None = None
 
 
-def resolve(
-    impl: str,
-    vocab_group: Any,
+class Settled(NamedTuple):
+    """What the processes of a call have agreed on.
+
+    Attributes:
+        shard: the part of the vocabulary that is here; None for the whole.
+        per_token: whether a log mu that could be either is per token.
+    """
+
+    shard: Shard | None
+    per_token: bool
+
+
+#: What a log mu can be by its shape: for packed input with as many tokens as sequences it can be both.
+PER_SEQUENCE, PER_TOKEN = 1, 2
+
+
+class Claims(NamedTuple):
+    """What a process tells the others of its groups before any work.
+
+    Attributes:
+        size: columns of the vocabulary that are here.
+        whole: what the processes that share a vocabulary must agree on.
+        pieces: what the processes that share the sequences must agree on.
+        behavior: PER_SEQUENCE, PER_TOKEN or both.
+    """
+
+    size: int
+    whole: Facts
+    pieces: Facts
+    behavior: int = PER_TOKEN
+
+
+def settle(
+    process_group: Any,
     sequence_group: Any,
-    weight: object,
-    hidden: Tensor,
-    labels: Tensor,
-    reward: object = None,
-) -> Spread:
-    """Name of the implementation of a fused-linear call over process groups; registers it.
+    x: object,
+    check: Callable[[], T],
+    claims: Callable[[T], Claims],
+    check_values: Callable[[T, int | None], None],
+) -> tuple[T, Settled]:
+    """Checks the arguments of a call, and raises on all of its processes if one of them must.
 
-    With neither group that of a single process. Each group costs an all-gather of a few numbers.
+    One all-gather of 40 bytes per group, read on the host. Nobody raises before every group of the
+    call has heard of it: else its other processes would wait for the next collective. With neither
+    group the checks alone.
 
     Args:
-        impl: "auto" or a name.
-        vocab_group: over which the head is spread, or None.
+        process_group: over which the vocabulary is spread, or None.
         sequence_group: over which the sequences are spread, or None.
-        weight: the rows of the head that are here.
-        hidden: [O, T, D], checked.
-        labels: [O, T], checked.
-        reward: [B]; for ``sequence_group``.
+        x: a tensor of the call; not checked yet.
+        check: checks all but values, and returns the arguments.
+        claims: what the other processes are to be told of them.
+        check_values: checks values; given the size of the whole vocabulary, None for that which is here.
+
+    Returns:
+        What ``check`` returned, and what the processes agreed on.
 
     Raises:
-        ValueError: as :func:`topr_kernels.kernels.resolve`; on every process, if those of a group
-            disagree in what they must share, or one has no rows of the head.
+        TypeError: from ``check``.
+        ValueError: from ``check`` and ``check_values``; if another process refused its arguments, or
+            they differ in what they must share.
     """
-    # A tensor that is no head raises later, on its own process.
-    size = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
-    if vocab_group is None:
-        name = kernels.resolve(impl, hidden, kernels.LINEAR)
-        if sequence_group is None:
-            return Spread(name, size, size)
-        tile, vocab, largest = kernels.linear_tile(name), size, size
-    else:
-        if impl not in ("auto", "torch"):
-            raise ValueError(
-                f"impl: got {impl!r} with process_group, which 'torch' alone serves; use 'auto'"
-            )
-        shard = _shard(vocab_group, size, hidden, labels)
-        kernels.load(kernels.LINEAR["torch"])
-        tile = kernels.shard_tile(shard, partial(_max, vocab_group))
-        name = f"vocabulary:{vocab_group.group_name}:{shard.start}:{shard.largest}:{shard.vocab}"
-        vocab, largest = shard.vocab, shard.largest
+    if process_group is None and sequence_group is None:
+        found = check()
+        check_values(found, None)
+        return found, Settled(None, True)
+    for name, group in (("process_group", process_group), ("sequence_group", sequence_group)):
+        check_group(name, group)
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    problem: Exception | None = None
+    result: tuple[T, Claims] | None = None
+    try:
+        arguments = check()
+        result = arguments, claims(arguments)
+    except (TypeError, ValueError) as error:
+        problem = error
+    here = None if result is None else result[1]
+    shard = None
+    if process_group is not None:
+        size, whole = (0, None) if here is None else (here.size, here.whole)
+        problem, sizes, near = _agree("process_group", process_group, device, problem, whole, size)
+        if problem is None and not near:
+            problem = _difference("process_group", ["behavior_log_prob"], {})
+        start = sum(sizes[: _rank(process_group)])
+        shard = Shard(start, max(sizes), sum(sizes), partial(_sum, process_group))
+    if problem is None and result is not None:
+        try:
+            check_values(result[0], None if shard is None else shard.vocab)
+        except ValueError as error:
+            problem = error
+    common = PER_SEQUENCE | PER_TOKEN
     if sequence_group is not None:
-        check_pieces(sequence_group, reward)
+        kind, pieces = (0, None) if here is None else (here.behavior, here.pieces)
+        problem, kinds, near = _agree(
+            "sequence_group", sequence_group, device, problem, pieces, kind
+        )
+        common = functools.reduce(operator.and_, kinds, common)
+        if problem is None and common == 0:
+            problem = ValueError(
+                "sequence_group: behavior_log_prob is per token on some of its processes and summed per "
+                "sequence on others; pass one form on all (packed per token: [1, N])"
+            )
+        if problem is None and not near and common == PER_SEQUENCE:
+            problem = _difference("sequence_group", ["behavior_log_prob"], {})
+    if problem is not None:
+        raise problem
+    assert result is not None
+    # With as many packed tokens as sequences it is taken per token, if that is so on all processes.
+    return result[0], Settled(shard, bool(common & PER_TOKEN))
+
+
+def _agree(
+    name: str,
+    group: Any,
+    device: torch.device,
+    problem: Exception | None,
+    facts: Facts | None,
+    local: int,
+) -> tuple[Exception | None, list[int], bool]:
+    """-> (what to raise, ``local`` of each process, whether log mu is the same but for rounding)."""
+    digests = _digests(facts, device) if facts is not None else torch.zeros(0, dtype=torch.int64)
+    digests = digests.to(device)
+    odd = 2 * torch.arange(len(digests), device=device) + 1
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    if facts is not None and facts.behavior is not None:
+        places = torch.arange(facts.behavior.numel(), device=device) % 1024 + 1
+        x = facts.behavior.double().flatten().nan_to_num() * places
+        sums = torch.stack([x.sum(), x.abs().sum()])
+    host = torch.tensor([local, int(problem is not None)], device=device)
+    found = _gathered(torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)]), group)
+    rows = found.tolist()
+    locals_ = [row[0] for row in rows]
+    refused = [rank for rank, row in enumerate(rows) if row[1]]
+    if problem is None and refused:
+        problem = ValueError(
+            f"{name}: process {refused[0]} of it refused its own arguments; see the error there"
+        )
+    if refused:
+        return problem, locals_, True
+    assert facts is not None
+    names = [*facts.options, *facts.tensors]
+    differ: list[str] = []
+    if len({row[2] for row in rows}) > 1:
+        # All processes see this, and come here.
+        each = _gathered(digests, group).t().tolist()
+        differ = [n for n, values in zip(names, each, strict=True) if len(set(values)) > 1]
+    total, size = found[:, 3:].contiguous().view(torch.float64).unbind(1)
+    near = bool((total - total[0]).abs().max() <= 1e-4 * size.max())
+    if differ:
+        problem = _difference(name, differ, facts.options)
+    return problem, locals_, near
+
+
+def _difference(name: str, differ: Sequence[str], options: Mapping[str, object]) -> ValueError:
+    here = [f"{n}={options[n]!r}" for n in differ if n in options]
+    shown = f" (here {', '.join(here)})" if here else ""
+    same = {
+        "process_group": "the vocabulary is spread over them: pass the same hidden states, labels, "
+        "sequences and options on each",
+        "sequence_group": "pass the same sequences, rewards and options on each, and of the tokens its "
+        "own piece (none, for a sequence that ends earlier)",
+    }
+    return ValueError(f"{name}: its processes differ in {', '.join(differ)}{shown}; {same[name]}")
+
+
+def _digests(facts: Facts, device: torch.device) -> Tensor:
+    """[number of facts] int64, equal where the facts are, and hardly elsewhere."""
+    host = [_hash(repr(value)) for value in facts.options.values()]
+    sums = []
+    for x in facts.tensors.values():
+        described = "" if x is None else f"{tuple(x.shape)} {x.dtype}"
+        total = torch.full((), _hash(described), device=device)
+        if x is not None and x.numel():
+            bits = x.detach().double().view(torch.int64) if x.is_floating_point() else x.long()
+            odd = 2 * torch.arange(x.numel(), device=device) + 1
+            total = total + (bits.flatten() * odd).sum()
+        sums.append(total)
+    return torch.stack([*torch.tensor(host, dtype=torch.int64, device=device), *sums])
+
+
+def _hash(text: str) -> int:
+    # Python's own differs from process to process.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def check_group(name: str, group: object) -> None:
+    """Checks that a group is one of ``torch.distributed`` that this process is in, or None."""
+    import torch.distributed as dist
+
+    if group is None or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0):
+        return
+    remedy = "; pass mesh.get_group()" if hasattr(group, "get_group") else ""
+    what = "a group that this process is not in" if group == NON_MEMBER else repr(group)
+    raise TypeError(
+        f"{name}: got {what}; expected a torch.distributed.ProcessGroup of this process, or None{remedy}"
+    )
+
+
+def serve(shard: Shard | None, process_group: Any, sequence_group: Any, name: str) -> str:
+    """Registers the fused-linear operators over process groups; returns their name.
+
+    Args:
+        shard: the part of the vocabulary that is here.
+        process_group: over which the vocabulary is spread, or None.
+        sequence_group: over which the sequences are spread, or None.
+        name: of the implementation that serves one process.
+    """
+    if shard is None and sequence_group is None:
+        return name
+    if shard is None:
+        tile = kernels.linear_tile(name)
+    else:
+        kernels.load(kernels.LINEAR["torch"])
+        tile = kernels.shard_tile(shard, partial(_max, process_group))
+        name = f"vocabulary:{process_group.group_name}:{shard.start}:{shard.largest}:{shard.vocab}"
+    if sequence_group is not None:
         name = f"{name}/sequences:{sequence_group.group_name}"
         tile = tile._replace(total=partial(_sum, sequence_group))
     linear_ops.register(name, linear_kernels(tile))
-    return Spread(name, vocab, largest)
+    return name
 
 
-def check_columns(group: Any, impl: str, logits: Tensor, labels: Tensor) -> Shard:
-    """Finds which columns of the logits [O, T, V of the shard] are here; one all-gather.
+def check_shift(shift: bool, sequence_group: Any, cu_seqlens: object) -> None:
+    """Refuses a shift across the pieces of packed sequences."""
+    if shift and sequence_group is not None and cu_seqlens is not None:
+        raise ValueError(
+            "shift: got True with cu_seqlens and sequence_group; where the pieces of packed sequences "
+            "meet is not known here: shift the labels before they are cut, and pass shift=False"
+        )
+
+
+def check_impl(impl: str, x: Tensor, process_group: Any, path: dict[str, str]) -> str:
+    """Name of the implementation of a call, on ``path``.
 
     Raises:
-        ValueError: if ``impl`` is not served; on every process, if they disagree in the labels or one
-            has no columns.
+        ValueError: as :func:`topr_kernels.kernels.resolve`; if ``impl`` does not serve the group.
     """
+    if process_group is None:
+        return kernels.resolve(impl, x, path)
     if impl not in ("auto", "torch"):
         raise ValueError(
             f"impl: got {impl!r} with process_group, which 'torch' alone serves; use 'auto'"
         )
-    return _shard(group, logits.shape[-1], logits[..., :0], labels)
+    return "torch"
 
 
 class ShardedLogProb(torch.autograd.Function):
     """log softmax at the labels over logits whose columns are spread; (log_prob, lse, entropy).
 
     Two all-reduces in the forward, of [N] and [3, N]; none in the backward. Blocks of rows bound the
-    temporaries; the gradient has the dtype of the logits.
+    temporaries; the gradient has the dtype of the logits. Rows of label IGNORE_INDEX have no gradient,
+    whatever comes from above, and nothing in them is read for another.
     """
 
     @staticmethod
@@ -124,13 +313,13 @@ class ShardedLogProb(torch.autograd.Function):
         temperature: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> each [N]; logits [N, V of the shard], label [N], IGNORE_INDEX for a row of no meaning."""
+        """-> each [N]; logits [O, T, V of the shard], label [N], IGNORE_INDEX in rows of no meaning."""
         wide = accumulate_dtype(logits.dtype)
-        n, vocab = logits.shape
+        n, vocab = label.numel(), logits.shape[-1]
         index, here = shard.local(label, vocab)
 
         def block(part: slice) -> Tensor:
-            return transform_(logits[part].to(wide, copy=True), 1.0, softcap, temperature)
+            return transform_(_rows(logits, part, wide), 1.0, softcap, temperature)
 
         parts = _blocks(n, vocab)
         top = logits.new_full((n,), -torch.inf, dtype=wide)
@@ -159,7 +348,7 @@ class ShardedLogProb(torch.autograd.Function):
         row_entropy = (log_total - surprise / total) if entropy else torch.full_like(lse, torch.nan)
         lse, row_entropy = lse.masked_fill(ignored, 0.0), row_entropy.masked_fill(ignored, 0.0)
         row_entropy = row_entropy if entropy else torch.full_like(lse, torch.nan)
-        ctx.save_for_backward(logits, index, here, log_prob, top, log_total)
+        ctx.save_for_backward(logits, index, here, log_prob, top, log_total, ignored)
         ctx.transforms = softcap, temperature
         ctx.mark_non_differentiable(lse, row_entropy)
         ctx.set_materialize_grads(False)
@@ -175,11 +364,13 @@ class ShardedLogProb(torch.autograd.Function):
                 "the gradient of log_prob over a process_group is not differentiable a second time "
                 "(create_graph=True); for second derivatives use topr_kernels.reference"
             )
-        logits, index, here, log_prob, top, log_total = ctx.saved_tensors
+        logits, index, here, log_prob, top, log_total, ignored = ctx.saved_tensors
         softcap, temperature = ctx.transforms
-        gradient = torch.empty_like(logits)
-        for part in _blocks(*logits.shape):
-            z = transform_(logits[part].to(top.dtype, copy=True), 1.0, softcap, temperature)
+        d = d.masked_fill(ignored, 0.0)
+        gradient = logits.new_empty(logits.shape)
+        flat = gradient.view(-1, logits.shape[-1])
+        for part in _blocks(*flat.shape):
+            z = transform_(_rows(logits, part, top.dtype), 1.0, softcap, temperature)
             slope = None if softcap is None else 1 - (z * (temperature / softcap)).square()
             j = z.sub_(top[part].unsqueeze(-1)).sub_(log_total[part].unsqueeze(-1)).exp_().neg_()
             # The true class in the arithmetic dtype: 1 - p_y = -expm1(log p_y) keeps every digit.
@@ -188,8 +379,16 @@ class ShardedLogProb(torch.autograd.Function):
             if slope is not None:
                 j.mul_(slope)
             c = d[part].unsqueeze(-1)
-            gradient[part] = torch.where(c == 0, 0.0, j * (c / temperature)).to(gradient.dtype)
+            flat[part] = torch.where(c == 0, 0.0, j * (c / temperature)).to(flat.dtype)
         return (gradient, *(None,) * 6)
+
+
+def _rows(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """A copy of some of the rows of [O, T, V], whatever its strides."""
+    t = x.shape[1]
+    row = torch.arange(part.start, part.stop, device=x.device)
+    # By two indices: flattening a slice of the logits would copy all of them.
+    return x[row // t, row % t].to(dtype)
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
@@ -201,7 +400,7 @@ def local_rows(group: Any, *tensors: Any) -> tuple[Any, ...]:
     """The rows of head and bias that this process holds, of DTensors in shards of the vocabulary.
 
     Args:
-        group: over which the head is spread.
+        group: over which the head is spread, or None.
         *tensors: plain tensors and None are returned as they are; a DTensor as its local rows, whose
             gradient goes back to the DTensor in the same placement.
 
@@ -210,6 +409,8 @@ def local_rows(group: Any, *tensors: Any) -> tuple[Any, ...]:
     """
     import torch.distributed as dist
 
+    if group is None:
+        return tensors
     for x in tensors:
         if not hasattr(x, "device_mesh"):
             continue
@@ -221,6 +422,45 @@ def local_rows(group: Any, *tensors: Any) -> tuple[Any, ...]:
                 "(weight.device_mesh.get_group()), or redistribute it"
             )
     return tuple(x.to_local() if hasattr(x, "device_mesh") else x for x in tensors)
+
+
+def local_columns(group: Any, logits: Any) -> Any:
+    """The columns of the logits that this process holds, of a DTensor as loss parallelism has them.
+
+    Raises:
+        ValueError: if a DTensor is not spread over its last dimension and that group.
+    """
+    import torch.distributed as dist
+
+    if group is None or not hasattr(logits, "device_mesh"):
+        return logits
+    mesh, ranks = logits.device_mesh.mesh.tolist(), dist.get_process_group_ranks(group)
+    last = logits.dim() - 1
+    if len(logits.placements) != 1 or not logits.placements[0].is_shard(last) or mesh != ranks:
+        raise ValueError(
+            f"logits: a DTensor of placements {logits.placements} over ranks {mesh}; expected "
+            f"(Shard(dim={last}),) over the ranks {ranks} of process_group"
+        )
+    return logits.to_local()
+
+
+class _Moved(torch.autograd.Function):
+    """``previous_tokens`` of something differentiable; its backward is a collective too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fill: float, group: Any) -> Tensor:
+        ctx.group = group
+        return previous_tokens(x, fill, group)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        return next_tokens(d.contiguous(), 0.0, ctx.group), None, None
+
+
+def moved_to_labels(x: Tensor, fill: float, group: Any) -> Tensor:
+    """A tensor per row moved to the labels, across the pieces of the sequences; differentiable."""
+    moved: Tensor = _Moved.apply(x, fill, group)  # type: ignore[no-untyped-call]
+    return moved
 
 
 def next_tokens(x: Tensor, fill: float, group: Any) -> Tensor:
@@ -265,62 +505,27 @@ def total_of(group: Any) -> partial[Tensor] | None:
     return None if group is None else partial(_sum, group)
 
 
-def _shard(group: Any, size: int, hidden: Tensor, labels: Tensor) -> Shard:
-    """Shards follow each other in the order of the ranks, and may differ in size."""
-    import torch.distributed as dist
-
-    own = torch.tensor([size, hidden.shape[-1], labels.numel(), 0], device=labels.device)
-    # Positions count, so that swapped labels show too.
-    places = torch.arange(1, labels.numel() + 1, device=labels.device).view_as(labels)
-    own[3] = (labels * places).sum()
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, own, group=group)
-    sizes, *shared = torch.stack(found).t().tolist()
-    names = ("D of hidden", "number of labels", "sum over labels")
-    for name, values in zip(names, shared, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"process_group: its processes differ in the {name}: {values}; the vocabulary is spread "
-                "over them, so each must be given the same hidden states, labels and sequences"
-            )
-    if min(sizes) == 0:
-        raise ValueError(
-            f"process_group: shards of the head have {sizes} rows; expected at least one on each process"
-        )
-    start = sum(sizes[: dist.get_rank(group)])
-    return Shard(start, max(sizes), sum(sizes), partial(_sum, group))
-
-
-def check_pieces(group: Any, reward: object) -> None:
-    """Raises ``ValueError`` on all processes of a group if their sequences differ."""
-    import torch.distributed as dist
-
-    if not isinstance(reward, Tensor):
-        return
-    places = torch.arange(1, reward.numel() + 1, device=reward.device)
-    own = torch.stack([places.sum().double(), (reward.detach().double() * places).sum()])
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, own, group=group)
-    # NaN compares with itself here, and raises where rewards are checked.
-    values = torch.stack(found).nan_to_num(0.0).tolist()
-    if any(v != values[0] for v in values):
-        raise ValueError(
-            "sequence_group: its processes differ in the number of sequences or in their rewards; each "
-            "must be given the same sequences, of which it holds the tokens of its own piece (none, for "
-            "a sequence that ends earlier)"
-        )
-
-
 def _all_gather(x: Tensor, present: bool, group: Any) -> list[Tensor | None]:
     """[B, 1] of every process, None of one that has no column."""
+    # One more row says whether the rest means anything; a row of x may be NaN.
+    found = _gathered(torch.cat([x, x.new_full((1, 1), present)]), group)
+    flags = found[:, -1, 0].tolist()
+    return [f[:-1] if flag else None for f, flag in zip(found, flags, strict=True)]
+
+
+def _gathered(x: Tensor, group: Any) -> Tensor:
+    """[n, ...]: a tensor of every process."""
     import torch.distributed as dist
 
-    # One more row says whether the rest means anything; a row of x may be NaN.
-    own = torch.cat([x, x.new_full((1, 1), present)])
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, own, group=group)
-    flags = torch.stack([f[-1, 0] for f in found]).tolist()
-    return [f[:-1] if flag else None for f, flag in zip(found, flags, strict=True)]
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, x, group=group)
+    return torch.stack(found)
+
+
+def _rank(group: Any) -> int:
+    import torch.distributed as dist
+
+    return int(dist.get_rank(group))
 
 
 def _sum(group: Any, x: Tensor) -> Tensor:

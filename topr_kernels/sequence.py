@@ -106,7 +106,9 @@ def sequence_stage(
     if length is None:
         length = segment_sum(scored_flat, offsets).to(torch.int64)
         if total is not None:
-            total(length)
+            # Offsets that are unsound in one piece poison all.
+            counts = total(torch.cat([length, (~sound).to(torch.int64)[None]]))
+            length, sound = counts[:-1], counts[-1] == 0
     if behavior_log_prob.dim() == 2:
         difference = log_prob.double() - behavior_log_prob.double()
         difference = torch.where(scored, difference, 0.0).reshape(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ def check_rows(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name}: a DTensor; pass what is here, {name}.to_local(), or the whole, "
+            f"{name}.full_tensor(); logits in shards of the vocabulary with process_group="
+        )
     x = check_tensor(name, x, LOGITS_DTYPES, x.device)
     if x.dim() not in (2, 3) or x.shape[-1] == 0:
         raise ValueError(
@@ -154,6 +160,8 @@ def check_token_log_prob(
         raise ValueError(
             f"mask: expected shape {tuple(log_prob.shape)} like log_prob, got {tuple(mask.shape)}"
         )
+    if mask.is_floating_point() and values_readable(mask, False) and mask.isnan().any():
+        raise ValueError("mask: got NaN; expected 0 or 1 for each token")
     mask = mask != 0
     if cu_seqlens is None:
         if log_prob.dim() != 2:
@@ -250,6 +258,58 @@ def check_tolerance(
             f"out, below 1, e.g. 2 ** -10, got {tolerance}"
         )
     return tolerance
+
+
+class LinearInputs(NamedTuple):
+    """What the fused-linear functions have in common, checked.
+
+    Attributes:
+        x: [O, T, D].
+        labels: [O, T].
+        cu_seqlens: [B + 1] or None.
+        weight: [V, D].
+        bias: [V] or None.
+        compute_dtype: of the operands of the matmuls.
+        logit_scale: multiplies the logits.
+        temperature: divides them.
+        softcap: caps them, or None.
+        wanted: which of x, weight and bias need a gradient.
+    """
+
+    x: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    compute_dtype: torch.dtype
+    logit_scale: float
+    temperature: float
+    softcap: float | None
+    wanted: tuple[bool, bool, bool]
+
+
+def check_linear(
+    hidden: object,
+    weight: object,
+    labels: object,
+    bias: object,
+    cu_seqlens: object,
+    logit_scale: float,
+    temperature: float,
+    softcap: float | None,
+) -> LinearInputs:
+    """Checks hidden states, head, labels and transforms."""
+    x, y, offsets = check_rows(hidden, labels, cu_seqlens, "hidden", "D")
+    head, bias, compute_dtype = check_head(x, weight, bias)
+    grad = torch.is_grad_enabled()
+    wanted = (
+        x.requires_grad and grad,
+        head.requires_grad and grad,
+        bias is not None and bias.requires_grad and grad,
+    )
+    logit_scale = check_number("logit_scale", logit_scale, positive=True)
+    transforms = check_transforms(temperature, softcap)
+    return LinearInputs(x, y, offsets, head, bias, compute_dtype, logit_scale, *transforms, wanted)
 
 
 def check_workspace(workspace_bytes: object, hidden: Tensor, vocab: int) -> int:
