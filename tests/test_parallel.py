@@ -714,6 +714,14 @@ def grid_worker() -> None:
         close(part["hidden"], whole["hidden"][share], "hidden")
         dist.all_reduce(part["weight"], group=other_group)
         close(part["weight"], whole["weight"][rows], "weight")
+    data = batch(torch.float64)
+    expected = linear_log_prob(data["hidden"], data["weight"], data["labels"])
+    groups = {"process_group": vocab_group, "sequence_group": other_group}
+    here = [data["hidden"][:, columns], data["weight"][rows], data["labels"][:, columns]]
+    for kind in (linear_log_prob, log_prob):
+        if kind is log_prob:
+            here = [here[0] @ here[1].t(), here[2]]
+        close(kind(*here, **groups).log_prob, expected.log_prob[:, columns], kind.__name__)
     x = torch.arange(6.0).view(1, 6)[:, 3 * (rank // 2) : 3 * (rank // 2) + 3]
     moved = next_tokens(x, -1.0, other_group)
     assert moved.tolist() == [[[1.0, 2, 3]], [[4.0, 5, -1]]][rank // 2]
@@ -761,7 +769,10 @@ def refusal_worker() -> None:
             here["weight"] = torch.cat([shard["weight"]] * (1 + rank), -1)
         with pytest.raises(ValueError, match=rf"process_group: its processes differ in .*{name}"):
             linear_topr_loss(**here, process_group=group)
-    # log mu of each process may have its own rounding.
+    # log mu of each process may have its own rounding; -inf and NaN are values like others.
+    odd = mu.clone()
+    odd[0, -1], odd[0, -2] = -torch.inf, torch.nan
+    assert linear_topr_loss(**{**shard, "behavior_log_prob": odd}, process_group=group).loss.isnan()
     linear_topr_loss(**{**shard, "behavior_log_prob": mu + 1e-9 * rank}, process_group=group)
     # What only one of them sees wrong in its own piece.
     columns = slice(0, 5) if rank == 0 else slice(5, 12)

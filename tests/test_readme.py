@@ -182,7 +182,11 @@ def processes_worker() -> None:
         **{"hidden": hidden, "weight": weight, "labels": labels, "mu": mu},
         **{"weight_shard": weight[:20] if rank == 0 else weight[20:]},
         **{"hidden_piece": hidden[:, columns], "labels_piece": labels[:, columns]},
-        **{"frozen_piece": hidden[:, columns], "linear_log_prob": linear_log_prob, "reward": torch.tensor([1.0, -1.0, -1.0])},
+        **{
+            "frozen_piece": hidden[:, columns],
+            "linear_log_prob": linear_log_prob,
+            "reward": torch.tensor([1.0, -1.0, -1.0]),
+        },
     }
     expected = linear_topr_loss(hidden, weight, labels, mu, names["reward"]).loss
     first, second = block("Beyond one device").split("\n\n")

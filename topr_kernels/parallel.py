@@ -174,7 +174,7 @@ def _agree(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     if facts is not None and facts.behavior is not None:
         places = torch.arange(facts.behavior.numel(), device=device) % 1024 + 1
-        x = facts.behavior.double().flatten().nan_to_num() * places
+        x = facts.behavior.double().flatten().nan_to_num(0.0, 0.0, 0.0) * places
         sums = torch.stack([x.sum(), x.abs().sum()])
     host = torch.tensor([local, int(problem is not None)], device=device)
     found = _gathered(torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)]), group)
