@@ -26,10 +26,12 @@ from typing import Any
 import torch
 
 from benchmarks import providers
-from benchmarks.engine import Bench, Interrupted, Job, Results, summary
+from benchmarks.engine import QUICK, Bench, Interrupted, Job, Results, of_providers, summary
+from benchmarks.suites.end_to_end import WHOLE
 
 SUITES = ("throughput", "accuracy", "memory", "end_to_end", "scaling")
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+OUT = Path("runs/benchmarks")
 
 
 def all_jobs(device: str, quick: bool) -> list[tuple[str, Job]]:
@@ -110,19 +112,20 @@ def run(
         now: the clock of the deadline.
     """
     progress = Progress(len(jobs))
-    bench.say, bench.tick = progress.say, progress.tick
+    bench.say, bench.tick, bench.now = progress.say, progress.tick, now
+    i = 0
     end = now() + 60 * minutes if minutes is not None else None
     failed = False
     try:
         for i, (suite, job) in enumerate(jobs):
-            bench.suite, bench.job = suite, job.name
+            bench.suite, bench.job, bench.hurried = suite, job.name, False
             progress.job(job.name)
             bench.say(f"\n[{i + 1}/{len(jobs)}] {job.name}")
             if end is not None:
                 left = sum(j.weight for _, j in jobs[i:])
                 bench.deadline = now() + (end - now()) * job.weight / left
                 if now() >= end:
-                    bench.drop({}, "", "not measured", f"out of time after {minutes} minutes")
+                    bench.drop({}, "", "not measured", f"out of time after {minutes:g} minutes")
                     bench.flush()
                     continue
             try:
@@ -138,10 +141,17 @@ def run(
                 bench.flush()
                 failed = True
                 continue
-            bench.add({}, "", "finished")
+            if bench.hurried:
+                bench.add({}, "", "partly measured", note="out of time")
+            else:
+                bench.add({}, "", "finished", note=of_providers(bench.wanted))
             bench.flush()
             progress.done()
     except KeyboardInterrupt:
+        for suite, job in jobs[i:]:
+            bench.suite, bench.job = suite, job.name
+            kept = job is jobs[i][1]
+            bench.add({}, "", "partly measured" if kept else "not measured", note="interrupted")
         bench.flush()
         bench.say(f"interrupted: what was measured is in {bench.results.path}")
         return 130
@@ -178,8 +188,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", nargs="+", default=[], metavar="WORD", help="those with one in their name"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny inputs; figures mean nothing")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of CSVs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"tiny inputs; figures mean nothing and go to a folder of their own, {QUICK}",
+    )
+    parser.add_argument("--out", type=Path, help=f"folder of CSVs, default {OUT}")
     parser.add_argument("--repetitions", type=int, default=None, help="default 5; quick: 2")
     parser.add_argument(
         "--minutes", type=float, default=None, help="fewer repetitions in this time"
@@ -188,7 +202,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="jobs and providers; runs nothing")
     parser.add_argument("--compare", metavar="REV", help="this tree against a revision")
     parser.add_argument("--limit", type=float, default=1.1, help="ratio that --compare allows")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.repetitions is not None and args.repetitions < 1:
+        parser.error(
+            f"--repetitions: expected at least 1, got {args.repetitions}; leave it out for the default"
+        )
+    if args.minutes is not None and not args.minutes >= 0:
+        parser.error(
+            f"--minutes: expected at least 0, got {args.minutes}; leave it out for no limit"
+        )
+    if args.compare:
+        ignored = ("providers", "minutes", "out", "resume", "list")
+        given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [], False)]
+        if given:
+            parser.error(
+                f"--compare: expected no {', '.join(given)}, which it has no use for: it measures two "
+                "revisions of this package and writes no CSV; leave out what it does not take"
+            )
+    return args
+
+
+def known(words: list[str], device: str) -> None:
+    """Refuses a word of ``--providers`` that is in no provider's name."""
+    if not words:  # the peers take seconds to import
+        return
+    names = dict.fromkeys((*providers.linear(device), *providers.logits(device), WHOLE))
+    for word in words:
+        if not any(word in name for name in names):
+            raise SystemExit(
+                f"--providers: expected words that are in a provider's name, got {word!r}; there are "
+                + ", ".join(names)
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,10 +244,15 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compare:
         from benchmarks.compare import compare
 
-        with terminated_as_interrupted():
-            return compare(
-                args.compare, device, args.filter, args.quick, args.repetitions, args.limit
-            )
+        try:
+            with terminated_as_interrupted():
+                return compare(
+                    args.compare, device, args.filter, args.quick, args.repetitions, args.limit
+                )
+        except KeyboardInterrupt:
+            print("interrupted: what was compared stands above")
+            return 130
+    known(args.providers, device)
     jobs = [
         (suite, job)
         for suite, job in all_jobs(device, args.quick)
@@ -212,9 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list:
         describe(device, jobs)
         return 0
-    results = Results(args.out, device)
+    results = Results(args.out or OUT, device, args.quick)
     if args.resume:
-        there = results.finished()
+        there = results.finished(args.providers)
         jobs = [(suite, job) for suite, job in jobs if job.name not in there]
         print(f"--resume: {len(there)} jobs are finished, {len(jobs)} to do")
         if not jobs:

@@ -53,6 +53,8 @@ class Case:
     reward: Tensor
     of: Tensor
     length: Tensor
+    #: Whether a repetition is more than a provider's loss: the check does not warm it up.
+    whole = False
 
     def __init__(self) -> None:
         self.aside: dict[str, Any] = {}
@@ -76,6 +78,10 @@ class Case:
             peak = torch.cuda.max_memory_allocated() - held
             found["peak_bytes"] = float(peak - gradient_bytes(leaves))
         return found
+
+    def search(self, provider: Provider, loss: Loss, clock: Clock, trained: bool) -> float:
+        """Milliseconds by which the settings of a provider are compared."""
+        return self.repetition(provider, loss, clock, trained)["total_ms"]
 
     def floors(self, clock: Clock, trained: bool) -> dict[str, Callable[[], dict[str, float]]]:
         """What no provider can do without, measured in the same rounds."""
@@ -255,7 +261,7 @@ class LogitsCase(Case):
 
     def __init__(self, rows: int, vocab: int, device: str, dtype: torch.dtype) -> None:
         super().__init__()
-        t = min(SEQUENCE, rows)
+        t = min(SEQUENCE, rows // 2)  # at least two sequences, one of each sign
         b = rows // t
         g = torch.Generator(device).manual_seed(0)
         self.label, self.device, self.dtype = "4 randn", device, dtype
@@ -363,6 +369,6 @@ def per_token(log_probs: Mapping[str, LogProb]) -> Provider:
 
 
 def absent(error: Exception) -> Provider:
-    """A provider that cannot be imported."""
+    """A provider that cannot be imported, for whatever reason."""
     kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
     return Provider(missing=f"{kind}{error}".splitlines()[0][:120])

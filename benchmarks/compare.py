@@ -127,7 +127,7 @@ def serve(package: str, device: str, quick: bool) -> None:
             provider: Provider = ours.from_hidden(tolerance)
         else:
             provider = Provider({"": ours._loss("auto", inplace)}, ours=True, inplace=inplace)
-        loss = provider.settings[""]
+        loss = next(iter(provider.settings.values()))
         if command == "check":
             dtype_name = str(dtype).removeprefix("torch.")
             return why_red(provider, dtype_name, errors(case, provider, loss, trained))

@@ -1,10 +1,10 @@
 """The protocol of a measurement, and the CSV it ends in.
 
 For each case: (1) the fp64 truth of loss and gradients from the same inputs; (2) every provider runs
-at each of its settings and keeps the fastest; (3) its loss and gradients are compared with the truth.
-One of ours that is red gets no number; a peer is shown with the error it has; what is missing or
-fails is a row that says so. (4) The rest takes turns with the floors, cold, and the medians and
-deciles of the rounds are appended to the CSV of the machine.
+at each of its settings, warm, and keeps the fastest; (3) its loss and gradients are compared with the
+truth. One of ours that is red gets no number; a peer is shown with the error it has; what is missing or
+fails is a row that says so. (4) The rest takes turns with the floors, cold, and the medians and deciles
+of the rounds are appended to the CSV of the machine. What fails in a round is such a row, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Loss, Provider
-from benchmarks.measure import Clock, deciles, environment, interleave
+from benchmarks.measure import FEWEST, Clock, deciles, environment, interleave
 
 COLUMNS = (
     *("suite", "job", "path", "provider", "setting", "kind", "mode"),
@@ -38,8 +39,13 @@ TOLERANCE_LIMIT = 1.5e-2
 #: Absolute and relative, of the loss.
 LOSS_LIMIT = 1e-3
 CHUNK = 1 << 24
-#: A setting that takes so many times the best one so far is not tried again.
-HOPELESS = 5
+#: Folder of what ``--quick`` writes: figures of random data must never meet real ones.
+QUICK = "quick"
+#: A setting that takes so many times as long as the best is not timed again.
+HOPELESS = 1.5
+#: Every time is also shown as a ratio to this provider's in the same round.
+REFERENCE = "torch eager"
+UNCHECKED = "not compared with fp64 at this size"
 
 
 class Job(NamedTuple):
@@ -55,10 +61,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Results:
-    """Appends to the CSV of this machine in a folder."""
+    """Appends to the CSV of this machine in a folder; ``quick`` to one in a folder of its own inside."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, quick: bool = False) -> None:
         self.where = environment(device)
+        folder = folder / QUICK if quick else folder
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", self.where["machine"].lower()).strip("-")
         self.path = folder / f"{name}.csv"
@@ -84,8 +91,12 @@ class Results:
                 writer.writeheader()
             writer.writerows({**row, **self.where} for row in rows)
 
-    def finished(self) -> set[str]:
-        """Jobs that this commit has finished on this machine with these versions, nothing dirty."""
+    def finished(self, wanted: Iterable[str] = ()) -> set[str]:
+        """Jobs that this commit has finished on this machine with these versions, nothing dirty.
+
+        Args:
+            wanted: the words of ``--providers``; a run of all providers has finished these too.
+        """
         if not self.path.exists() or self.where["dirty"] == "True":
             return set()
         same = ("commit", "dirty", "machine", "torch", "versions")
@@ -93,8 +104,15 @@ class Results:
             return {
                 row["job"]
                 for row in csv.DictReader(f)
-                if row["metric"] == "finished" and all(row[k] == self.where[k] for k in same)
+                if row["metric"] == "finished" and row["note"] in ("", of_providers(wanted))
+                if all(row[k] == self.where[k] for k in same)
             }
+
+
+def of_providers(wanted: Iterable[str]) -> str:
+    """Note of a job that was run with ``--providers``; "" without."""
+    words = sorted(set(wanted))
+    return "--providers " + " | ".join(words) if words else ""
 
 
 class Bench:
@@ -125,9 +143,11 @@ class Bench:
         self.repetitions, self.wanted = repetitions, tuple(wanted)
         self.say, self.tick = say, tick
         self.clock = Clock(device)
+        self.now: Callable[[], float] = time.monotonic
         self.deadline = math.inf
         self.suite = self.job = ""
         self.red: set[str] = set()
+        self.hurried = False
         self.best: dict[Any, str] = {}
         self._rows: list[dict[str, Any]] = []
 
@@ -167,10 +187,22 @@ class Bench:
         rows, self._rows = self._rows, []
         self.results.append(rows)
 
-    def drop(self, facts: Mapping[str, Any], provider: str, why: str, note: str) -> None:
-        """Lists a provider that gets no number: ``why`` is "missing", "failed" or "red"."""
+    def drop(
+        self, facts: Mapping[str, Any], provider: str, why: str, note: str, ours: bool = False
+    ) -> None:
+        """Lists a provider that gets no number.
+
+        Args:
+            facts: columns of the case.
+            provider: its name; "" for the whole job.
+            why: "missing", "failed", "red", "does not fit" or "not measured".
+            note: the reason.
+            ours: one of ours that fails is red.
+        """
         self.add(facts, provider, why, note=note)
         self.say(f"  {provider}: {why}: {note}")
+        if ours:
+            self.red.add(provider)
 
 
 def compare(got: Tensor, exact: Tensor) -> dict[str, tuple[float, ...]]:
@@ -240,7 +272,7 @@ def summary(error: BaseException) -> str:
 def fastest(
     bench: Bench, name: str, provider: Provider, case: Case, facts: Mapping[str, Any], trained: bool
 ) -> tuple[str, Loss]:
-    """Warms every setting up and returns the one whose better of two runs is the fastest.
+    """The setting whose better of two warm runs is the fastest; only one setting is not run at all.
 
     A shape is searched once, on its first data; times depend on values in ours alone, which have one.
     """
@@ -248,23 +280,29 @@ def fastest(
     settings = dict(provider.settings)
     if key in bench.best:
         settings = {bench.best[key]: settings[bench.best[key]]}
-    times: dict[str, float] = {}
-    for setting, loss in settings.items():
+    if len(settings) == 1:
+        return next(iter(settings.items()))
+
+    def run(setting: str) -> float:
         bench.tick(f"{name} {setting}")
+        return case.search(provider, settings[setting], bench.clock, trained)
+
+    times: dict[str, float] = {}
+    last = ""
+    for setting in settings:
         try:
-            first = case.repetition(provider, loss, bench.clock, trained)["total_ms"]
-            times[setting] = first
-            if len(settings) > 1 and first <= HOPELESS * min(times.values()):
-                again = case.repetition(provider, loss, bench.clock, trained)["total_ms"]
-                times[setting] = min(first, again)
+            run(setting)  # compiles and tunes: its time says nothing about the setting
+            times[setting] = run(setting)
         except Exception as error:  # one setting may be illegal at this shape
-            if len(settings) == 1:
-                raise
-            bench.say(f"  {name}, {setting}: {summary(error)}")
+            last = f"{setting}: {summary(error)}"
+            bench.say(f"  {name}, {last}")
     if not times:
-        raise RuntimeError("no setting works")
-    if len(settings) > 1:
-        bench.say(f"  {name}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in times.items()))
+        raise RuntimeError(f"no setting works; {last}")
+    hopeless = HOPELESS * min(times.values())
+    for setting, first in times.items():
+        if first <= hopeless:
+            times[setting] = min(first, run(setting))
+    bench.say(f"  {name}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in times.items()))
     best = bench.best[key] = min(times, key=times.__getitem__)
     return best, settings[best]
 
@@ -280,66 +318,100 @@ def measure_case(
     """Measures every provider on a case and writes the rows; raises Interrupted after Ctrl-C.
 
     Args:
-        bench: the run.
+        bench: the run. Peers for which its deadline leaves no time are listed as not measured.
         case: the inputs.
         found: providers by name.
         facts: columns of the case.
         trained: with a gradient of the head.
-        checked: False where fp64 of the case takes too long; what was red before stays out.
+        checked: False where fp64 of the case takes too long, which the rows say; what was red before
+            stays out.
     """
     facts = {**facts, "mode": ("trained" if trained else "frozen") if "dim" in facts else ""}
     bench.say(", ".join(f"{k} {v}" for k, v in facts.items() if v != ""))
+    selected = bench.select(found)
+    if not selected:
+        bench.say(f"  nothing here has a name with one of {list(bench.wanted)}")
+        return
     chosen: dict[str, tuple[str, Loss]] = {}
     wrong: dict[str, dict[str, tuple[float, ...]]] = {}
-    for name, provider in bench.select(found).items():
+    spent = 0.0
+    for name, provider in selected.items():
         if provider.missing:
             bench.drop(facts, name, "missing", provider.missing)
             continue
         if name in bench.red:
             bench.drop(facts, name, "red", "in an earlier case of this run")
             continue
+        # The rounds are still to come. A first run takes longer than those: two for three.
+        late = bench.now() + (FEWEST - 1) * spent > bench.deadline
+        if late and not (provider.ours or name == REFERENCE):
+            bench.drop(facts, name, "not measured", "out of time")
+            bench.hurried = True
+            continue
         bench.tick(name)
         try:
             setting, loss = fastest(bench, name, provider, case, facts, trained)
+            start = bench.now()
             against = errors(case, provider, loss, trained) if checked else {}
+            if case.whole or not checked:  # else the check has warmed it up
+                case.repetition(provider, loss, bench.clock, trained)
+            spent += bench.now() - start
         except Exception as error:  # a peer that cannot do this shape says so and is left out
-            bench.drop(facts, name, "failed", summary(error))
-            if provider.ours:
-                bench.red.add(name)
+            bench.drop(facts, name, "failed", summary(error), provider.ours)
             continue
         finally:
-            if case.device == "cuda":
-                torch.cuda.empty_cache()
+            _release(case)
         about = {"setting": setting, "kind": provider.kind}
         red = why_red(provider, facts["dtype"], against) if provider.ours and checked else ""
         if red:
-            bench.red.add(name)
-            bench.drop(facts, name, "red", red)
+            bench.drop(facts, name, "red", red, ours=True)
             continue
         chosen[name], wrong[name] = (setting, loss), against
         for metric, value in against.items():
             bench.add(facts, name, metric, value, **about)
-    calls: dict[str, Callable[[], dict[str, float]]] = dict(case.floors(bench.clock, trained))
-    floors = set(calls)
+
+    def failed(name: str, error: Exception) -> None:
+        ours = name in found and found[name].ours
+        bench.drop(facts, name, "failed", f"in a round: {summary(error)}", ours)
+        _release(case)
+
+    calls: dict[str, Callable[[], dict[str, float]]] = {}
+    floors = case.floors(bench.clock, trained)
+    for name, floor in floors.items():
+        try:
+            floor()  # warm-up; the others had theirs
+            calls[name] = floor
+        except Exception as error:
+            failed(name, error)
     for name, (_, loss) in chosen.items():
         calls[name] = lambda p=found[name], f=loss: case.repetition(p, f, bench.clock, trained)
-    for name in floors:  # warm-up; the others had theirs
-        calls[name]()
-    samples, interrupted = interleave(calls, bench.repetitions, bench.deadline, bench.tick)
-    unit = [run["total_ms"] for run in samples.get("matmul", ())]
+    samples, interrupted = interleave(
+        calls, bench.repetitions, bench.deadline, bench.tick, bench.now, failed
+    )
+    totals = {name: [run["total_ms"] for run in runs] for name, runs in samples.items()}
+    unit, reference = totals.get("matmul", []), totals.get(REFERENCE, [])
     for name, runs in samples.items():
-        count = {"repetitions": len(runs)}
+        count: dict[str, Any] = {"repetitions": len(runs)}
         if name not in floors:
             count |= {"setting": chosen[name][0], "kind": found[name].kind}
+            count |= {} if checked else {"note": UNCHECKED}
         for metric in runs[0]:
             bench.add(facts, name, metric, deciles([run[metric] for run in runs]), **count)
         if unit and name != "matmul":
-            ratios = [run["total_ms"] / one for run, one in zip(runs, unit, strict=True)]
+            ratios = [total / one for total, one in zip(totals[name], unit, strict=True)]
             bench.add(facts, name, "total_per_matmul", deciles(ratios), **count)
+        if reference and name not in floors:
+            ratios = [one / total for total, one in zip(totals[name], reference, strict=True)]
+            bench.add(facts, name, "eager_per_total", deciles(ratios), **count)
         _show(bench, name, runs, unit, wrong.get(name, {}), chosen.get(name, ("",))[0])
     bench.flush()
     if interrupted:
         raise Interrupted
+
+
+def _release(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _show(

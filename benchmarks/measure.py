@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl", "liger_kernel", "cut_cross_entropy", "quack_kernels", "verl", "transformers")
+SOURCES = ("topr_kernels", "csrc", "benchmarks")
 #: Larger than the last-level cache of what this has run on: 32 MiB of a CPU, 50 MiB of an H200.
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 #: A case that is over its share of the time stops after as many repetitions.
@@ -79,6 +80,7 @@ def interleave(
     deadline: float = math.inf,
     tick: Callable[[str], None] = lambda name: None,
     now: Callable[[], float] = time.monotonic,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> tuple[dict[str, list[Sample]], bool]:
     """Samples of every call, in turns, and whether Ctrl-C ended it.
 
@@ -89,16 +91,26 @@ def interleave(
         deadline: by ``now``.
         tick: told the name of each call before it.
         now: the clock of the deadline.
+        failed: told of a call that raises, which then has no samples, and the rest goes on; without it
+            the error is raised.
     """
     names = list(calls)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     done = 0
     try:
-        while done < repetitions and (done < FEWEST or now() < deadline):
-            start = done % max(1, len(names))
+        while samples and done < repetitions and (done < FEWEST or now() < deadline):
+            start = done % len(names)
             for name in names[start:] + names[:start]:
+                if name not in samples:
+                    continue
                 tick(name)
-                samples[name].append(calls[name]())
+                try:
+                    samples[name].append(calls[name]())
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    del samples[name]
+                    failed(name, error)
             done += 1
     except KeyboardInterrupt:
         if not done:
@@ -120,10 +132,14 @@ def environment(device: str) -> dict[str, Any]:
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    # Of files that git does not know those count that are imported or compiled; notes do not.
+    sources = [f"{folder}/*.{kind}" for folder in SOURCES for kind in ("py", "cpp", "h")]
+    added = git("ls-files", "--others", "--exclude-standard", "--", *sources)
     return {
         "commit": commit,
         # A copy without its history cannot say that it is clean.
-        "dirty": str(not commit or bool(git("status", "--porcelain", "--untracked-files=no"))),
+        "dirty": str(not commit or bool(changed) or bool(added)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -131,7 +147,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 

@@ -4,8 +4,10 @@
     python -m benchmarks.report --figures            # and PNGs beside the CSVs
     python -m benchmarks.report --write README.md    # and replaces the tables of the same head there
 
-Where something was measured several times, the last one counts. What is missing, failed or red stands
-under its table. CSVs of before the runner are read as well, until a new run replaces them.
+Where something was measured several times, the last one counts; what then got no number loses the
+earlier ones. What is missing, failed, red or was not measured stands under its table. A ratio to eager
+is one within the rounds of a run. What ``--quick`` wrote is in a folder of its own. CSVs of before the
+runner are read as well, until a new run replaces them.
 """
 
 from __future__ import annotations
@@ -13,15 +15,21 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import COLUMNS
+from benchmarks.engine import COLUMNS, QUICK, REFERENCE, UNCHECKED
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
-NO_NUMBER = ("missing", "failed", "red", "does not fit")
+#: Metrics of a row without a number; all but the last also say that earlier numbers no longer hold.
+NO_NUMBER = ("missing", "failed", "red", "does not fit", "not measured")
+#: Columns that tell cases apart; a suite whose rows without a number cannot know them all has fewer.
+CASE = ("device", "machine", "suite", "path", "mode", "rows", "vocab", "dtype")
+CASE_MORE = ("dim", "entropy", "data")
+JOB = ("device", "machine", "suite", "job")
+ALONE = ", the sum alone"
 #: Okabe and Ito's colours: told apart by colour-blind readers; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
@@ -42,7 +50,35 @@ def load(folder: Path) -> list[Row]:
             found += rows
         elif path.name in BEFORE:
             found += [dict.fromkeys(COLUMNS, "") | row for row in BEFORE[path.name](rows)]
-    return found
+    return current(found)
+
+
+def current(rows: list[Row]) -> list[Row]:
+    """Rows that still hold, in the order of time.
+
+    A row without a number deletes the earlier rows of its provider and case; any other row those without
+    a number. "not measured" deletes nothing. A job that failed as a whole deletes its earlier rows.
+    """
+    found: dict[tuple[str, ...], list[Row]] = {}
+    in_time = sorted(rows, key=lambda r: r["time"])  # stable: within a run the order of the file
+    for row in in_time:
+        if not row["provider"]:
+            key = tuple(row[k] for k in JOB)
+            if row["metric"] == "failed":
+                for there in found.values():
+                    there[:] = [r for r in there if tuple(r[k] for k in JOB) != key]
+            found[key] = [row]
+            continue
+        key = (row["provider"].removesuffix(ALONE), *(row[k] for k in CASE))
+        if row["suite"] != "memory":  # whose children alone know more of a case
+            key += tuple(row[k] for k in CASE_MORE)
+        there = found.setdefault(key, [])
+        if row["metric"] == "not measured" and there:
+            continue
+        if row["metric"] in NO_NUMBER or (there and there[-1]["metric"] in NO_NUMBER):
+            there.clear()
+        there.append(row)
+    return [row for there in found.values() for row in there]
 
 
 def _linear_before(rows: list[Row]) -> Iterator[Row]:
@@ -63,14 +99,20 @@ def _logits_before(rows: list[Row]) -> Iterator[Row]:
 
 
 def _memory_before(rows: list[Row]) -> Iterator[Row]:
+    there = {(row["provider"], row["rows"]) for row in rows}
     for row in rows:
-        same = row | {"suite": "memory", "path": "linear", "median": row["value"]}
-        yield same
+        yield row | {"suite": "memory", "path": "linear", "median": row["value"]}
+    # That script left out in silence what did not fit, and nothing else.
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        for size, (first, *_) in groups(rows, "rows"):
+            if (name, *size) not in there:
+                same = first | {"provider": name, "metric": "does not fit"}
+                yield same | {"suite": "memory", "path": "linear"}
 
 
 def _accuracy_before(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
-        alone = ", the sum alone" if row["test"] == "reduction" else ""
+        alone = ALONE if row["test"] == "reduction" else ""
         what = "log_prob" if row["length"] == "1" else "log_ratio"
         for metric in ("mean", "spread", "max"):
             yield row | {
@@ -117,16 +159,67 @@ def milliseconds(value: float, device: str) -> str:
     return f"{value:.0f}" if device == "cpu" and value >= 10 else f"{value:.2f}"
 
 
-def absent(rows: list[Row]) -> list[str]:
-    """A line that lists who got no number, and why; none if there is nobody."""
-    measured = {r["provider"] for r in rows if r["metric"] not in NO_NUMBER}
-    notes = {r["provider"]: r for r in rows if r["metric"] in NO_NUMBER and r["provider"]}
-    listed = [
-        f"{name} ({r['metric']}{': ' + r['note'] if r['note'] else ''})"
-        for name, r in notes.items()
-        if name not in measured
-    ]
+def absent(
+    part: list[Row], case_of: Callable[[Row], str], numbers: Iterable[tuple[str, str]]
+) -> list[str]:
+    """A line that lists who got no number where, and why; none if there is nobody.
+
+    Args:
+        part: rows of a table.
+        case_of: the name of a row's case.
+        numbers: (provider, case) of every cell that has a number.
+    """
+    there = dict.fromkeys(numbers)
+    part = [r for r in part if r["provider"]]
+    why = {
+        (r["provider"], case_of(r)): r["metric"] + (f": {r['note']}" if r["note"] else "")
+        for r in part
+        if r["metric"] in NO_NUMBER
+    }
+    cases = list(dict.fromkeys(case_of(r) for r in part))
+    listed = []
+    for name in dict.fromkeys(k[0] for k in (*there, *why)):
+        reasons: dict[str, list[str]] = {}
+        for case in cases:
+            if (name, case) not in there:
+                reasons.setdefault(why.get((name, case), "not measured"), []).append(case)
+        for reason, at in reasons.items():
+            where = "" if len(at) == len(cases) else " at " + ", ".join(at)
+            listed.append(f"{name}{where} ({reason})")
     return ["Without a number: " + "; ".join(listed) + "."] if listed else []
+
+
+def unfinished(rows: list[Row]) -> Iterator[str]:
+    """A line with the jobs that did not run to their end the last time, and why."""
+    jobs = [r for r in rows if not r["provider"] and r["metric"] != "finished"]
+    for (device, machine), here in groups(jobs, "device", "machine"):
+        where = "" if device == "cpu" else f" on {machine}"
+        listed = (f"{r['job']} ({r['metric']}{': ' * bool(r['note'])}{r['note']})" for r in here)
+        yield f"Jobs that did not run to their end{where}: " + "; ".join(listed) + "."
+
+
+def nats(row: Row) -> str:
+    """The case of a row where cases differ by entropy."""
+    return f"{float(row['entropy']):.1f} nats"
+
+
+def ratio_to_eager(own: Row, measured: Row | None, eager: Row | None) -> float | None:
+    """How many times as long eager takes: of the rounds of the run that gave the time.
+
+    Args:
+        own: row of the provider's time.
+        measured: row of the ratio, where there is one.
+        eager: of eager's time; CSVs of before the runner have no ratios.
+    """
+
+    def same_run(other: Row) -> bool:
+        return all(own[k] == other[k] for k in ("time", "commit"))
+
+    if measured is not None:
+        return float(measured["median"]) if same_run(measured) else None
+    if eager is not None and not own["time"] and same_run(eager):
+        return float(eager["median"]) / float(own["median"])
+    return None
 
 
 def place(row: Row) -> str:
@@ -140,10 +233,10 @@ def throughput(rows: list[Row]) -> Iterator[str]:
     """Milliseconds, ratio to eager and errors of every provider, a table per mode and shape."""
     keys = ("device", "machine", "rows", "dim", "vocab", "dtype", "mode")
     for (device, *_, mode), part in groups(of_suite(rows, "throughput", "linear"), *keys):
-        found: dict[tuple[str, str, str], float] = {}
+        found: dict[tuple[str, str, str], Row] = {}
         for r in part:
             if r["metric"] not in NO_NUMBER:
-                found[r["entropy"], r["provider"], r["metric"]] = float(r["median"])
+                found[r["entropy"], r["provider"], r["metric"]] = r
         entropies = list(dict.fromkeys(k[0] for k in found))
         names = dict.fromkeys(
             k[1] for k in found if not k[1].endswith(("matmul", "matmuls", "DNN"))
@@ -153,24 +246,38 @@ def throughput(rows: list[Row]) -> Iterator[str]:
         metrics = ("d_hidden_error", "d_weight_error")[: 2 if mode == "trained" else 1]
         head += [metric.replace("_error", " error") for metric in metrics]
         lines = [head]
+        timed = []
         for name in names:
             cells = []
             for entropy in entropies:
                 ms = found.get((entropy, name, "total_ms"))
-                eager = found.get((entropy, "torch eager", "total_ms"))
-                share = found.get((entropy, name, "active_share"), 1.0)
                 if ms is None:
                     cells.append("")
                     continue
-                ratio = "" if eager is None else f"{eager / ms:.2f}"
-                kept = f", {share:.1%} of V" if share < 1 else ""
-                cells.append(f"{milliseconds(ms, device)} ({ratio}{kept})")
+                timed.append((name, nats(ms)))
+                ratio = ratio_to_eager(
+                    ms,
+                    found.get((entropy, name, "eager_per_total")),
+                    found.get((entropy, REFERENCE, "total_ms")),
+                )
+                share = found.get((entropy, name, "active_share"))
+                about = [] if ratio is None else [f"{ratio:.2f}"]
+                if share is not None and float(share["median"]) < 1:
+                    about.append(f"{float(share['median']):.1%} of V")
+                shown = milliseconds(float(ms["median"]), device)
+                cells.append(shown + (f" ({', '.join(about)})" if about else ""))
             for metric in metrics:
-                wrong = [v for k, v in found.items() if k[1:] == (name, metric)]
+                wrong = [float(r["median"]) for k, r in found.items() if k[1:] == (name, metric)]
                 cells.append(f"{max(wrong):.1e}" if wrong else "")
             lines.append([name, *cells])
-        yield table(lines)
-        yield from absent(part)
+        if names:
+            yield table(lines)
+        yield from absent(part, nats, timed)
+
+
+def logits_shape(row: Row) -> str:
+    """The case of a row of the logits path."""
+    return f"{row['dtype']}, {row['rows']} x {row['vocab']}"
 
 
 def logits(rows: list[Row]) -> Iterator[str]:
@@ -178,77 +285,97 @@ def logits(rows: list[Row]) -> Iterator[str]:
     for (device, machine), part in groups(
         of_suite(rows, "throughput", "logits"), "device", "machine"
     ):
-        found: dict[tuple[str, str, str], float] = {}
-        copies: dict[tuple[str, str], float] = {}
-        traffic: dict[tuple[str, str], float] = {}
+        found: dict[tuple[str, str, str], Row] = {}
+        copies: dict[str, float] = {}
+        traffic: dict[str, float] = {}
         for r in part:
-            case = r["dtype"], f"{r['rows']} x {r['vocab']}"
+            case = logits_shape(r)
             if (r["provider"], r["metric"]) == ("copy", "bytes_per_s"):
                 size = 4 if r["dtype"] == "float32" else 2
                 copies[case] = float(r["median"])
                 traffic[case] = 3.0 * size * int(r["rows"]) * int(r["vocab"])  # 2 reads, 1 write
-            elif r["metric"] == "total_ms" and r["provider"] != "copy":
-                found[(r["provider"], *case)] = float(r["median"])
+            elif r["metric"] in ("total_ms", "eager_per_total") and r["provider"] != "copy":
+                found[r["provider"], case, r["metric"]] = r
         where = "" if device == "cpu" else f"{machine}, "
-        cases = list(dict.fromkeys(k[1:] for k in found))
-        lines = [[f"{where}ms (x eager; share of a copy's bandwidth)"]]
-        lines[0] += [f"{d}, {s}" for d, s in cases]
+        cases = list(dict.fromkeys(k[1] for k in found))
+        lines = [[f"{where}ms (x eager; share of a copy's bandwidth)", *cases]]
+        timed = []
         for name in dict.fromkeys(k[0] for k in found):
             cells = []
             for case in cases:
-                ms, eager = found.get((name, *case)), found.get(("torch eager", *case))
-                if ms is None:
+                row = found.get((name, case, "total_ms"))
+                if row is None:
                     cells.append("")
                     continue
-                ratio = "" if eager is None else f"{eager / ms:.1f}"
-                share = traffic[case] / copies[case] * 1e3 / ms
+                timed.append((name, case))
+                ms = float(row["median"])
+                measured = found.get((name, case, "eager_per_total"))
+                ratio = ratio_to_eager(row, measured, found.get((REFERENCE, case, "total_ms")))
+                about = [] if ratio is None else [f"{ratio:.1f}"]
+                if case in copies:
+                    about.append(f"{traffic[case] / copies[case] * 1e3 / ms:.0%}")
                 shown = f"{ms:.0f}" if device == "cpu" else f"{ms:.2f}"
-                cells.append(f"{shown} ({ratio}; {share:.0%})")
+                cells.append(shown + (f" ({'; '.join(about)})" if about else ""))
             lines.append([name, *cells])
-        yield table(lines)
-        yield from absent(part)
+        if timed:
+            yield table(lines)
+        yield from absent(part, logits_shape, timed)
+
+
+def row_count(row: Row) -> str:
+    """The case of a row of the memory of the fused-linear path."""
+    return f"{row['rows']} rows"
 
 
 def memory(rows: list[Row]) -> Iterator[str]:
     """MiB beyond inputs and gradients, from hidden states."""
     for (device, machine), part in groups(of_suite(rows, "memory", "linear"), "device", "machine"):
-        found: dict[tuple[str, str, str], float] = {}
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        too_large = {
+            (r["provider"], row_count(r)): {} for r in part if r["metric"] == "does not fit"
+        }
         for r in part:
             if r["metric"].endswith("_bytes"):
-                found[r["provider"], r["metric"], r["rows"]] = float(r["median"]) / 2**20
-        sizes = list(dict.fromkeys(k[2] for k in found))
+                at = found.setdefault((r["provider"], row_count(r)), {})
+                at[r["metric"].removesuffix("_bytes")] = float(r["median"]) / 2**20
+        shown = found | too_large
+        sizes = list(dict.fromkeys(k[1] for k in shown))
         where = "" if device == "cpu" else f", {machine}"
-        lines = [[f"MiB beyond inputs and gradients{where}", *(f"{n} rows" for n in sizes)]]
-        for name in dict.fromkeys(k[0] for k in found):
+        lines = [[f"MiB beyond inputs and gradients{where}", *sizes]]
+        for name in dict.fromkeys(k[0] for k in shown):
             cells = []
             for n in sizes:
-                methods = ("counted", "resident", "allocator")
-                values = [found.get((name, f"{m}_bytes", n)) for m in methods]
-                shown = [f"{v:.0f}" for v in values if v is not None]
-                cells.append(" / ".join(shown) or "does not fit")
+                at = found.get((name, n), {})
+                values = [at[m] for m in ("counted", "resident", "allocator") if m in at]
+                empty = "does not fit" if (name, n) in too_large else ""
+                cells.append(" / ".join(f"{v:.0f}" for v in values) or empty)
             lines.append([name, *cells])
-        yield table(lines)
+        if shown:
+            yield table(lines)
+        yield from absent(part, row_count, shown)
 
 
 def logits_memory(rows: list[Row]) -> Iterator[str]:
     """Bytes beyond the logits and their gradient, as a share of the logits."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for r in of_suite(rows, "memory", "logits"):
-        if r["metric"].endswith("_bytes"):
-            case = f"{r['dtype']}, {r['rows']} x {r['vocab']}"
-            found.setdefault((r["provider"], case), {})[r["metric"]] = float(r["median"])
-    if not found:
-        return
-    cases = list(dict.fromkeys(k[1] for k in found))
-    lines = [["beyond logits and gradient, share of the logits", *cases]]
-    for name in dict.fromkeys(k[0] for k in found):
-        cells = []
-        for case in cases:
-            at = found.get((name, case), {})
-            parts = [at[f"{m}_bytes"] for m in ("counted", "resident") if f"{m}_bytes" in at]
-            cells.append(" / ".join(f"{v / at['logits_bytes']:.1%}" for v in parts))
-        lines.append([name, *cells])
-    yield table(lines)
+    for (device, machine), part in groups(of_suite(rows, "memory", "logits"), "device", "machine"):
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for r in part:
+            if r["metric"].endswith("_bytes"):
+                at = found.setdefault((r["provider"], logits_shape(r)), {})
+                at[r["metric"]] = float(r["median"])
+        cases = list(dict.fromkeys(k[1] for k in found))
+        where = "" if device == "cpu" else f", {machine}"
+        lines = [[f"beyond logits and gradient, share of the logits{where}", *cases]]
+        for name in dict.fromkeys(k[0] for k in found):
+            cells = []
+            for case in cases:
+                at = found.get((name, case), {})
+                parts = [at[f"{m}_bytes"] for m in ("counted", "resident") if f"{m}_bytes" in at]
+                cells.append(" / ".join(f"{v / at['logits_bytes']:.1%}" for v in parts))
+            lines.append([name, *cells])
+        if found:
+            yield table(lines)
+        yield from absent(part, logits_shape, found)
 
 
 def accuracy(rows: list[Row]) -> Iterator[str]:
@@ -260,8 +387,6 @@ def accuracy(rows: list[Row]) -> Iterator[str]:
             metric, _, which = r["metric"].rpartition("_")
             if metric in ("log_prob_error", "log_ratio_error"):
                 found.setdefault((r["provider"], int(r["length"])), {})[which] = r["median"]
-        if not found:
-            continue
         lengths = sorted({k[1] for k in found})
         where = "" if device == "cpu" else f", {machine}"
         lines = [[f"error of the log-ratio, nats{where}", *(f"{n} tokens" for n in lengths)]]
@@ -276,8 +401,10 @@ def accuracy(rows: list[Row]) -> Iterator[str]:
                 shown = f"{mean:+.1e}" if math.isnan(spread) else f"{mean:+.1e} ± {spread:.1e}"
                 cells.append(shown)
             lines.append([name, *cells])
-        yield table(lines)
-        yield from absent([r for r in here if r["mode"] == ""])
+        if found:
+            yield table(lines)
+        ratios = [r for r in here if r["mode"] == ""]
+        yield from absent(ratios, lambda r: "", ((name, "") for name, _ in found))
 
 
 def weights_and_gradients(rows: list[Row]) -> Iterator[str]:
@@ -296,8 +423,6 @@ def weights_and_gradients(rows: list[Row]) -> Iterator[str]:
             else:
                 continue
             names[r["provider"]] = None
-        if not names:
-            continue
         lengths = sorted({k[1] for k in weight})
         where = "" if device == "cpu" else f", {machine}"
         lines = [[f"bf16 inputs{where}: largest error of min(1, ratio)"]]
@@ -310,7 +435,10 @@ def weights_and_gradients(rows: list[Row]) -> Iterator[str]:
                 style = ".1%" if metric.endswith("agreement") else ".1e"
                 cells.append("" if value is None else format(value, style))
             lines.append([name, *cells])
-        yield table(lines)
+        if names:
+            yield table(lines)
+        checked = [r for r in here if r["mode"] == "trained"]
+        yield from absent(checked, lambda r: "", ((name, "") for name, _ in gradient))
 
 
 def end_to_end(rows: list[Row]) -> Iterator[str]:
@@ -330,7 +458,7 @@ def end_to_end(rows: list[Row]) -> Iterator[str]:
             lines.append([name, *(milliseconds(found[name, p], device) for p in parts)])
         if names:
             yield table(lines)
-        yield from absent(part)
+        yield from absent(part, lambda r: "", ((name, "") for name in names))
 
 
 def scaling(rows: list[Row]) -> Iterator[str]:
@@ -352,8 +480,13 @@ def scaling(rows: list[Row]) -> Iterator[str]:
             values = [found.get((name, *shape)) for shape in shapes]
             cells = ["" if v is None else milliseconds(v, device) for v in values]
             lines.append([name, *cells])
-        yield table(lines)
-        yield from absent(part)
+        if found:
+            yield table(lines)
+        timed = [(name, f"{n} x {v}") for name, n, v in found]
+        yield from absent(part, lambda r: f"{r['rows']} x {r['vocab']}", timed)
+        large = dict.fromkeys(f"{r['rows']} x {r['vocab']}" for r in part if r["note"] == UNCHECKED)
+        if large:
+            yield f"{UNCHECKED[0].upper()}{UNCHECKED[1:].replace('this size', ', '.join(large))}."
 
 
 TABLES = (
@@ -365,6 +498,7 @@ TABLES = (
     logits_memory,
     end_to_end,
     scaling,
+    unfinished,
 )
 
 
@@ -551,6 +685,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     made = tables(args.folder)
     print("\n\n".join(made))
+    if not made:
+        print(f"no results in {args.folder}; those of --quick are in {args.folder / QUICK}")
     if args.figures:
         rows = load(args.folder)
         for draw in (roofline, error_by_length, times_by_size):

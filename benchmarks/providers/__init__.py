@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.case import Provider
+from types import ModuleType
+
+from benchmarks.case import Provider, absent
 from benchmarks.providers import (
     cut_cross_entropy,
     eager,
@@ -42,17 +44,27 @@ def logits(device: str) -> dict[str, Provider]:
 def find(path: str, device: str, name: str) -> Provider:
     """One provider; imports no peer that stands behind it."""
     for module in MODULES:
-        if hasattr(module, path):
-            found = getattr(module, path)(device)
-            if name in found:
-                return found[name]._replace(link=module.LINK)
+        found = _of(module, path, device)
+        if name in found:
+            return found[name]
     raise ValueError(f"name: expected a provider of {path} on {device}, got {name!r}")
 
 
 def _collect(path: str, device: str) -> dict[str, Provider]:
     found: dict[str, Provider] = {}
     for module in MODULES:
-        if hasattr(module, path):
-            for name, provider in getattr(module, path)(device).items():
-                found[name] = provider._replace(link=module.LINK)
+        found |= _of(module, path, device)
     return found
+
+
+def _of(module: ModuleType, path: str, device: str) -> dict[str, Provider]:
+    if not hasattr(module, path):
+        return {}
+    try:
+        found: dict[str, Provider] = getattr(module, path)(device)
+    except Exception as error:
+        if module is ours:
+            raise
+        # What a peer raises while it is imported must not cost the others their figures.
+        found = {module.__name__.rpartition(".")[2]: absent(error)}
+    return {name: provider._replace(link=module.LINK) for name, provider in found.items()}

@@ -16,7 +16,7 @@ def linear(device: str) -> dict[str, Provider]:
         names = ("cut cross-entropy (torch)",)
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
-    except ImportError as error:
+    except Exception as error:  # a broken install raises whatever it likes
         return dict.fromkeys(names, absent(error))
 
     def at(impl: str, eps: Any) -> LogProb:

@@ -39,7 +39,7 @@ def _selective() -> Provider:
         from liger_kernel.chunked_loss.fused_linear_ppo import (
             _ChunkedSelectiveLogProbFunction as Function,
         )
-    except ImportError as error:
+    except Exception as error:  # a broken install raises whatever it likes
         return absent(error)
 
     def at(chunk: int) -> LogProb:
@@ -52,7 +52,7 @@ def _scaled(device: str) -> Provider:
     module = "ops.fused_linear_scaled_cross_entropy"
     try:
         function = _get(module, "LigerFusedLinearScaledCrossEntropyFunction", device)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         return absent(error)
     return per_token({"default": lambda c, h, w: -function.apply(h, w, c.row_labels())})  # type: ignore[attr-defined]
 
@@ -61,7 +61,7 @@ def _mean(device: str) -> Provider:
     module = "ops.fused_linear_cross_entropy"
     try:
         function = _get(module, "LigerFusedLinearCrossEntropyFunction", device)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         return absent(error)
     rest = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
 
@@ -83,7 +83,7 @@ def logits(device: str) -> dict[str, Provider]:
 def _cross_entropy(device: str) -> Provider:
     try:
         function = _get("ops.cross_entropy", "LigerCrossEntropyFunction", device)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         return absent(error)
 
     def loss(c: Case, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _cross_entropy(device: str) -> Provider:
 def _grpo(device: str) -> Provider:
     try:
         function = _get("transformers.grpo_loss", "triton_grpo_loss", device)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         return absent(error)
 
     def loss(c: Case, x: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.case import Case, LinearCase, Loss, Provider, absent
-from topr_kernels import linear_topr_loss, topr_loss
+from topr_kernels import kernels, linear_topr_loss, topr_loss
 from topr_kernels.kernels import native_library
 
 LINK = ""
@@ -33,8 +34,14 @@ def outputs(c: LinearCase, h: Tensor, w: Tensor, tolerance: float, **options: An
     )
 
 
-def from_hidden(tolerance: float, **options: Any) -> Provider:
-    """From hidden states; notes the share of columns touched and what was left out."""
+def from_hidden(tolerance: float, setting: str = "", **options: Any) -> Provider:
+    """From hidden states; notes the share of columns touched and what was left out.
+
+    Args:
+        tolerance: ``grad_tolerance``.
+        setting: name of the only setting.
+        options: of ``linear_topr_loss``.
+    """
 
     def loss(c: LinearCase, h: Tensor, w: Tensor) -> Tensor:
         out = outputs(c, h, w, tolerance, **options)
@@ -45,17 +52,22 @@ def from_hidden(tolerance: float, **options: Any) -> Provider:
     def log_probs(c: Case, h: Tensor, w: Tensor) -> Any:
         return outputs(c, h, w, tolerance, **options)  # type: ignore[arg-type]
 
-    return Provider({"": loss}, {"": log_probs}, ours=True, tolerance=tolerance)
+    return Provider({setting: loss}, {setting: log_probs}, ours=True, tolerance=tolerance)
+
+
+def serving(impl: str, device: str) -> str:
+    """What "auto" is on a device, or the name itself: the column "setting" of ours."""
+    return kernels.resolve(impl, torch.empty(0, device=device), kernels.LINEAR)
 
 
 def linear(device: str) -> dict[str, Provider]:
     """What "auto" is on the device, then the others."""
     found: dict[str, Provider] = {}
     for impl in ("auto", *OTHERS[device]):
-        suffix = "" if impl == "auto" else f", {impl}"
-        found[f"topr exact{suffix}"] = from_hidden(0.0, impl=impl)
+        suffix, setting = "" if impl == "auto" else f", {impl}", serving(impl, device)
+        found[f"topr exact{suffix}"] = from_hidden(0.0, setting, impl=impl)
         for k in LOG2_TAU[device]:
-            found[f"topr tau 2^{k}{suffix}"] = from_hidden(2.0**k, impl=impl)
+            found[f"topr tau 2^{k}{suffix}"] = from_hidden(2.0**k, setting, impl=impl)
     return found
 
 
@@ -68,7 +80,7 @@ def logits(device: str) -> dict[str, Provider]:
             if impl == "native" and not native_library.PATH.exists():
                 found[name] = absent(ImportError("the native library is not built"))
                 continue
-            found[name] = Provider({"": _loss(impl, inplace)}, ours=True, inplace=inplace)
+            found[name] = Provider({impl: _loss(impl, inplace)}, ours=True, inplace=inplace)
     return found
 
 

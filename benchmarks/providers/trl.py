@@ -16,7 +16,7 @@ def linear(device: str) -> dict[str, Provider]:
     try:
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as default
-    except ImportError as error:
+    except Exception as error:  # a broken install raises whatever it likes
         return dict.fromkeys(names, absent(error))
 
     def at(chunk: int) -> LogProb:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,12 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as logits_ops
 
 EAGER_COPIES = 5  # of fp32 logits, with room: only decides whether a case is tried
-ROWS = (2048, 8192, 32768)
+ROWS = {"cpu": (1024, 4096), "cuda": (2048, 8192, 32768)}
 TEMPERATURE = 0.75
 #: Peers hide their work in operators of their own: their resident set, at the smallest size.
 LINEAR = ("topr exact", "topr tau 2^-10", "torch eager")
 LOGITS = ("topr torch", "topr torch inplace", "topr native", "topr native inplace", "torch eager")
-LOGITS_SHAPES = ((2048, 49152, "float32"), (2048, 49152, "bfloat16"), (512, 151936, "bfloat16"))
+LOGITS_SHAPES = ((1024, 49152, "float32"), (1024, 49152, "bfloat16"))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -138,9 +139,9 @@ def build(path: str, device: str, quick: bool, rows: int, vocab: int, dtype: str
 
 
 def in_child(
-    method: str, provider: str, path: str, device: str, quick: bool, *shape: Any
+    method: str, provider: str, path: str, device: str, quick: bool, describe: bool, *shape: Any
 ) -> tuple[int, dict[str, Any]]:
-    """One measurement and the facts of its case, in a fresh process."""
+    """One measurement and, where asked for, the facts of its case; runs in a fresh process."""
     rows, vocab, dtype = shape
     small = build(path, device, quick, min(64, rows), vocab, dtype)
     case = build(path, device, quick, rows, vocab, dtype)
@@ -150,7 +151,41 @@ def in_child(
     loss = next(iter(found.settings.values()))
     value = METHODS[method](case, small, loss, impl if found.ours else "auto")
     # Facts need fp64 and entropy passes; last, so that they leave nothing in the allocator before.
-    return value, case.facts()
+    return value, case.facts() if describe else {}
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a fresh process.
+
+    Raises:
+        RuntimeError: if it raises, or if the process ends without an answer, as one does that the
+            system kills because memory ran out.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(send, function, *args), daemon=True)
+    child.start()
+    send.close()  # the child's copy is the only one: its end is the end of the pipe
+    try:
+        good, value = receive.recv()
+    except EOFError:
+        child.join()
+        code = child.exitcode or 0
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        raise RuntimeError(f"its process ended with {how}; out of memory?") from None
+    finally:
+        child.kill()  # it has answered, or nobody waits for it any more
+        child.join()
+    if not good:
+        raise RuntimeError(value)
+    return value
+
+
+def _answer(send: Any, function: Callable[..., Any], *args: Any) -> None:
+    try:
+        send.send((True, function(*args)))
+    except Exception as error:
+        send.send((False, summary(error)))
 
 
 def fits(provider: Provider, rows: int, vocab: int, device: str) -> bool:
@@ -172,13 +207,14 @@ def jobs(device: str, quick: bool) -> list[Job]:
     dtype = "float32" if device == "cpu" else "bfloat16"
     vocab = data.TINY["vocab"] if quick else 49152
     found = []
-    for rows in (data.TINY["rows"],) if quick else ROWS:
+    for rows in (data.TINY["rows"],) if quick else ROWS[device]:
         shape = (rows, vocab, dtype)
-        found.append(Job(f"memory linear {rows}", _job("linear", LINEAR, shape), 0.5))
+        weight = 2.0 if rows < 2048 else 4.0
+        found.append(Job(f"memory linear {rows}", _job("linear", LINEAR, shape), weight))
     if device == "cpu":
         for shape in ((16, 97, "float32"),) if quick else LOGITS_SHAPES:
             name = "memory logits " + "x".join(map(str, shape))
-            found.append(Job(name, _job("logits", LOGITS, shape), 0.5))
+            found.append(Job(name, _job("logits", LOGITS, shape), 2.5))
     return found
 
 
@@ -193,8 +229,8 @@ def _measure(bench: Bench, path: str, names: tuple[str, ...], shape: tuple[int, 
     rows, vocab, dtype = shape
     facts: dict[str, Any] = {"path": path, "rows": rows, "vocab": vocab, "dtype": dtype}
     facts["mode"] = "trained" if path == "linear" else ""
-    context = multiprocessing.get_context("spawn")
     methods = ["allocator"] if bench.device == "cuda" else ["counted", "resident"]
+    described: dict[str, Any] = {}
     for name, provider in bench.select(
         {n: providers.find(path, bench.device, n) for n in names}
     ).items():
@@ -209,14 +245,17 @@ def _measure(bench: Bench, path: str, names: tuple[str, ...], shape: tuple[int, 
         for method in methods:
             bench.tick(f"{name} {method}")
             try:
-                with context.Pool(1) as child:
-                    arguments = (method, name, path, bench.device, bench.quick, *shape)
-                    value, about = child.apply(in_child, arguments)
+                # The facts are those of the case, the same for all, and cost more than some losses.
+                first = (method, name, path, bench.device, bench.quick, not described)
+                value, told = alone(in_child, *first, *shape)
             except Exception as error:
-                bench.drop(facts, name, "failed", summary(error))
+                bench.drop(facts, name, "failed", str(error), provider.ours)
                 break
-            bench.add(facts | about, name, f"{method}_bytes", value, repetitions=1)
-            bench.add(facts | about, name, "logits_bytes", _logits_bytes(about), repetitions=1)
+            described |= told
+            about = facts | described
+            columns = {"setting": next(iter(provider.settings)), "repetitions": 1}
+            bench.add(about, name, f"{method}_bytes", value, **columns)
+            bench.add(about, name, "logits_bytes", _logits_bytes(about), **columns)
             cells.append(f"{method} {value / 2**20:.1f} MiB ({value / _logits_bytes(about):.1%})")
         if cells:
             bench.say(f"  {rows:6} rows  {name:24} " + ", ".join(cells) + " of the logits")

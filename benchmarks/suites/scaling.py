@@ -1,7 +1,8 @@
 """Time and on CUDA peak memory by the number of tokens and by the vocabulary.
 
-On two CPU cores the curves end where one run takes a quarter of a minute; on CUDA they go from 1k to 64k
-tokens and from 32k to 262k columns. Real hidden states raised to the shape (hidden_states.synthesise).
+On two CPU cores the curves end where a round takes some seconds; on CUDA they go from 1k to 64k tokens
+and from 32k to 262k columns. Beyond ``CHECKED`` nothing is compared with fp64, which the rows say. Real
+hidden states raised to the shape (hidden_states.synthesise).
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ from benchmarks.engine import Bench, Job, measure_case
 from benchmarks.suites.memory import fits
 
 ENTROPY = 1.2
-#: Providers of the curves on a CPU: compiling each shape anew would take longer than measuring it.
-CPU = (
-    "topr exact",
-    "topr tau 2^-10",
-    "torch eager",
-    "F.linear_cross_entropy",
-    "TRL fused head tuned",
-)
-TOKENS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (1024, 4096, 16384, 65536)}
-VOCABULARY = {"cpu": (32768, 65536, 131072, 262144), "cuda": (32768, 65536, 131072, 262144)}
+#: Providers of the curves. Each shape would have to be compiled or searched anew, which takes longer
+#: than measuring it: on a CPU those without settings, on CUDA those that torch need not compile.
+PROVIDERS = {
+    "cpu": ("topr exact", "topr tau 2^-10", "torch eager"),
+    "cuda": (
+        *("topr exact", "topr tau 2^-10", "topr tau 2^-16", "torch eager"),
+        *("F.linear_cross_entropy", "TRL fused head tuned"),
+        *("cut cross-entropy", "Liger selective log-prob"),
+    ),
+}
+TOKENS = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 16384, 65536)}
+#: On a CPU the curve along tokens has the third point: 256 rows x 49152.
+VOCABULARY = {"cpu": (24576, 98304), "cuda": (32768, 65536, 131072, 262144)}
 #: Rows x D x V of the curve along tokens, then of the one along V; 0 is what varies.
 BASE = {
     "cpu": ((0, 640, 49152), (256, 640, 0)),
     "cuda": ((0, 4096, 128256), (8192, 4096, 0)),
 }
+#: Rows x V of the job that takes longest.
+LARGEST = {"cpu": 1024 * 49152, "cuda": 65536 * 128256}
 #: Multiplications of a forward product beyond which fp64 would take longer than the measurement.
 CHECKED = {"cpu": 4e10, "cuda": 5e12}
 
@@ -44,7 +50,8 @@ def jobs(device: str, quick: bool) -> list[Job]:
         shapes = [(16, 16, 97), (32, 16, 97), (16, 16, 131)]
     found = []
     for n, d, v in shapes:
-        found.append(Job(f"scaling {n}x{d}x{v} {dtype}", _job(dtype, n, d, v)))
+        weight = 0.3 + 2.7 * n * v / LARGEST[device]
+        found.append(Job(f"scaling {n}x{d}x{v} {dtype}", _job(dtype, n, d, v), weight))
     return found
 
 
@@ -54,9 +61,8 @@ def _job(dtype: str, rows: int, dim: int, vocab: int) -> Callable[[Bench], None]
         case = data.linear_case(bench.device, dtype, bench.quick, rows, dim, vocab, ENTROPY)
         facts = {**case.facts(), "mode": "trained"}
         found = providers.linear(bench.device)
-        if bench.device == "cpu":
-            found = {name: found[name] for name in CPU if name in found}
-        for name, provider in list(found.items()):
+        found = {name: found[name] for name in PROVIDERS[bench.device] if name in found}
+        for name, provider in list(bench.select(found).items()):
             if not fits(provider, rows, vocab, bench.device):
                 bench.drop(facts, name, "does not fit", "estimate beyond the free memory")
                 del found[name]
