@@ -4,6 +4,7 @@
     python -m benchmarks --suite gpu --out OUT          # on a CUDA device
     python -m benchmarks --filter throughput linear     # jobs whose name has all of these words
     python -m benchmarks --quick                        # tiny random inputs: does everything run?
+    python -m benchmarks --full                         # 2048 rows, 64k tokens: hours on two cores
     python -m benchmarks --compare HEAD~1               # is this tree slower than that revision?
     python -m benchmarks --list                         # jobs, providers, settings, links; runs nothing
 
@@ -34,10 +35,12 @@ DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 OUT = Path("runs/benchmarks")
 
 
-def all_jobs(device: str, quick: bool) -> list[tuple[str, Job]]:
+def all_jobs(device: str, quick: bool, full: bool = False) -> list[tuple[str, Job]]:
     """(suite, job), in the order of SUITES."""
     modules = {name: importlib.import_module(f"benchmarks.suites.{name}") for name in SUITES}
-    return [(name, job) for name, module in modules.items() for job in module.jobs(device, quick)]
+    return [
+        (name, job) for name, module in modules.items() for job in module.jobs(device, quick, full)
+    ]
 
 
 class Progress:
@@ -189,6 +192,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--providers", nargs="+", default=[], metavar="WORD", help="those with one in their name"
     )
     parser.add_argument(
+        "--full", action="store_true", help="on a CPU the larger sizes; without --minutes, hours"
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help=f"tiny inputs; figures mean nothing and go to a folder of their own, {QUICK}",
@@ -255,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     known(args.providers, device)
     jobs = [
         (suite, job)
-        for suite, job in all_jobs(device, args.quick)
+        for suite, job in all_jobs(device, args.quick, args.full)
         if all(word in f"{suite} {job.name}" for word in args.filter)
     ]
     if args.list:
@@ -274,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         device,
         results,
         quick=args.quick,
+        full=args.full,
         repetitions=args.repetitions or (2 if args.quick else 5),
         wanted=args.providers,
     )

@@ -122,6 +122,7 @@ class Bench:
         device: "cpu" or "cuda".
         results: where rows go.
         quick: tiny random inputs, to see that everything works; the figures mean nothing.
+        full: the sizes that take hours on a CPU.
         repetitions: of a provider in a case.
         wanted: words, one of which a provider's name must contain; empty for all.
         say: prints a line.
@@ -134,12 +135,13 @@ class Bench:
         results: Results,
         *,
         quick: bool = False,
+        full: bool = False,
         repetitions: int = 5,
         wanted: Iterable[str] = (),
         say: Callable[[str], None] = print,
         tick: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.device, self.results, self.quick = device, results, quick
+        self.device, self.results, self.quick, self.full = device, results, quick, full
         self.repetitions, self.wanted = repetitions, tuple(wanted)
         self.say, self.tick = say, tick
         self.clock = Clock(device)

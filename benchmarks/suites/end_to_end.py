@@ -160,7 +160,7 @@ def whole_step(device: str) -> Provider:
     return Provider({providers.ours.serving("auto", device): loss}, ours=True)
 
 
-def jobs(device: str, quick: bool) -> list[Job]:
+def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
     """One per model."""
     names = ["tiny"] if quick else [SMOLLM2] if device == "cpu" else list(MODELS)[1:]
     return [Job(f"end_to_end {name}", _job(name), 8.0) for name in names]
