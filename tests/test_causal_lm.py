@@ -314,6 +314,35 @@ def test_fsdp2_shards_take_the_gradients_of_one_process(own_head: bool, trained:
     launch(2, f"import test_causal_lm; test_causal_lm.sharded_worker({own_head}, {trained})")
 
 
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_labels_before_what_is_kept_are_not_left_out_in_silence(
+    fused_head: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A collator of one's own that counts K where K + 1 columns hold what K labels need."""
+    model, good = random_model().eval(), CompletionCollator(0)(rows(4))
+    keep, width = good["logits_to_keep"], good["labels"].shape[1]
+    short = {**good, "logits_to_keep": keep - 1}
+    message = (
+        rf"got {keep - 1}, with which 1 scored labels, .* column {width - keep + 1} of {width}"
+    )
+    for call in (causal_lm_topr_loss, causal_lm_log_prob):
+        with pytest.raises(ValueError, match=rf"logits_to_keep: {message}.*at least {keep}:"):
+            call(model, short, fused_head=fused_head)
+        # Where reading is not free it is done when asked for.
+        with monkeypatch.context() as patch:
+            patch.setattr(causal_lm, "values_readable", lambda *_: False)
+            call(model, short, fused_head=fused_head)
+            with pytest.raises(ValueError, match=message):
+                call(model, short, fused_head=fused_head, check=True)
+    expected = causal_lm_topr_loss(model, good, fused_head=fused_head).loss
+    for more in (0, keep, keep + 1, width):
+        found = causal_lm_topr_loss(model, {**good, "logits_to_keep": more}, fused_head=fused_head)
+        torch.testing.assert_close(found.loss, expected)
+    # The first label of a row has nothing before it and never counts.
+    whole = {**good, "labels": good["input_ids"].clone()}
+    causal_lm_topr_loss(model, {**whole, "logits_to_keep": width}, fused_head=fused_head)
+
+
 def test_a_head_sharded_outside_the_forward_says_what_to_call():
     model = random_model()
     model.lm_head.weight = nn.Parameter(torch.empty(0))

@@ -244,6 +244,13 @@ def test_verl_what_has_no_meaning_is_refused(changes: dict[str, Any], message: s
         verl.topr_policy_loss(**{**batch().rows(slice(None)), **changes})
 
 
+def test_verl_counts_that_are_no_mapping_are_refused():
+    """verl's own losses unpack them with ``**``: a TypeError there, too."""
+    config = SimpleNamespace(global_batch_info=None)
+    with pytest.raises(TypeError, match=r"config\.global_batch_info: expected a mapping.*NoneType"):
+        verl.topr_policy_loss(**batch().rows(slice(None)), config=config)
+
+
 def test_verl_half_precision_is_refused():
     micro = batch().rows(slice(None))
     micro["log_prob"] = micro["log_prob"].bfloat16()

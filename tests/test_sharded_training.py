@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from processes import launch
 from test_trainer import config, rows, two_process_model
 from tiny import tiny_tokenizer
-from transformers import PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 
 from topr_kernels.hf import TOPRTrainer
 
@@ -104,6 +104,20 @@ def zero_worker() -> None:
     save(run, Path(folder), weights)
 
 
+def partitioned_worker() -> None:
+    torch.set_num_threads(1)
+    folder = json.loads(sys.argv[1])
+    zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    # From here on transformers partitions what it loads.
+    args = config(Path(folder), behavior="initial", deepspeed=zero, ddp_backend="gloo")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight.shape == (0,)
+    records = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in DATA]
+    with pytest.raises(ValueError, match=r"ZeRO-3 partitioned .*as it was loaded.*'recorded'"):
+        TOPRTrainer(model, args, train_dataset=records, processing_class=tiny_tokenizer())
+    print("refused")
+
+
 def check(folder: Path, tied: bool, kind: str) -> None:
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["processes"] == 2 and kind in figures["kind"]
@@ -141,3 +155,16 @@ def test_zero_3_ends_where_one_process_ends(tmp_path: Path, tied: bool):
         timeout=280,
     )
     check(tmp_path, tied, "DEEPSPEED")
+
+
+def test_a_model_that_zero_3_partitioned_cannot_be_scored(tmp_path: Path):
+    pytest.importorskip("deepspeed")
+    two_process_model(True).save_pretrained(tmp_path)
+    for output in launch(
+        2,
+        "import test_sharded_training; test_sharded_training.partitioned_worker()",
+        json.dumps(str(tmp_path)),
+        env={"DS_ACCELERATOR": "cpu"},
+        timeout=280,
+    ):
+        assert output.rstrip().endswith("refused")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from tiny import random_model, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from topr_kernels import log_prob
-from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits
+from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits, initial
 from topr_kernels.hf import trainer as trainer_module
 from topr_kernels.hf.trainer import NegativeWatch
 
@@ -90,13 +92,124 @@ def test_prompt_completion_reward_is_enough(
     assert run.evaluate()["eval_kl_k3"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_mixed_precision_starts_at_ratio_1_as_well(tmp_path: Path, fused_head: bool):
+    """mu of 40 tokens each, scored in fp32, would be off by what bf16 rounds in pi."""
+    data = [
+        {k: x for k, x in r.items() if k != "behavior_log_prob"} for r in rows(8, lengths=[40] * 8)
+    ]
+    model = random_model()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    run = trainer(
+        tmp_path,
+        data,
+        model,
+        behavior="initial",
+        bf16=True,
+        fused_head=fused_head,
+        per_device_train_batch_size=8,
+    )
+    run.train()
+    entry = run.state.log_history[0]
+    ratios = [x for name, x in entry.items() if name.startswith("log_ratio_")]
+    assert len(ratios) == 8 and set(ratios) == {0.0}
+
+
+class Waiting(torch.nn.Linear):
+    """Records where it was moved to."""
+
+    def to(self, device: Any) -> Any:
+        moves.append(str(device))
+        return self
+
+
+moves: list[str] = []
+
+
+def test_a_model_that_waits_for_its_wrapper_is_scored_where_it_will_train(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """FSDP and DeepSpeed leave the model on the CPU until training begins."""
+    free = SimpleNamespace(mem_get_info=lambda _: (10_000, 20_000))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: free)
+    device = torch.device("cuda", 0)
+
+    def moved(model: Any, device: Any) -> list[str]:
+        moves.clear()
+        with initial._on(model, device):
+            pass
+        return list(moves)
+
+    assert moved(Waiting(8, 8), device) == ["cuda:0", "cpu"]
+    assert moved(Waiting(8, 8), torch.device("cpu")) == []
+    with pytest.warns(UserWarning, match=r"do not fit.*on cuda:0.*on the CPU.*behavior='recorded'"):
+        assert moved(Waiting(64, 64), device) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moved(Waiting(64, 64, device="meta"), device) == []
+        placed = Waiting(64, 64)
+        placed.hf_device_map = {"": "cpu"}
+        assert moved(placed, device) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: setattr(p, "ds_id", 0), r"ZeRO-3 partitioned .*as it was loaded"),
+        (lambda p: setattr(p, "full_tensor", p.clone), r"is sharded over the processes"),
+    ],
+)
+def test_a_model_that_is_not_whole_cannot_be_scored(tmp_path: Path, change: Any, message: str):
+    model = random_model()
+    model.lm_head.weight.data = torch.empty(0)
+    change(model.lm_head.weight)
+    with pytest.raises(ValueError, match=rf"'initial', but .*{message}.*behavior='recorded'"):
+        trainer(tmp_path, TEXT, model, behavior="initial")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_token_ids": []}, r"record 3 of the data set: prompt_token_ids is empty"),
+        ({"completion_token_ids": None}, r"record 3 of the data set has no 'completion_token_ids'"),
+    ],
+)
+def test_a_record_that_cannot_be_scored_is_named(tmp_path: Path, change: Row, message: str):
+    datasets = pytest.importorskip("datasets")
+    data = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in rows(6)]
+    data[3] |= change
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, datasets.Dataset.from_list(data), behavior="initial")
+
+
+def dropout_warnings(folder: Path, model: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(folder, rows(8), model, per_device_train_batch_size=4, max_steps=2).train()
+    return [str(w.message) for w in caught if "drops out" in str(w.message)]
+
+
+def test_warns_once_of_dropout(tmp_path: Path):
+    model = LlamaForCausalLM(tiny_config(attention_dropout=0.5))
+    (message,) = dropout_warnings(tmp_path, model)
+    first = r"model\.layers\.0\.self_attn\.attention_dropout of the model is 0.5 and 1 more: .*"
+    assert re.match(first + r"with attention_dropout=0.0 in its config", message)
+    model = random_model()
+    model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.25))
+    (message,) = dropout_warnings(tmp_path, model)
+    assert message.startswith("model.norm.1 of the model is 0.25: ")
+    assert "Load the model without it" in message
+    assert dropout_warnings(tmp_path, random_model()) == []
+
+
 def test_scoring_runs_in_eval_mode_and_leaves_the_mode_as_it_was(tmp_path: Path):
     found = []
     for training in (True, False):
         torch.manual_seed(0)
         model = LlamaForCausalLM(tiny_config(attention_dropout=0.5)).train(training)
+        model.lm_head.train(not training)
         run = trainer(tmp_path, TEXT, model, behavior="initial")
-        assert model.training == training
+        assert model.training == training == model.model.training != model.lm_head.training
         found.append([r["behavior_log_prob"] for r in run.train_dataset])
     assert found[0] == found[1]
 
@@ -167,11 +280,58 @@ def test_processes_share_the_scoring(tmp_path: Path):
         ({"beta": 0.04}, r"beta: got 0.04.*linear_log_prob"),
         ({"entropy_coef": 0.01}, r"entropy_coef: got 0.01.*linear_log_prob"),
         ({"packing": True, "share_prefix": True}, r"packing: got True with share_prefix=True"),
+        ({"label_smoothing_factor": 0.5}, r"label_smoothing_factor: got 0.5.*leave it 0"),
+        (
+            {"parallelism_config": SimpleNamespace(cp_size=2, sp_size=1)},
+            r"parallelism_config: got cp_size=2 and sp_size=1.*linear_topr_loss\(sequence_group=",
+        ),
+        (
+            {"parallelism_config": SimpleNamespace(cp_size=1, sp_size=4)},
+            r"parallelism_config: got cp_size=1 and sp_size=4.*linear_topr_loss\(sequence_group=",
+        ),
+        ({"impl": "nope"}, r"impl: expected one of 'auto', 'torch'.*got 'nope'"),
+        ({"impl": "triton_staged"}, r"impl: expected one of 'auto', 'torch'.*got 'triton_staged'"),
+        ({"workspace_bytes": -1}, r"workspace_bytes: expected at least"),
     ],
 )
 def test_config_refuses(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workspace_bytes": "x"}, r"workspace_bytes: expected an int, got str"),
+        ({"workspace_bytes": True}, r"workspace_bytes: expected an int, got bool"),
+        ({"entropy": "yes"}, r"entropy: expected True or False, got 'yes'"),
+        ({"fused_head": 1}, r"fused_head: expected True or False, got 1"),
+        ({"packing": "false"}, r"packing: expected True or False, got 'false'"),
+    ],
+)
+def test_config_refuses_types(tmp_path: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(TypeError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_config_takes_the_implementations_of_its_path(tmp_path: Path):
+    assert config(tmp_path, impl="triton_staged", fused_head=False).impl == "triton_staged"
+    assert config(tmp_path, impl="native", workspace_bytes=1 << 20).impl == "native"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("compute_loss_func", r"compute_loss_func: .*never calls it.*compute_loss"),
+        ("compute_metrics", r"compute_metrics: .*never calls it.*metrics of TOPROutput"),
+        ("preprocess_logits_for_metrics", r"preprocess_logits_for_metrics: .*never calls it"),
+    ],
+)
+def test_functions_that_would_never_be_called_are_refused(tmp_path: Path, name: str, message: str):
+    given = {"train_dataset": rows(), "processing_class": tiny_tokenizer()}
+    with pytest.raises(ValueError, match=message):
+        TOPRTrainer(random_model(), config(tmp_path), **given, **{name: lambda *_: None})
+    TOPRTrainer(random_model(), config(tmp_path), **given, **{name: None})
 
 
 @pytest.mark.parametrize("name", ["packing", "share_prefix", "mask_truncated"])
@@ -181,17 +341,39 @@ def test_settings_of_the_collator_do_not_go_with_another_one(tmp_path: Path, nam
         TOPRTrainer(random_model(), args, CompletionCollator(0), rows())
 
 
-def test_packed_batches_are_not_cut_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Batches that the main process dispatches are cut along their first dimension."""
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_are_not_joined_and_cut_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+):
+    """Those that the main process dispatches: of different width, or one row."""
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list(rows(8)).to_iterable_dataset()
-    args = config(tmp_path, packing=True)
-    TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
+    args = config(tmp_path, packing=packing)
+
+    def make(collator: Any = None, **data: Any) -> TOPRTrainer:
+        return TOPRTrainer(
+            random_model(), args, collator, processing_class=tiny_tokenizer(), **data
+        )
+
+    make(train_dataset=stream)
     monkeypatch.setattr(TOPRConfig, "world_size", 2)
-    with pytest.raises(ValueError, match=r"packing: the main process.*dispatch_batches"):
-        TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
+    message = r"the main process.*accelerator_config=\{'dispatch_batches': False\}"
+    for data in (
+        {"train_dataset": stream},
+        {"eval_dataset": stream},
+        {"train_dataset": rows(), "eval_dataset": {"easy": rows(), "hard": stream}},
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**data)
+    args.accelerator_config.dispatch_batches = True
+    with pytest.raises(ValueError, match=message):
+        make(train_dataset=rows())
     args.accelerator_config.dispatch_batches = False
-    TOPRTrainer(random_model(), args, train_dataset=stream, processing_class=tiny_tokenizer())
+    make(train_dataset=stream)
+    # Batches of another collator may well be equally wide.
+    if not packing:
+        args.accelerator_config.dispatch_batches = None
+        make(lambda features: {}, train_dataset=stream)
 
 
 def test_bad_records_are_refused_before_training(tmp_path: Path):

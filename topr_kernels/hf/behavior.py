@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
 from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.packing import eval_mode
 from topr_kernels.layout import IGNORE_INDEX
 
 
@@ -28,7 +29,7 @@ def score_behavior(
 ) -> list[list[float]]:
     """Log-probabilities of each record's completion tokens under a model.
 
-    With the collator, the batches, the settings and the mode of training they are bitwise those that
+    With the collator, the batches, the settings and the autocast of training they are bitwise those that
     training sees before its first update: every ratio is then exactly 1.
 
     Args:
@@ -46,39 +47,52 @@ def score_behavior(
         One list of fp32 log-probabilities per record, one per completion token, in nats.
 
     Raises:
-        ValueError: as :func:`causal_lm_log_prob`, or as the collator.
+        ValueError: as :func:`causal_lm_log_prob`, or if a record lacks token ids or has an empty prompt.
     """
+    check_records(records, "the data")
     collate = CompletionCollator(collator.pad_token_id, collator.share_prefix, collator.packing)
     device = next(model.parameters()).device
     scored: list[list[float]] = []
-    training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(records), desc="score", unit="record", disable=not progress) as bar:
-            for start in range(0, len(records), batch_size):
-                part = [_unscored(r) for r in records[start : start + batch_size]]
-                batch = {
-                    name: x.to(device) if isinstance(x, Tensor) else x
-                    for name, x in collate(part).items()
-                }
-                log_prob = causal_lm_log_prob(
-                    model,
-                    batch,
-                    temperature=temperature,
-                    fused_head=fused_head,
-                    workspace_bytes=workspace_bytes,
-                    impl=impl,
-                    check=fused_head and start == 0,
-                ).log_prob
-                kept = batch["labels"][:, -log_prob.shape[1] :].ne(IGNORE_INDEX)
-                # Row-major, so record by record in both layouts.
-                values = log_prob[kept].cpu()
-                lengths = [len(record["completion_token_ids"]) for record in part]
-                scored += [row.tolist() for row in torch.split(values, lengths)]
-                bar.update(len(part))
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(records), desc="score", unit="record", disable=not progress)
+    with eval_mode(model), bar:
+        for start in range(0, len(records), batch_size):
+            part = [_unscored(r) for r in records[start : start + batch_size]]
+            batch = {
+                name: x.to(device) if isinstance(x, Tensor) else x
+                for name, x in collate(part).items()
+            }
+            log_prob = causal_lm_log_prob(
+                model,
+                batch,
+                temperature=temperature,
+                fused_head=fused_head,
+                workspace_bytes=workspace_bytes,
+                impl=impl,
+                check=start == 0,
+            ).log_prob
+            kept = batch["labels"][:, -log_prob.shape[1] :].ne(IGNORE_INDEX)
+            # Row-major, so record by record in both layouts.
+            values = log_prob[kept].cpu()
+            lengths = [len(record["completion_token_ids"]) for record in part]
+            scored += [row.tolist() for row in torch.split(values, lengths)]
+            bar.update(len(part))
     return scored
+
+
+def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
+    """Raises ``ValueError`` where a record cannot be scored, naming it as one ``of`` these."""
+    for i, record in enumerate(records):
+        for name in ("prompt_token_ids", "completion_token_ids"):
+            if record.get(name) is None:
+                raise ValueError(
+                    f"record {i} of {of} has no {name!r}; it has {sorted(record)}. Give it token ids, "
+                    "which prepare_records makes of text and messages"
+                )
+        if len(record["prompt_token_ids"]) == 0:
+            raise ValueError(
+                f"record {i} of {of}: prompt_token_ids is empty, so nothing predicts the first "
+                "token of the completion; give the prompt at least a BOS token"
+            )
 
 
 def _unscored(record: Mapping[str, Any]) -> dict[str, Any]:

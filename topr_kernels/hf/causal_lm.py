@@ -20,6 +20,8 @@ from topr_kernels import (
 )
 from topr_kernels.hf.collator import model_inputs
 from topr_kernels.hf.heads import Head, base_model, loss_in_head
+from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.validation import values_readable
 
 #: What models call the weight of their routers' balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -70,7 +72,8 @@ def causal_lm_topr_loss(
         workspace_bytes: of the fused head, as in :func:`topr_kernels.linear_topr_loss`.
         impl: as in :func:`topr_kernels.topr_loss`.
         check: compare the logits the model makes of up to 4 rows with those of its head: a model may
-            do something to them that its config does not tell. Worth its while on a first batch.
+            do something to them that its config does not tell; and look, off the CPU too, whether
+            ``logits_to_keep`` leaves out a scored label. Worth its while on a first batch.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
@@ -78,9 +81,12 @@ def causal_lm_topr_loss(
 
     Raises:
         ValueError: if the batch does not suit the model (see :func:`completion_logits`), or its head
-            cannot be fused (see :func:`find_head`), or ``check`` finds a difference.
+            cannot be fused (see :func:`find_head`), or ``check`` finds a difference; if labels that
+            are scored lie before the columns of ``logits_to_keep``, where it is read: on eager CPU
+            tensors and with ``check``.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch["labels"], keep, check)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
     options: dict[str, Any] = {
         "cu_seqlens": batch.get("cu_seq_lens_q"),
@@ -160,6 +166,7 @@ def causal_lm_log_prob(
         ValueError: as :func:`causal_lm_topr_loss`.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch["labels"], keep, check)
     labels = _kept(batch["labels"], keep)
     options: dict[str, Any] = {
         "cu_seqlens": batch.get("cu_seq_lens_q"),
@@ -195,6 +202,22 @@ def causal_lm_log_prob(
 def _kept(tokens: Tensor, keep: int) -> Tensor:
     """The last columns of a tensor per token; a tensor per sequence as it is."""
     return tokens[:, -keep:] if tokens.dim() == 2 else tokens
+
+
+def _check_kept(labels: Tensor, keep: int, check: bool) -> None:
+    # 0 keeps all columns, as in transformers.
+    if not keep or not (values_readable(labels, False) or check):
+        return
+    # The first kept column predicts the label of the second; the first label of a row is never scored.
+    before = labels[:, 1 : max(labels.shape[1] - keep, 0) + 1] != IGNORE_INDEX
+    if before.any():
+        least = int(before.int().argmax(1)[before.any(1)].min())
+        raise ValueError(
+            f"logits_to_keep: got {keep}, with which {int(before.sum())} scored labels, the first in "
+            f"column {least + 1} of {labels.shape[1]}, would be left out; expected at least "
+            f"{labels.shape[1] - least}: the columns from the first scored label on, and the one before "
+            "it. Count it so in the data collator, or leave it out of the batch"
+        )
 
 
 def _with_router_loss(

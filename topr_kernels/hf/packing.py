@@ -191,7 +191,7 @@ def check_packing(
     together = packed_inputs(unwrapped, pack([a, b]))
     single = {"input_ids": torch.tensor([b]), "use_cache": False}
     device = batch["input_ids"].device
-    with _eval_mode(unwrapped):
+    with eval_mode(unwrapped):
         (behind, _), (alone, eps) = (
             _hidden(
                 model,
@@ -281,7 +281,8 @@ def _eps(hidden: Tensor) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and every module back into the mode it was in."""
     # One by one: parts of a model may be in eval mode on purpose.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -7,22 +7,22 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from topr_kernels import PRESETS, Limits, TOPROutput
+from topr_kernels import PRESETS, Limits, TOPROutput, kernels
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import base_model, head_shape
+from topr_kernels.hf.initial import score_initial
+from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.metrics import DEAD_WEIGHT
@@ -43,6 +43,19 @@ else:
 
 _REDUCTIONS = ("sequence_mean", "token_mean")
 _BEHAVIORS = ("recorded", "initial")
+_SWITCHES = ("entropy", "fused_head", "share_prefix", "packing", "mask_truncated")
+#: Arguments of ``Trainer`` that nothing here would call, and what does their work.
+_NEVER_CALLED = {
+    "compute_loss_func": (
+        "the loss is TOPR's; override TOPRTrainer.compute_loss for another, or write a loop over "
+        "topr_kernels.linear_log_prob"
+    ),
+    "compute_metrics": (
+        "no logits are kept to compute them from; evaluate() reports the metrics of TOPROutput, and a "
+        "TrainerCallback's on_evaluate may generate and score"
+    ),
+    "preprocess_logits_for_metrics": "no logits are kept; drop it",
+}
 
 
 @dataclass
@@ -71,17 +84,22 @@ class TOPRConfig(TrainingArguments):
         mask_truncated: do not count completions that were cut off.
         behavior: "recorded" takes ``behavior_log_prob`` of the records; "initial" scores it with the
             model as it is when the trainer is made, for data sampled from that very model at
-            ``temperature``. A resumed run must be given the same initial model.
+            ``temperature``, under the autocast of training: ratios start at exactly 1. FSDP and
+            DeepSpeed round in places of their own in half precision, and ratios start at 1 up to that.
+            Each process must hold the whole model then (no ZeRO-3 while it is loaded, no
+            ``cpu_ram_efficient_loading``). A resumed run must be given the same initial model.
         beta: refused unless 0, as is entropy_coef: neither a KL penalty nor an entropy bonus is a part
             of TOPR, whose taper is what keeps it stable.
 
     ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
 
     Raises:
-        TypeError: if ``baseline``, ``temperature`` or ``grad_tolerance`` is not a number.
-        ValueError: on an unknown preset, ratio or reduction, a temperature that is not above 0, a
-            baseline that is not finite, a ``grad_tolerance`` outside [0, 1), a KL penalty or entropy
-            bonus, ``remove_unused_columns=True``, or settings that do not go together.
+        TypeError: if ``baseline``, ``temperature`` or ``grad_tolerance`` is not a number,
+            ``workspace_bytes`` not an int, or a switch not a bool.
+        ValueError: on an unknown preset, ratio, reduction or implementation, a temperature that is not
+            above 0, a baseline that is not finite, a ``grad_tolerance`` outside [0, 1), a KL penalty or
+            entropy bonus, ``remove_unused_columns=True``, ``label_smoothing_factor``, context or
+            sequence parallelism, or settings that do not go together.
     """
 
     limits: _LimitsOption = field(
@@ -147,6 +165,9 @@ class TOPRConfig(TrainingArguments):
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
         check_choice("behavior", self.behavior, _BEHAVIORS)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("beta", "entropy_coef"):
             if getattr(self, name):
                 raise ValueError(
@@ -158,6 +179,7 @@ class TOPRConfig(TrainingArguments):
             raise ValueError("packing: got True with share_prefix=True; expected one of them")
         check_tolerance(self.grad_tolerance, torch.float32, False, 0.0)
         self._check_fused_head()
+        self._check_inherited()
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: got True, which would drop reward and behavior_log_prob "
@@ -171,6 +193,26 @@ class TOPRConfig(TrainingArguments):
                     f"{name}: got {getattr(self, name)} with fused_head=False, which has no use for it; "
                     "drop one of them"
                 )
+        path = kernels.LINEAR if self.fused_head else kernels.LOGITS
+        check_choice("impl", self.impl, ("auto", *path))
+        # The least that any head needs; TOPRTrainer knows the vocabulary.
+        check_workspace(self.workspace_bytes, torch.empty(0), 1)
+
+    def _check_inherited(self) -> None:
+        """Refuses settings of ``TrainingArguments`` that would be without effect, or wrong."""
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: got {self.label_smoothing_factor}; TOPR scores the tokens "
+                "that were sampled and no others, leave it 0"
+            )
+        parallel = self.parallelism_config
+        if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+            raise ValueError(
+                f"parallelism_config: got cp_size={parallel.cp_size} and sp_size={parallel.sp_size}, "
+                "with which transformers cuts the labels along the sequence, but not "
+                "behavior_log_prob; expected 1 for both. For sequences spread over processes write a "
+                "loop over topr_kernels.linear_topr_loss(sequence_group=...)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""
@@ -192,9 +234,10 @@ class TOPRTrainer(Trainer):
     ``evaluate`` reports the loss and the same metrics. With several processes both the loss's
     normaliser and the metrics are of all of them.
 
-    Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration). Training
-    runs the model in train mode, so with dropout > 0 pi is noisy while mu was scored in eval mode:
-    the ratios are not 1 where the policies are equal, and their clipping acts on noise.
+    Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration); the first
+    batch warns of it. Training runs the model in train mode, so with dropout > 0 pi is noisy while mu
+    was scored in eval mode: the ratios are not 1 where the policies are equal, and their clipping acts
+    on noise.
 
     The loss is computed inside the wrapped model's forward, see ``causal_lm_topr_loss``: adapters on
     the head, routers' balancing losses, DistributedDataParallel, FSDP2 and ZeRO-3 are served as they
@@ -207,12 +250,17 @@ class TOPRTrainer(Trainer):
     With ``fused_head`` the first batch also compares the model's own logits of a few rows with those of
     its head, since a model may do to them what is not known here (see ``find_head``).
 
+    Streams with several processes need ``accelerator_config={"dispatch_batches": False}``, so that every
+    process loads batches of its own. ``evaluate`` counts every record of a data set once, however many
+    processes share it.
+
     Raises:
-        TypeError: if ``workspace_bytes`` is not an int.
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
-            record is not sound (see ``prepare_records``) or lacks ``behavior_log_prob``; with
-            ``fused_head``, if the model's head cannot be fused (see ``find_head``) or
-            ``workspace_bytes`` is too small for it.
+            record is not sound (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
+            the default collator would be joined and cut up between processes; on ``compute_loss_func``,
+            ``compute_metrics`` or ``preprocess_logits_for_metrics``, which nothing would call; with
+            ``behavior="initial"``, as ``score_initial``; with ``fused_head``, if the model's head cannot
+            be fused (see ``find_head``) or ``workspace_bytes`` is too small for it.
 
     Warns:
         UserWarning: once, if between two logs more than half of the negatives had a weight of nothing,
@@ -220,6 +268,9 @@ class TOPRTrainer(Trainer):
         UserWarning: once per training set, if no reward is below the baseline although the limits
             give negatives a weight: TOPR is then positives only. Not for records without a
             ``reward``, which a collator of one's own computes.
+        UserWarning: once, at the first batch, if the model drops out in training.
+        UserWarning: if several processes evaluate a stream, or ``behavior="initial"`` must score on the
+            CPU although training does not run there.
     """
 
     # The loss is normalised over the whole accumulated batch: the Trainer must not divide it again.
@@ -237,6 +288,9 @@ class TOPRTrainer(Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        for name, remedy in _NEVER_CALLED.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected None, TOPRTrainer never calls it: {remedy}")
         if data_collator is None:
             eos = _eos_token_id(model, processing_class)
             data_collator = CompletionCollator(
@@ -263,9 +317,9 @@ class TOPRTrainer(Trainer):
         )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
-        self._head_checked = self._packing_checked = False
-        if args.packing:
-            _check_packed_loading(args, self.train_dataset, self.eval_dataset)
+        self._head_checked = self._packing_checked = self._dropout_checked = False
+        self._eval_loader: Any = None
+        check_loading(args, data_collator, self.train_dataset, self.eval_dataset)
         if args.fused_head and args.n_gpu > 1:
             raise ValueError(
                 f"fused_head: one process drives {args.n_gpu} GPUs by nn.DataParallel, whose replicas "
@@ -314,20 +368,27 @@ class TOPRTrainer(Trainer):
                 "which would be ignored; drop the column, or use behavior='recorded'"
             )
         processes, rank = self.args.world_size, self.args.process_index
-        rows = score_behavior(
-            cast(nn.Module, self.model),
-            records[rank::processes],
-            collator,
-            batch_size=self.args.per_device_train_batch_size,
-            temperature=self.args.temperature,
-            fused_head=self.args.fused_head,
-            workspace_bytes=self.args.workspace_bytes,
-            impl=self.args.impl,
-            progress=rank == 0 and not self.args.disable_tqdm,
+        model = cast(nn.Module, self.model)
+
+        def score(share: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+            # The Trainer's forward passes will run under it, and the ratio of equal policies is 1 only
+            # if both were rounded alike.
+            with self.accelerator.autocast():
+                return score_behavior(
+                    model,
+                    share,
+                    collator,
+                    batch_size=self.args.per_device_train_batch_size,
+                    temperature=self.args.temperature,
+                    fused_head=self.args.fused_head,
+                    workspace_bytes=self.args.workspace_bytes,
+                    impl=self.args.impl,
+                    progress=rank == 0 and not self.args.disable_tqdm,
+                )
+
+        rows = score_initial(
+            model, records, score, device=self.args.device, processes=processes, rank=rank
         )
-        if processes > 1:
-            shares = gather_object([rows])
-            rows = [shares[i % processes][i // processes] for i in range(len(records))]
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
                 dataset = dataset.remove_columns("behavior_log_prob")
@@ -342,6 +403,9 @@ class TOPRTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch, normalised by the items of the whole accumulated batch."""
+        if model.training and not self._dropout_checked:
+            warn_of_dropout(self.accelerator.unwrap_model(model))
+            self._dropout_checked = True
         output = self._topr(model, inputs, num_items_in_batch)
         metrics = self._train_metrics if model.training else self._eval_metrics
         counted = (output.length > 0).sum()
@@ -363,7 +427,6 @@ class TOPRTrainer(Trainer):
             fused = {
                 "grad_tolerance": self.args.grad_tolerance,
                 "workspace_bytes": self.args.workspace_bytes,
-                "check": not self._head_checked,
             }
         unwrapped = self.accelerator.unwrap_model(model)
         if is_packed(inputs) and not self._packing_checked:
@@ -382,6 +445,7 @@ class TOPRTrainer(Trainer):
             entropy=self.args.entropy,
             fused_head=self.args.fused_head,
             impl=self.args.impl,
+            check=not self._head_checked,
             **fused,
         )
         self._head_checked = True
@@ -411,15 +475,19 @@ class TOPRTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of one evaluation batch; logits are not kept."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = without_repeats(self._prepare_inputs(inputs), self._eval_loader)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """``Trainer``'s evaluation, with the loss's metrics added to its figures."""
-        self._eval_metrics = MetricMean()
-        output = super().evaluation_loop(*args, **kwargs)
+        check_loader(dataloader, self.data_collator, self.args.world_size)
+        self._eval_metrics, self._eval_loader = MetricMean(), dataloader
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._eval_loader = None
         prefix = kwargs.get("metric_key_prefix", "eval")
         found = self._eval_metrics.result(self._gather)
         metrics = {f"{prefix}_{k}": v for k, v in found.items()}
@@ -604,20 +672,49 @@ def _check_own_collator(args: TOPRConfig) -> None:
             )
 
 
-def _check_packed_loading(args: TOPRConfig, *datasets: Any) -> None:
-    """Refuses ways of loading that cut batches along their first dimension, which is 1 here."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"packing: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
-            "packed batch; launch one process per GPU (torchrun, accelerate launch)"
-        )
-    dispatch = cast(Any, args.accelerator_config).dispatch_batches
-    streams = any(isinstance(data, IterableDataset) for data in datasets)
-    if args.world_size > 1 and (dispatch or (dispatch is None and streams)):
-        raise ValueError(
-            "packing: the main process would load batches and cut them up for the others, which a "
-            "packed batch cannot be; use accelerator_config={'dispatch_batches': False}"
-        )
+def warn_of_dropout(model: nn.Module) -> bool:
+    """Warns if a module of a model drops out in the mode it is in, naming it and the remedy.
+
+    Returns:
+        Whether it warned.
+    """
+    rates = dict(_dropout_rates(model))
+    if not rates:
+        return False
+    name, rate = next(iter(rates.items()))
+    config = base_model(model).config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    fields = [
+        f"{field}=0.0" for field, x in vars(config).items() if "drop" in field and _is_rate(x)
+    ]
+    # What no field of the config sets, an adapter brought.
+    remedy = f"with {', '.join(fields)} in its config" if fields else "without it"
+    more = f" and {len(rates) - 1} more" if len(rates) > 1 else ""
+    warnings.warn(
+        f"{name} of the model is {rate:g}{more}: it drops out in training, but mu was scored without, "
+        "so pi/mu is noise where the policies are equal, and its clipping acts on that. Load the "
+        f"model {remedy} (of LoRA: LoraConfig(lora_dropout=0.0))",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def _dropout_rates(model: nn.Module) -> Iterator[tuple[str, float]]:
+    for path, module in model.named_modules():
+        if not module.training:
+            continue
+        if "Dropout" in type(module).__name__ and _is_rate(getattr(module, "p", None)):
+            yield path, module.p
+        # Attention passes its rate on to a function.
+        for name, x in vars(module).items():
+            if "drop" in name and _is_rate(x):
+                yield f"{path}.{name}", x
+
+
+def _is_rate(x: Any) -> bool:
+    return isinstance(x, float) and x > 0
 
 
 def _eos_token_id(model: Any, processing_class: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def topr_policy_loss(
         weight of a negative) and ``actor/topr_dead_share`` (negatives of weight < 1e-6).
 
     Raises:
-        TypeError: half-precision log-probs.
+        TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
         ValueError: advantages that differ within a sequence, an aggregation that TOPR has no reduction
             for, ``dp_size`` > 1 without the count of the whole batch, or ``rollout_is_weights``: they
             would weigh every token a second time, positives too.
@@ -99,6 +99,12 @@ def topr_policy_loss(
         )
     reduction, unit = AGGREGATIONS[loss_agg_mode]
     info = getattr(config, "global_batch_info", {})
+    if not isinstance(info, Mapping):
+        raise TypeError(
+            "config.global_batch_info: expected a mapping with dp_size, global_batch_size and "
+            f"batch_num_tokens, got {type(info).__name__}; verl fills it in before each loss, {{}} "
+            "means this micro-batch alone"
+        )
     ranks = info.get("dp_size", 1)
     count = info.get(unit)
     if count is None and unit is not None and ranks > 1:

@@ -1,0 +1,130 @@
+"""Log mu under the model as training begins, scored by all processes before any of them trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from topr_kernels.hf.behavior import check_records
+
+_REMEDY = (
+    "score the records beforehand (topr score, or score_behavior with the whole model in one process) "
+    "and use behavior='recorded'"
+)
+#: Nats by which processes may differ on a token: rounding on unlike devices. Other weights differ more.
+_ALLOWED = 0.1
+#: Share of the free memory that weights may take; the rest is for activations and a tile of logits.
+_MOST_MEMORY = 0.8
+
+Score = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
+
+
+def score_initial(
+    model: nn.Module,
+    records: Sequence[Mapping[str, Any]],
+    score: Score,
+    *,
+    device: torch.device,
+    processes: int,
+    rank: int,
+) -> list[list[float]]:
+    """Log-probabilities of all records, of which each process scores a share.
+
+    Args:
+        model: Hugging Face causal language model, before it is wrapped.
+        records: all of them, the same on every process.
+        score: from records to a list of log-probs for each, under ``model``.
+        device: where training will run. A model that was left on the CPU for FSDP or DeepSpeed to
+            take from there is scored on that device if it fits, and put back.
+        processes: how many there are; every one must call this.
+        rank: which of them this is.
+
+    Returns:
+        One list of log-probabilities per record, in their order, on every process.
+
+    Raises:
+        ValueError: on all processes, if a record cannot be scored (see ``check_records``), or the model
+            is not whole on each process, or not the same.
+
+    Warns:
+        UserWarning: if the model is scored on the CPU although training will not run there.
+    """
+    # Before they are shared out: of a process that fails alone, the others would wait for an answer.
+    check_records(records, "the data set")
+    found = _problem(model)
+    problems = gather_object([found]) if processes > 1 else [found]
+    problem = next((p for p in problems if p is not None), None)
+    if problem is not None:
+        raise ValueError(f"behavior: got 'initial', but {problem}; {_REMEDY}")
+    with _on(model, device):
+        rows = score(records[rank::processes])
+        if processes == 1:
+            return rows
+        probe = next((r for r in records if len(r["completion_token_ids"])), None)
+        probed = score([probe])[0] if probe is not None else []
+    shares = gather_object([(rows, probed)])
+    differences = [
+        abs(a - b) for _, other in shares for a, b in zip(shares[0][1], other, strict=True)
+    ]
+    # NaN is no agreement.
+    if not all(x <= _ALLOWED for x in differences):
+        raise ValueError(
+            f"behavior: got 'initial', but under the models of {processes} processes the log-probs of "
+            f"one token differ by up to {max(differences):.2g} nats; expected the same weights on each. "
+            "FSDP's cpu_ram_efficient_loading gives them to the first process alone: use "
+            f"fsdp_config={{'cpu_ram_efficient_loading': False}}, or {_REMEDY}"
+        )
+    return [shares[i % processes][0][i // processes] for i in range(len(records))]
+
+
+def _problem(model: nn.Module) -> str | None:
+    """Why this process cannot run the model by itself, if it cannot."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id") and p.numel() == 0:
+            return (
+                f"ZeRO-3 partitioned {name} over the processes as it was loaded, and none can score by "
+                "itself"
+            )
+        if hasattr(p, "full_tensor"):
+            return f"{name} is sharded over the processes, and none can score by itself"
+        if p.is_meta:
+            return f"{name} has no values on some process"
+    return None
+
+
+@contextmanager
+def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves a model that waits on the CPU to the device that will train it, and back."""
+    tensors = list(chain(model.parameters(), model.buffers()))
+    waits = device.type != "cpu" and all(t.device.type == "cpu" for t in tensors)
+    # Quantised and offloaded models place themselves.
+    placed = any(hasattr(model, name) for name in ("quantization_method", "hf_device_map"))
+    if not waits or placed:
+        yield
+        return
+    backend: Any = torch.get_device_module(device)
+    size, free = sum(t.nbytes for t in tensors), 0
+    if hasattr(backend, "mem_get_info"):
+        free = backend.mem_get_info(device)[0]
+    if size > _MOST_MEMORY * free:
+        warnings.warn(
+            f"behavior='initial': the model's {size / 2**30:.1f} GiB do not fit into the "
+            f"{free / 2**30:.1f} GiB free on {device}, so it is scored on the CPU, which takes long; to "
+            f"avoid that {_REMEDY}",
+            UserWarning,
+            stacklevel=2,
+        )
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")

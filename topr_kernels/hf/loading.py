@@ -1,0 +1,120 @@
+"""What accelerate's loaders do to the batches of several processes: joining, cutting, repeating."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+from torch.utils.data import IterableDataset
+
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.layout import IGNORE_INDEX
+
+
+def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
+    """Refuses ways of loading that join or cut batches, whose rows then no longer fit together.
+
+    Args:
+        args: ``TOPRConfig``.
+        collator: of the Trainer; only ``CompletionCollator`` is known to make batches as wide as they
+            need be.
+        datasets: each a data set, a mapping of them, or None.
+
+    Raises:
+        ValueError: naming the setting that loads otherwise.
+    """
+    if args.packing and args.n_gpu > 1:
+        raise ValueError(
+            f"packing: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
+            "packed batch; launch one process per GPU (torchrun, accelerate launch)"
+        )
+    dispatch = cast(Any, args.accelerator_config).dispatch_batches
+    parts = [part for data in datasets for part in _parts(data)]
+    streams = any(isinstance(part, IterableDataset) for part in parts)
+    if args.world_size > 1 and (dispatch or (dispatch is None and streams)):
+        _check_not_dispatched(collator, args.world_size)
+
+
+def check_loader(loader: Any, collator: Any, processes: int) -> None:
+    """Refuses or warns of a loader for evaluation that was given its data set late.
+
+    Args:
+        loader: accelerate's.
+        collator: of the Trainer.
+        processes: how many there are.
+
+    Raises:
+        ValueError: as ``check_loading``.
+
+    Warns:
+        UserWarning: if repeats of a stream's records would be counted.
+    """
+    if processes == 1:
+        return
+    if isinstance(loader, DataLoaderDispatcher):
+        _check_not_dispatched(collator, processes)
+    elif isinstance(loader.dataset, IterableDataset):
+        warnings.warn(
+            f"{processes} processes evaluate a stream, the end of which accelerate fills up with "
+            "records from its beginning: they count twice. For exact figures evaluate a data set with "
+            "a length (datasets.Dataset, a list)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
+    """The batch of a process with the records that accelerate repeated left unscored.
+
+    All processes run equally many batches of equally many records; to that end the last ones are filled
+    up with records from the beginning, which must not count a second time.
+
+    Args:
+        inputs: padded or packed batch of this process.
+        loader: accelerate's, at this batch.
+    """
+    rows = inputs["reward"].shape[0]
+    first = _first_repeat(loader, rows)
+    if first == rows:
+        return inputs
+    labels = inputs["labels"].clone()
+    offsets = inputs.get("cu_seq_lens_q")
+    if offsets is None:
+        labels[first:] = IGNORE_INDEX
+    else:
+        labels.view(-1)[int(offsets[first]) :] = IGNORE_INDEX
+    return {**inputs, "labels": labels}
+
+
+def _first_repeat(loader: Any, rows: int) -> int:
+    """Which of the rows of this process's batch is the first repeat; ``rows`` if there is none."""
+    # -1: of a stream, or an incomplete batch is dropped; 0: all batches are full.
+    if not getattr(loader, "end_of_dataloader", False) or loader.remainder <= 0:
+        return rows
+    sampler = loader.batch_sampler
+    if isinstance(loader, DataLoaderDispatcher):
+        rank = loader.state.process_index
+    elif isinstance(sampler, BatchSamplerShard) and sampler.even_batches:
+        rank = sampler.process_index
+        # A collator of one's own may make more or fewer rows than there are records.
+        if rows * sampler.num_processes != loader.total_batch_size:
+            return rows
+    else:
+        return rows
+    left: int = loader.remainder - rank * rows
+    return min(max(left, 0), rows)
+
+
+def _check_not_dispatched(collator: Any, processes: int) -> None:
+    if isinstance(collator, CompletionCollator):
+        raise ValueError(
+            f"accelerator_config: the main process would load the batches of all {processes} processes, "
+            "join them and cut them up (dispatch_batches, the default for streams), which batches of "
+            "different width and packed ones cannot be: it would fail and the others wait for it; use "
+            "accelerator_config={'dispatch_batches': False}"
+        )
+
+
+def _parts(data: Any) -> list[Any]:
+    return list(data.values()) if isinstance(data, dict) else [data]
