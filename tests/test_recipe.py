@@ -85,6 +85,13 @@ def test_a_model_without_all_its_weights_is_refused(tmp_path: Path, change: str)
         load_model(str(folder))
 
 
+def test_what_counts_as_the_number_of_an_answer():
+    question = DIGITS.questions(1, seed=0)[0]
+    parsed = [DIGITS.parse(f" {text}\n", "stop", question) for text in ("7", "1,000", "-3.5")]
+    assert parsed == ["7", "1,000", "-3.5"]
+    assert [DIGITS.parse(f" {x}\n", "stop", question) for x in (".5", "1/2", "1e5")] == [None] * 3
+
+
 def test_an_answer_that_is_hard_to_reckon_is_no_number():
     start = time.perf_counter()
     for text in ("1e9999999", "9" * 10_000_000, "1/" + "9" * 5_000_000):

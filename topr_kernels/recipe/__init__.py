@@ -19,7 +19,9 @@ from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate, wilson_
 from topr_kernels.recipe.generate import Completion, complete, generate
 from topr_kernels.recipe.iterate import run_iterate
 from topr_kernels.recipe.models import load_model
+from topr_kernels.recipe.processes import ProcessError, joined
 from topr_kernels.recipe.records import (
+    Judged,
     Record,
     RecordError,
     Sampling,
@@ -34,11 +36,21 @@ from topr_kernels.recipe.settings import (
     IterateSettings,
     ScoreSettings,
     TrainCommandSettings,
+    VerifySettings,
+    VoteSettings,
 )
 from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.task_files import FileTask
 from topr_kernels.recipe.tasks import Question, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.verifier import (
+    VerifierFigures,
+    WeightedAccuracy,
+    run_verify,
+    run_vote,
+    verifier_figures,
+    weighted_accuracy,
+)
 from topr_kernels.recipe.voting import SampledAccuracy, sampled_accuracy
 
 __all__ = [
@@ -52,7 +64,9 @@ __all__ = [
     "FileTask",
     "GenerateSettings",
     "IterateSettings",
+    "Judged",
     "Models",
+    "ProcessError",
     "Question",
     "Record",
     "RecordError",
@@ -63,11 +77,16 @@ __all__ = [
     "Task",
     "TrainCommandSettings",
     "TrainSettings",
+    "VerifierFigures",
+    "VerifySettings",
+    "VoteSettings",
+    "WeightedAccuracy",
     "complete",
     "curate",
     "evaluate",
     "generate",
     "held_out_split",
+    "joined",
     "load_model",
     "max_log_ratio",
     "read_records",
@@ -77,10 +96,14 @@ __all__ = [
     "run_iterate",
     "run_score",
     "run_train",
+    "run_verify",
+    "run_vote",
     "sampled_accuracy",
     "score",
     "subsample_negatives",
     "train",
+    "verifier_figures",
+    "weighted_accuracy",
     "wilson_interval",
     "write_records",
 ]

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +58,23 @@ _STEPS = {
         "all of these, several times, each iteration from the model of the last",
         "topr iterate --config recipe.yaml --iterations 3 --out run",
     ),
+    "verify": (
+        "sample judgements of answers and reward them, to train a verifier on",
+        "topr verify --model smollm2 --records run/samples.parquet --out run/judgements.parquet",
+    ),
+    "vote": (
+        "weighted self-consistency: a verifier's judgements weigh the answers of topr evaluate",
+        "topr vote --model run/verifier --records run/evaluation.parquet --out run/vote.json",
+    ),
 }
 _RESUMES = """\
-exit status: 0 if it is done, 2 if settings or files are not usable, 130 if interrupted. The same
-command continues a run that was interrupted or killed; finished work is checked and left alone.
+exit status: 0 if it is done, 1 if another process of the run failed, 2 if settings or files are not
+usable, 130 if interrupted. The same command continues a run that was interrupted or killed; finished
+work is checked and left alone.
+
+in several processes: torchrun --nproc-per-node 4 -m topr_kernels.recipe ... and accelerate launch -m
+topr_kernels.recipe ... share the work; the results are those of one process, and a run can be continued
+with another number of them.
 """
 
 
@@ -70,7 +84,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None for those of the process.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    from topr_kernels.recipe.processes import ProcessError, launched, leave
+
+    if argv is not None:
+        return _main(list(argv))
+    try:
+        several = launched()[1] > 1
+    except ProcessError as error:
+        print(f"topr: {error}", file=sys.stderr)
+        return 2
+    if not several:
+        return _main(sys.argv[1:])
+    # With a group of processes about the interpreter may never end, and a process that failed must.
+    try:
+        status = _main(sys.argv[1:])
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 2
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
+def _main(given: Sequence[str]) -> int:
     try:
         if given and given[0] in _STEPS:
             return _step(given)
@@ -83,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _step(argv: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.processes import ProcessError, joined, launched
     from topr_kernels.recipe.records import RecordError
     from topr_kernels.recipe.step_cli import config_flags, run_command
     from topr_kernels.recipe.steps import SettingsError
@@ -90,8 +127,15 @@ def _step(argv: Sequence[str]) -> int:
     try:
         args = _parser(argv[0]).parse_args(config_flags(argv))
         _quieten()
-        run_command(argv[0], args)
+        if not args.dry_run:
+            with joined():
+                run_command(argv[0], args)
+        elif launched()[0] == 0:
+            run_command(argv[0], args)
         return 0
+    except ProcessError as error:
+        print(f"topr: {error}", file=sys.stderr)
+        return 1
     # Only what the user can mend: any other error is a bug and shows its traceback.
     except (SettingsError, RecordError, FileError, OSError) as error:
         print(f"topr: {error}", file=sys.stderr)
@@ -110,12 +154,17 @@ def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.demo import DemoSettings, restart, run_demo
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.processes import launched
     from topr_kernels.recipe.records import RecordError
     from topr_kernels.recipe.steps import SettingsError
 
     _quieten()
     names = [field.name for field in dataclasses.fields(DemoSettings)]
     try:
+        if launched()[1] > 1:
+            raise SettingsError(
+                f"processes: got {launched()[1]}; topr demo runs in one, start it without the launcher"
+            )
         settings = DemoSettings(**{name: getattr(args, name) for name in names})
         if args.quick:
             settings = dataclasses.replace(

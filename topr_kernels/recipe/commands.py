@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from topr_kernels.recipe.curate import as_text, curate, figures
 from topr_kernels.recipe.files import atomic_folder
 from topr_kernels.recipe.generate import Completion, generate
 from topr_kernels.recipe.models import LoadedModel, load_model, weights_fingerprint
+from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import (
     Record,
     RecordError,
@@ -97,18 +102,23 @@ def run_generate(
     settings = with_backend(settings)
     check_suffix(out)
     task = find_tasks(settings)[0]
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        questions = questions_of(settings, settings.questions)[0]
+        return sample_task(
+            settings, task, questions, settings.samples, kept, partial, "generate", **share
+        )
 
     def compute(partial: Path) -> dict[str, Any]:
-        questions = questions_of(settings, settings.questions)[0]
-        records = _sample(
-            settings, task, questions, settings.samples, models or Models(), partial, "generate"
-        )
+        records = sample(partial)
         write_records(out, records)
         return _figures(records)
 
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings) | scorer(settings)
-    return run_step("generate", manifest_path(out), plan, inputs, [out], compute)
+    share = functools.partial(sample, **own_share())
+    return run_step("generate", manifest_path(out), plan, inputs, [out], compute, share=share)
 
 
 def run_score(
@@ -128,10 +138,11 @@ def run_score(
         SettingsError, FileError: as ``run_generate``.
     """
     check_suffix(out)
+    kept = models or Models()
 
-    def compute(partial: Path) -> dict[str, Any]:
+    def scored_records(partial: Path, **share: Any) -> list[Record]:
         found = read_nonempty(records)
-        loaded = (models or Models()).get(settings.model)
+        loaded = kept.get(settings.model)
         weights = weights_fingerprint(loaded.model)
         check_tokens(found, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
         for i, record in enumerate(found):
@@ -141,20 +152,26 @@ def run_score(
                     f"{record.sampling.weights!r} ({record.sampling.model}), but --model has "
                     f"{weights!r}: mu is the policy that sampled; give the model that did"
                 )
-        scored = score(
+        return score(
             loaded.model,
             found,
             pad_token_id=loaded.tokenizer.pad_token_id,
             batch_size=settings.batch_size,
             shards=partial / "parts",
+            **share,
         )
+
+    def compute(partial: Path) -> dict[str, Any]:
+        scored = scored_records(partial)
         write_records(out, scored)
         tokens = sum(len(record.completion_token_ids) for record in scored)
         total = sum(sum(record.behavior_log_prob or ()) for record in scored)
         return {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
 
     inputs = {"records": records, **model_input(settings.model)}
-    return run_step("score", manifest_path(out), plain(settings, "seed"), inputs, [out], compute)
+    plan = plain(settings, "seed")
+    share = functools.partial(scored_records, **own_share())
+    return run_step("score", manifest_path(out), plan, inputs, [out], compute, share=share)
 
 
 def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, Any]:
@@ -204,9 +221,13 @@ def run_train(
         RecordError: as ``train``.
         SettingsError, FileError: as ``run_generate``.
     """
+    processes = current().count
+    check_training_processes(settings.batch_size)
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
 
-    def compute(partial: Path) -> dict[str, Any]:
+    # Once: of several processes all train, and then the first saves what it has trained.
+    @functools.cache
+    def trained(partial: Path) -> tuple[LoadedModel, int, list[dict[str, float]]]:
         found = read_nonempty(records)
         loaded = (models or Models()).take(settings.model)
         history = train(
@@ -225,15 +246,25 @@ def run_train(
             ),
             checkpoints=partial / "checkpoints",
         )
+        return loaded, len(found), history
+
+    def compute(partial: Path) -> dict[str, Any]:
+        loaded, count, history = trained(partial)
         # A run that was killed between the model and its manifest left a model.
         shutil.rmtree(out, ignore_errors=True)
         with atomic_folder(out) as temporary:
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
-        return {"records": len(found), "steps": len(history), "history": storable(history)}
+        found = {"records": count, "steps": len(history), "history": storable(history)}
+        # Sums over several processes are rounded in another order.
+        return found | ({"processes": processes} if processes > 1 else {})
 
     inputs = {"records": records, **model_input(settings.model)}
-    return run_step("train", manifest_path(out), plain(settings), inputs, [out], compute)
+    return run_step(
+        *("train", manifest_path(out), plain(settings), inputs, [out], compute),
+        share=trained,
+        lockstep=True,
+    )
 
 
 def run_evaluate(
@@ -255,13 +286,17 @@ def run_evaluate(
     settings = with_backend(settings)
     answers = out.with_suffix(".parquet")
     task = find_tasks(settings)[1]
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        questions = questions_of(settings, 0)[1]
+        return sample_task(
+            settings, task, questions, settings.eval_samples, kept, partial, "evaluate", **share
+        )
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        records = _sample(
-            *(settings, task, questions, settings.eval_samples),
-            *(models or Models(), partial, "evaluate"),
-        )
+        records = sample(partial)
         write_records(answers, records)
         accuracy = sampled_accuracy(
             records,
@@ -276,12 +311,23 @@ def run_evaluate(
 
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings, "questions") | scorer(settings)
-    return run_step("evaluate", out, plan, inputs, [answers], compute)
+    share = functools.partial(sample, **own_share())
+    return run_step("evaluate", out, plan, inputs, [answers], compute, share=share)
 
 
 def with_backend(settings: AnySampler) -> AnySampler:
-    """The settings with "auto" resolved, so that a resumed run cannot change what samples."""
+    """The settings with "auto" resolved, so that a resumed run cannot change what samples.
+
+    Raises:
+        SettingsError: as ``choose_backend``; or if vLLM is asked for by several processes.
+    """
     backend = choose_backend(settings.backend, settings.model)
+    if backend == "vllm" and current().count > 1:
+        if settings.backend == "vllm":
+            raise SettingsError(
+                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
+            )
+        backend = "hf"
     return dataclasses.replace(settings, backend=backend)
 
 
@@ -335,7 +381,40 @@ def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
     ]
 
 
-def _sample(
+def own_share() -> dict[str, Any]:
+    """What ``generate`` and ``score`` take to do this process's share only."""
+    return {"take": current().take, "progress": current().rank == 0}
+
+
+def check_training_processes(batch_size: int) -> None:
+    """Refuses to train in processes that would not give the model of one.
+
+    Raises:
+        SettingsError: if they do not share a batch evenly or are more than the GPUs, or the launcher
+            shards the model over them.
+    """
+    count = current().count
+    if batch_size % count:
+        raise SettingsError(
+            f"batch_size: got {batch_size} with {count} processes; expected a multiple of them: each "
+            "takes an equal part of every update"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
+    if count > 1 and gpus and here > gpus:
+        raise SettingsError(
+            f"processes: got {here} on a machine of {gpus} GPU(s); expected at most one for each GPU"
+        )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise SettingsError(
+                f"processes: the launcher shards the model (ACCELERATE_USE_{name}), which this command "
+                "does not save; launch without it, or train with topr_kernels.hf.TOPRTrainer in a "
+                "script of your own"
+            )
+
+
+def sample_task(
     settings: SamplerOptions,
     task: Any,
     questions: list[Any],
@@ -343,7 +422,22 @@ def _sample(
     models: Models,
     partial: Path,
     label: str,
+    take: Callable[[int], Iterable[int]] = range,
+    progress: bool = True,
 ) -> list[Record]:
+    """Samples answers to questions of a task as the settings say, in parts under ``partial``.
+
+    Args:
+        settings: the model, and how it is sampled.
+        task: as in ``generate``.
+        questions: as in ``generate``.
+        samples: answers to each question.
+        models: loads the model.
+        partial: folder of an unfinished step.
+        label: named on the progress bar.
+        take: as in ``generate``.
+        progress: as in ``generate``.
+    """
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
         loaded = models.take(settings.model)
@@ -368,6 +462,8 @@ def _sample(
         weights=weights_fingerprint(loaded.model),
         sampler=sampler,
         label=label,
+        take=take,
+        progress=progress,
     )
 
 

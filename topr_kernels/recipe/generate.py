@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,8 @@ def generate(
     weights: str = "",
     sampler: Callable[..., list[Completion]] | None = None,
     label: str = "generate",
+    take: Callable[[int], Iterable[int]] = range,
+    progress: bool = True,
 ) -> list[Record]:
     """Samples completions of every question and rewards them.
 
@@ -197,10 +199,13 @@ def generate(
         weights: fingerprint of the model's weights, for the records.
         sampler: called as ``complete`` is, in its place, for instance one of ``vllm_backend``.
         label: named on the progress bar.
+        take: given the number of batches, gives those to do, in rising order: for one of several
+            processes, which leaves its share in ``shards``.
+        progress: whether to show a bar.
 
     Returns:
-        Q * samples records in the order of the questions; without ``behavior_log_prob``, unless a
-        ``sampler`` reports it.
+        Q * samples records in the order of the questions (of the batches taken, if not all); without
+        ``behavior_log_prob``, unless a ``sampler`` reports it.
 
     Raises:
         RecordError: if a shard is damaged; delete it and run again.
@@ -211,8 +216,9 @@ def generate(
     starts = range(0, len(work), batch_size)
     stop_ids = stop_token_ids(tokenizer, one_line=task.one_line, model=model)
     records: list[Record] = []
-    with tqdm(total=len(work), desc=label, unit="sample") as bar:
-        for i, start in enumerate(starts):
+    with tqdm(total=len(work), desc=label, unit="sample", disable=not progress) as bar:
+        for i in take(len(starts)):
+            start = starts[i]
             part = work[start : start + batch_size]
             shard = None if shards is None else shards / f"batch-{i:05d}.parquet"
             if shard is not None and shard.exists():
@@ -244,7 +250,8 @@ def generate(
                 if shard is not None:
                     write_records(shard, batch)
             records += batch
-            bar.update(len(batch))
+            # Those of others in between are done, or being done.
+            bar.update(start + len(batch) - bar.n)
     return records
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from topr_kernels import __version__
 from topr_kernels.recipe.commands import (
     Models,
+    check_training_processes,
     model_input,
     plain,
     run_curate,
@@ -19,6 +21,7 @@ from topr_kernels.recipe.commands import (
     with_backend,
 )
 from topr_kernels.recipe.files import FileError, checksum, write_json
+from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -39,6 +42,8 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
     ``manifest.json`` with settings, checksums and figures; ``out/report.json`` all figures. The same
     call continues a run that was killed, after its last finished part (batch of samples, checkpoint).
 
+    Several processes (``processes.joined``), each of which must call this, share the work of the steps.
+
     Args:
         settings: see ``IterateSettings``. ``seed`` changes the samples from iteration to iteration; the
             questions stay those of ``question_seed``.
@@ -54,29 +59,38 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
     settings = with_backend(settings)
     # Questions first: settings that cannot be met must not claim the folder.
     questions_of(settings, settings.questions)
+    check_training_processes(settings.batch_size)
     models = Models()
-    with locked(out):
-        inputs = {
-            n: checksum(path)
-            for n, path in (model_input(settings.model) | task_inputs(settings)).items()
-        }
-        wanted = {
-            "step": "iterate",
-            "version": __version__,
-            "settings": plain(settings) | scorer(settings),
-        }
-        # Settings under which nothing was done bind nobody.
-        if not any(path.is_file() for path in out.glob("iteration-*/**/*") if path.name[0] != "."):
-            (out / "settings.json").unlink(missing_ok=True)
-        claim(out / "settings.json", {**wanted, "inputs": inputs}, out)
+    crew = current()
+    with ExitStack() as held:
+        crew.first(lambda: _take_on(held, settings, out))
         report = [_start(settings, out, models)]
         source = settings.model
         for i in range(1, settings.iterations + 1):
             figures, source = _iteration(settings, i, source, out / f"iteration-{i}", models)
             report.append(figures)
-        write_json(out / "report.json", {"iterations": report})
-    print(f"\n{as_text(report)}\n\nfigures: {out / 'report.json'}; last model: {source}")
+        crew.first(lambda: write_json(out / "report.json", {"iterations": report}))
+    if crew.rank == 0:
+        print(f"\n{as_text(report)}\n\nfigures: {out / 'report.json'}; last model: {source}")
     return report
+
+
+def _take_on(held: ExitStack, settings: IterateSettings, out: Path) -> None:
+    """Locks and claims the folder of the run."""
+    held.enter_context(locked(out))
+    inputs = {
+        n: checksum(path)
+        for n, path in (model_input(settings.model) | task_inputs(settings)).items()
+    }
+    wanted = {
+        "step": "iterate",
+        "version": __version__,
+        "settings": plain(settings) | scorer(settings),
+    }
+    # Settings under which nothing was done bind nobody.
+    if not any(path.is_file() for path in out.glob("iteration-*/**/*") if path.name[0] != "."):
+        (out / "settings.json").unlink(missing_ok=True)
+    claim(out / "settings.json", {**wanted, "inputs": inputs}, out)
 
 
 def _start(settings: IterateSettings, out: Path, models: Models) -> dict[str, Any]:
@@ -89,7 +103,8 @@ def _iteration(
     settings: IterateSettings, i: int, source: str, folder: Path, models: Models
 ) -> tuple[dict[str, Any], str]:
     """Runs one iteration from the model ``source``; returns its figures and its model."""
-    print(f"\niteration {i} of {settings.iterations}")
+    if current().rank == 0:
+        print(f"\niteration {i} of {settings.iterations}")
     # The same questions get other samples, and the same records another order, in each iteration.
     seed = settings.seed * 1009 + i
     samples, scored, curated = (
@@ -126,18 +141,16 @@ def _iteration(
         "updates": results["train"]["figures"]["steps"],
         "evaluation": results["evaluate"]["figures"],
     }
-    _write_manifest(
-        folder / "manifest.json",
-        {
-            "iteration": i,
-            "version": __version__,
-            "settings": {name: result["settings"] for name, result in results.items()},
-            "inputs": {name: result["inputs"] for name, result in results.items()},
-            "outputs": {n: sha for r in results.values() for n, sha in r["outputs"].items()},
-            "figures": figures,
-            "seconds": {name: result["seconds"] for name, result in results.items()},
-        },
-    )
+    manifest = {
+        "iteration": i,
+        "version": __version__,
+        "settings": {name: result["settings"] for name, result in results.items()},
+        "inputs": {name: result["inputs"] for name, result in results.items()},
+        "outputs": {n: sha for r in results.values() for n, sha in r["outputs"].items()},
+        "figures": figures,
+        "seconds": {name: result["seconds"] for name, result in results.items()},
+    }
+    current().first(lambda: _write_manifest(folder / "manifest.json", manifest))
     return figures, str(model)
 
 

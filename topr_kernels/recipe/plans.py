@@ -20,6 +20,8 @@ from topr_kernels.recipe.settings import (
     ScoreSettings,
     TrainCommandSettings,
     TrainingOptions,
+    VerifySettings,
+    VoteSettings,
 )
 from topr_kernels.recipe.steps import (
     SettingsError,
@@ -31,6 +33,7 @@ from topr_kernels.recipe.steps import (
     refuse_other,
 )
 from topr_kernels.recipe.task_files import questions_of
+from topr_kernels.recipe.verifier import Verification, choose_solutions, read_answers
 
 #: Bytes of a sampled token in records, text included, and of what else a record holds.
 _TOKEN_BYTES, _RECORD_BYTES = 16, 200
@@ -93,6 +96,33 @@ def plan_evaluate(settings: EvaluateSettings, out: Path) -> list[str]:
     lines = _sampling(settings, [q.prompt for q in questions], settings.eval_samples)
     state = _state(out, plain(settings, "questions", "backend"))
     return [state, *lines, f"writes: {out}, {out.with_suffix('.parquet')}"]
+
+
+def plan_verify(settings: VerifySettings, records: Path, out: Path) -> list[str]:
+    """What ``run_verify`` would do."""
+    check_suffix(out)
+    found = choose_solutions(_read(records, settings.model), settings)
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(found)]
+    right = sum(record.reward > 0 for record in found)
+    return [
+        _state(manifest_path(out), plain(settings, "backend")),
+        f"solutions: {len(found)}, {right} of them right",
+        *_sampling(settings, prompts, settings.samples),
+        f"writes: {out}",
+    ]
+
+
+def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
+    """What ``run_vote`` would do."""
+    _read(records, settings.model)
+    answers, questions, judged = read_answers(settings, records)
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
+    return [
+        _state(out, plain(settings, "questions", "backend")),
+        f"answers: {len(answers)} to {len(questions)} questions, {len(judged)} of them can be parsed",
+        *_sampling(settings, prompts, settings.judgements),
+        f"writes: {out}, {out.with_suffix('.parquet')}",
+    ]
 
 
 def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:

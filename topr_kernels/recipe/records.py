@@ -49,11 +49,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The solution that a judgement is of.
+
+    Args:
+        record: its number in the records file that was judged, from 0.
+        group: number of its question.
+        right: whether it is right: its reward is above 0.
+    """
+
+    record: int
+    group: int
+    right: bool
+
+
+@dataclass(frozen=True)
 class Record:
     """One sampled completion.
 
     Args:
-        group: number of the question; samples of one question share it.
+        group: number of the question; samples of one question share it. Of a judgement: number of the
+            solution it judges.
         prompt: text that was completed.
         completion: text that was sampled, without special tokens.
         prompt_token_ids: ids of the prompt as the model saw them, at least one.
@@ -67,6 +83,7 @@ class Record:
         behavior_source: where ``behavior_log_prob`` comes from: "score", "sampler" (what the sampling
             engine reported), or "" if not known.
         valid: whether the completion gave an answer at all; None if not known.
+        judged: what the completion judges (``topr verify``); None if it answers a question.
     """
 
     group: int
@@ -80,6 +97,7 @@ class Record:
     behavior_log_prob: list[float] | None = None
     behavior_source: str = ""
     valid: bool | None = None
+    judged: Judged | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, as it is stored."""
@@ -125,9 +143,16 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     rows = [record.to_dict() for record in records]
     for i, row in enumerate(rows):
         Record.from_dict(row, f"record {i}")
+    schema = _SCHEMA
+    if any(record.judged is not None for record in records):
+        schema = schema.append(_JUDGED)
+    else:
+        # Answers to questions keep the columns they had before there were judgements.
+        for row in rows:
+            del row["judged"]
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
         else:
             lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -326,6 +351,18 @@ def _valid(value: Any, where: str, name: str) -> bool | None:
     return value
 
 
+def _judged(value: Any, where: str, name: str) -> Judged | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _error(where, name, value, "a mapping that tells the judged solution, or nothing")
+    _check_names(value, Judged, f"{where}, field {name!r}")
+    if not isinstance(value["right"], bool):
+        raise _error(where, f"{name}.right", value["right"], "true or false")
+    number, group = (_integer(value[n], where, f"{name}.{n}") for n in ("record", "group"))
+    return Judged(number, group, value["right"])
+
+
 _CHECKS: dict[str, Any] = {
     "group": _integer,
     "prompt": _text,
@@ -337,6 +374,7 @@ _CHECKS: dict[str, Any] = {
     "behavior_log_prob": _log_probs,
     "behavior_source": _text,
     "valid": _valid,
+    "judged": _judged,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -376,4 +414,8 @@ _SCHEMA = pa.schema(
         ("behavior_source", pa.string()),
         ("valid", pa.bool_()),
     ]
+)
+_JUDGED = pa.field(
+    "judged",
+    pa.struct([("record", pa.int64()), ("group", pa.int64()), ("right", pa.bool_())]),
 )

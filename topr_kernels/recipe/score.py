@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ def score(
     pad_token_id: int,
     batch_size: int,
     shards: Path | None = None,
+    take: Callable[[int], Iterable[int]] = range,
+    progress: bool = True,
 ) -> list[Record]:
     """Fills in ``behavior_log_prob``: log-probabilities under the policy that sampled.
 
@@ -49,9 +51,12 @@ def score(
         pad_token_id: fills the padding.
         batch_size: records scored together; use the training batch's.
         shards: folder for finished parts. Parts found there are not scored again.
+        take: given the number of parts, gives those to do, in rising order: for one of several
+            processes, which leaves its share in ``shards``.
+        progress: whether to show a bar.
 
     Returns:
-        The records with one fp32 log-probability per completion token.
+        The records (of the parts taken, if not all) with one fp32 log-probability per completion token.
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
@@ -61,8 +66,12 @@ def score(
     for i, record in enumerate(records):
         _check_full_softmax(record, i)
     scored: list[Record] = []
-    with tqdm(total=len(records), desc="score", unit="sample") as bar:
-        for start in range(0, len(records), _SHARD_BATCHES * batch_size):
+    starts = range(0, len(records), _SHARD_BATCHES * batch_size)
+    with tqdm(total=len(records), desc="score", unit="sample", disable=not progress) as bar:
+        for i in take(len(starts)):
+            start = starts[i]
+            # Parts of others in between are done, or being done.
+            bar.update(start - bar.n)
             part = records[start : start + _SHARD_BATCHES * batch_size]
             shard = None if shards is None else shards / f"from-{start:07d}.parquet"
             if shard is not None and shard.exists():

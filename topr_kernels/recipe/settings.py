@@ -113,6 +113,51 @@ class EvaluateSettings(VotingOptions, SamplerOptions, QuestionOptions):
     """Settings of ``topr evaluate``; ``questions`` changes nothing: held-out ones are drawn first."""
 
 
+#: What a verifier is asked unless ``template`` says otherwise.
+VERIFIER_TEMPLATE = (
+    "{prompt}{completion}\n\nIs the solution above right? Check it step by step. End with a line "
+    'that says "Verdict: right" or "Verdict: wrong".\n'
+)
+
+
+@dataclass(frozen=True)
+class JudgementOptions(SamplerOptions):
+    """What a verifier is asked about a solution."""
+
+    max_new_tokens: int = option(256, "longest judgement, in tokens", least=1)
+    template: str = option(
+        VERIFIER_TEMPLATE,
+        "the question to the verifier; {prompt} and {completion} stand for those of the solution",
+    )
+    one_line: bool = option(False, "a judgement ends with its line")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in ("{prompt}", "{completion}"):
+            if part not in self.template:
+                raise SettingsError(f"template: got {self.template!r}; expected {part} in it")
+
+
+@dataclass(frozen=True)
+class VerifySettings(JudgementOptions):
+    """Which solutions are judged; settings of ``topr verify``."""
+
+    samples: int = option(4, "judgements sampled per solution", least=1)
+    solutions: int = option(0, "solutions of a question to judge, at random; 0 for all", least=0)
+    right_share: float = option(
+        0.0, "share of right solutions to make by leaving some out; 0 leaves it", least=0, most=1
+    )
+
+
+@dataclass(frozen=True)
+class VoteSettings(JudgementOptions, QuestionOptions):
+    """The votes; settings of ``topr vote``; the questions are those of ``topr evaluate``."""
+
+    judgements: int = option(4, "judgements sampled per answer", least=1)
+    votes: int = option(4, "answers that vote (K)", least=1)
+    draws: int = option(100, "how often K of the answers are drawn", least=1)
+
+
 @dataclass(frozen=True)
 class IterateSettings(
     VotingOptions,

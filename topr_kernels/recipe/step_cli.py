@@ -1,4 +1,4 @@
-"""Flags of ``topr generate|score|curate|train|evaluate|iterate``, and the calls behind them."""
+"""Flags of the commands of ``topr``, but for ``demo``, and the calls behind them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from topr_kernels.recipe import settings as kinds
+from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.steps import Options, SettingsError
 
 #: Command to its settings, whether it reads records, and what ``--out`` is.
@@ -20,8 +21,13 @@ _COMMANDS: dict[str, tuple[type[Options], bool, str]] = {
     "curate": (kinds.CurateSettings, True, "records to write, .parquet or .jsonl"),
     "train": (kinds.TrainCommandSettings, True, "folder of the trained model"),
     "evaluate": (kinds.EvaluateSettings, False, ".json file of the figures"),
+    "verify": (kinds.VerifySettings, True, "records to write, .parquet or .jsonl"),
+    "vote": (kinds.VoteSettings, True, ".json file of the figures"),
     "iterate": (kinds.IterateSettings, False, "folder of the run"),
 }
+
+#: Where the function of a command is, if not in ``commands``.
+_MODULES = {"iterate": "iterate", "verify": "verifier", "vote": "verifier"}
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -61,7 +67,7 @@ def run_command(command: str, args: argparse.Namespace) -> None:
     kind, reads, _ = _COMMANDS[command]
     settings = kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)})
     # Only now: a wrong flag need not wait for transformers.
-    module = "plans" if args.dry_run else "iterate" if command == "iterate" else "commands"
+    module = "plans" if args.dry_run else _MODULES.get(command, "commands")
     functions = importlib.import_module(f"topr_kernels.recipe.{module}")
     function: Callable[..., Any] = getattr(
         functions, f"{'plan' if args.dry_run else 'run'}_{command}"
@@ -69,7 +75,7 @@ def run_command(command: str, args: argparse.Namespace) -> None:
     found = function(settings, *([args.records] if reads else []), args.out)
     if args.dry_run:
         print("\n".join(found))
-    elif command != "iterate":
+    elif command != "iterate" and current().rank == 0:
         print(f"{command}: {args.out}, {found['seconds']:.1f} s")
 
 

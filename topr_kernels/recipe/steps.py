@@ -11,12 +11,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from topr_kernels import __version__
 from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
+from topr_kernels.recipe.processes import current
 
 if sys.platform != "win32":
     import fcntl
@@ -126,8 +127,14 @@ def run_step(
     inputs: Mapping[str, Path],
     outputs: Sequence[Path],
     compute: Callable[[Path], dict[str, Any]],
+    *,
+    share: Callable[[Path], object] | None = None,
+    lockstep: bool = False,
 ) -> dict[str, Any]:
     """Runs a step unless it is finished, and returns its manifest.
+
+    Of several processes (``processes.joined``), each of which must call this, the first does everything
+    but ``share``, and the others wait for it.
 
     Args:
         step: name of the command.
@@ -137,40 +144,34 @@ def run_step(
         outputs: files and folders that ``compute`` writes, each whole or not at all.
         compute: is given the folder for its parts, where it finds those of a killed run; returns the
             figures.
+        share: what several processes do together before ``compute``, which finds the parts they leave;
+            not called where there is only one.
+        lockstep: see ``Processes.share``.
 
     Raises:
         FileError: if an input or a finished output is damaged.
         SettingsError: if the results there have other settings or inputs, or are not this step's, or
             another process is at it.
+        ProcessError: if another of several processes fails.
     """
-    for path in inputs.values():
-        check_input(path)
-    wanted = {
-        "step": step,
-        "version": __version__,
-        "settings": dict(settings),
-        "inputs": {n: {"file": p.name, "sha256": checksum(p)} for n, p in inputs.items()},
-    }
     partial = partial_path(manifest)
-    if manifest.exists():
-        found = read_mapping(manifest)
-        refuse_other(found, wanted, manifest)
-        _check_outputs(found, manifest, outputs)
-        # A kill after the manifest was written leaves the parts behind.
-        shutil.rmtree(partial, ignore_errors=True)
-        return found
-    foreign = [path for path in outputs if path.exists()]
-    if foreign and not partial.exists():
-        raise SettingsError(
-            f"{foreign[0]}: exists, but was not made by this command; move it, or choose another --out"
-        )
-    with locked(partial):
-        claimed = partial / "settings.json"
-        # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
-        if not foreign and list(partial.iterdir()) == [claimed]:
-            claimed.unlink()
-        claim(claimed, wanted, manifest)
-        start = time.perf_counter()
+    crew = current()
+
+    def begin() -> tuple[dict[str, Any], bool]:
+        for path in inputs.values():
+            check_input(path)
+        wanted = {
+            "step": step,
+            "version": __version__,
+            "settings": dict(settings),
+            "inputs": {n: {"file": p.name, "sha256": checksum(p)} for n, p in inputs.items()},
+        }
+        found = _finished(manifest, wanted, outputs)
+        if found is None:
+            _take_on(held, manifest, wanted, outputs)
+        return found or wanted, found is not None
+
+    def finish() -> dict[str, Any]:
         figures = compute(partial)
         result = {
             **wanted,
@@ -180,7 +181,58 @@ def run_step(
         }
         write_json(manifest, result)
         shutil.rmtree(partial)
-    return result
+        return result
+
+    def hold_and(share: Callable[[Path], object]) -> None:
+        # The first process holds the folder. A lock of the others on what it claimed outlives it: the
+        # next run must not begin while one that lost the first still writes a part.
+        with _held(partial / "settings.json", shared=True):
+            share(partial)
+
+    with ExitStack() as held:
+        wanted, done = crew.first(begin)
+        if done:
+            return wanted
+        start = time.perf_counter()
+        if share is not None and crew.count > 1:
+            crew.share(lambda: hold_and(share), lockstep=lockstep)
+        return crew.first(finish)
+
+
+def _finished(
+    manifest: Path, wanted: Mapping[str, Any], outputs: Sequence[Path]
+) -> dict[str, Any] | None:
+    """The manifest of a finished step, if it is."""
+    if not manifest.exists():
+        return None
+    found = read_mapping(manifest)
+    refuse_other(found, wanted, manifest)
+    _check_outputs(found, manifest, outputs)
+    # A kill after the manifest was written leaves the parts behind.
+    shutil.rmtree(partial_path(manifest), ignore_errors=True)
+    return found
+
+
+def _take_on(
+    held: ExitStack, manifest: Path, wanted: Mapping[str, Any], outputs: Sequence[Path]
+) -> None:
+    """Locks and claims an unfinished step."""
+    partial = partial_path(manifest)
+    foreign = [path for path in outputs if path.exists()]
+    if foreign and not partial.exists():
+        raise SettingsError(
+            f"{foreign[0]}: exists, but was not made by this command; move it, or choose another --out"
+        )
+    held.enter_context(locked(partial))
+    claimed = partial / "settings.json"
+    if claimed.exists():
+        # Nobody is left of a run that lost its first process.
+        with _held(claimed):
+            pass
+    # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
+    if not foreign and list(partial.iterdir()) == [claimed]:
+        claimed.unlink()
+    claim(claimed, wanted, manifest)
 
 
 def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
@@ -257,15 +309,23 @@ def locked(folder: Path) -> Iterator[None]:
         SettingsError: if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder):
+        yield
+
+
+@contextmanager
+def _held(path: Path, *, shared: bool = False) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             # The system lets go of it when the process ends, however it ends.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            folder = path if path.is_dir() else path.parent
             raise SettingsError(
                 f"{folder}: another process is working there; wait for it, or choose another --out"
             ) from error

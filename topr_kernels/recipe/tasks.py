@@ -41,8 +41,9 @@ class Question:
 class AnyTask(Protocol):
     """What the pipeline asks of a task: questions, and what a completion is worth."""
 
-    #: Whether a completion ends with its line.
-    one_line: ClassVar[bool]
+    @property
+    def one_line(self) -> bool:
+        """Whether a completion ends with its line."""
 
     def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
         """Draws distinct questions whose texts are not in ``exclude``."""
@@ -161,7 +162,7 @@ class Task:
 
 
 _LONGEST_NUMBER = 100
-_NUMBER = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
+_RECKONED = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
 
 #: Sums and differences of two two-digit numbers, after three worked lines.
 ARITHMETIC = Task(
@@ -175,7 +176,7 @@ def canonical_number(text: str) -> str | None:
     """A number (commas, decimals, fractions a/b) in one form; None for anything else."""
     plain = text.strip().replace(",", "")
     # A power such as 1e9999999, or a text of digits alone, would take minutes to reckon.
-    if len(plain) > _LONGEST_NUMBER or not _NUMBER.fullmatch(plain):
+    if len(plain) > _LONGEST_NUMBER or not _RECKONED.fullmatch(plain):
         return None
     try:
         return str(Fraction(plain))

@@ -16,6 +16,7 @@ from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.collator import prefix_sharing_problem
 from topr_kernels.hf.heads import head_shape
 from topr_kernels.limits import Limits
+from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import (
     Record,
     check_sources,
@@ -62,6 +63,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the model in place, as a policy at temperature 1.
 
+    Several processes (``processes.joined``) share every update. Where the records are no multiple of
+    ``batch_size``, the last update of an epoch then repeats some of them.
+
     Args:
         model: a causal language model, at the weights that sampled the records.
         tokenizer: its tokenizer.
@@ -83,7 +87,8 @@ def train(
     rows = training_rows(records)
     check_sources(records)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
-    _drop_damaged(checkpoints)
+    crew = current()
+    crew.first(lambda: _drop_damaged(checkpoints))
     args = TOPRConfig(
         output_dir=str(checkpoints),
         limits=settings.limits,
@@ -95,7 +100,7 @@ def train(
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // crew.count,
         num_train_epochs=settings.epochs,
         seed=settings.seed,
         logging_steps=1,
@@ -105,6 +110,7 @@ def train(
         report_to="none",
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
+        ddp_backend="gloo" if crew.count > 1 and model.device.type == "cpu" else None,
         dataloader_pin_memory=False,
     )
     trainer = TOPRTrainer(
@@ -129,7 +135,11 @@ class _ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step"
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            disable=not state.is_world_process_zero,
         )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

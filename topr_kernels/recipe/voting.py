@@ -97,30 +97,13 @@ def sampled_accuracy(
     Raises:
         ValueError: if ``records`` are not N for each question, or ``votes`` is not in 1..N.
     """
-    samples = len(records) // max(1, len(questions))
-    groups = [record.group for record in records]
-    if not samples or groups != [q.group for q in questions for _ in range(samples)]:
-        raise ValueError(
-            f"records: got {len(records)} of {len(questions)} questions; expected equally many of "
-            "each, in the order of the questions"
-        )
-    if not 1 <= votes <= samples:
-        raise ValueError(f"votes: got {votes}; expected 1 to {samples}, the answers per question")
-    right, answers = [], []
-    for i, question in enumerate(questions):
-        part = records[i * samples : (i + 1) * samples]
-        parsed = [task.parse(r.completion, r.finish_reason, question) for r in part]
-        forms = [None if a is None else task.canonical(a) for a in parsed]
-        # One judgement per form: equal answers must not be judged differently, nor twice.
-        scores: dict[str | None, bool] = {}
-        for form, answer in zip(forms, parsed, strict=True):
-            if form not in scores:
-                scores[form] = task.reward(answer, question) > 0
-        answers.append([(form, scores[form]) for form in forms])
-        right.append(sum(scores[form] for form in forms) / samples)
+    answers = judged_answers(records, task, questions, votes)
+    samples = len(answers[0])
+    right = [sum(good for _, good in row) / samples for row in answers]
     mean = statistics.fmean(right)
     low, high = _interval(right, samples)
-    majority, error = _majority(answers, votes, draws if votes < samples else 1, seed)
+    votes_of_one = [[(form, good, 1.0) for form, good in row] for row in answers]
+    majority, error = weighted_majority(votes_of_one, votes=votes, draws=draws, seed=seed)
     data: DataFigures = figures(records)
     return SampledAccuracy(
         questions=len(questions),
@@ -137,6 +120,37 @@ def sampled_accuracy(
     )
 
 
+def judged_answers(
+    records: Sequence[Record], task: Scorer, questions: Sequence[Question], votes: int
+) -> list[list[tuple[str | None, bool]]]:
+    """For each question its N answers: canonical form, None where there is none, and whether right.
+
+    Raises:
+        ValueError: as ``sampled_accuracy``.
+    """
+    samples = len(records) // max(1, len(questions))
+    groups = [record.group for record in records]
+    if not samples or groups != [q.group for q in questions for _ in range(samples)]:
+        raise ValueError(
+            f"records: got {len(records)} of {len(questions)} questions; expected equally many of "
+            "each, in the order of the questions"
+        )
+    if not 1 <= votes <= samples:
+        raise ValueError(f"votes: got {votes}; expected 1 to {samples}, the answers per question")
+    answers = []
+    for i, question in enumerate(questions):
+        part = records[i * samples : (i + 1) * samples]
+        parsed = [task.parse(r.completion, r.finish_reason, question) for r in part]
+        forms = [None if a is None else task.canonical(a) for a in parsed]
+        # One judgement per form: equal answers must not be judged differently, nor twice.
+        scores: dict[str | None, bool] = {}
+        for form, answer in zip(forms, parsed, strict=True):
+            if form not in scores:
+                scores[form] = task.reward(answer, question) > 0
+        answers.append([(form, scores[form]) for form in forms])
+    return answers
+
+
 def _interval(right: Sequence[float], samples: int) -> tuple[float, float]:
     count, mean = len(right), statistics.fmean(right)
     variance = statistics.variance(right) / count if count > 1 else 0.0
@@ -147,23 +161,44 @@ def _interval(right: Sequence[float], samples: int) -> tuple[float, float]:
     return wilson_interval(mean * effective, effective)
 
 
-def _majority(
-    answers: Sequence[Sequence[tuple[str | None, bool]]], votes: int, draws: int, seed: int
+def weighted_majority(
+    answers: Sequence[Sequence[tuple[str | None, bool, float]]],
+    *,
+    votes: int,
+    draws: int,
+    seed: int,
 ) -> tuple[float, float | None]:
+    """Accuracy of the answer with the largest sum of weights among K of N, mean over draws of K.
+
+    An answer of form None does not vote. Of equal sums the answer with more votes wins, so that weights
+    that say nothing give the plain majority; of equal numbers of votes, the one drawn first.
+
+    Args:
+        answers: for each question N answers: form, whether it is right, weight. Whole numbers as weights
+            have exact sums, so that equal ones are.
+        votes: K, in 1..N.
+        draws: how often K are drawn; once for K = N.
+        seed: of the draws; the same whatever the weights.
+
+    Returns:
+        The accuracy, and its standard error sqrt(K V / (N - K)), V the variance over the draws; None for
+        K = N or one draw.
+    """
     draw = random.Random(seed)
     samples = len(answers[0])
     accuracies = []
-    for _ in range(draws):
+    for _ in range(draws if votes < samples else 1):
         correct = 0
         for row in answers:
             drawn = draw.sample(row, votes) if votes < samples else row
-            counts: dict[str, int] = {}
-            for form, _right in drawn:
+            sums: dict[str, tuple[float, int]] = {}
+            for form, _, weight in drawn:
                 if form is not None:
-                    counts[form] = counts.get(form, 0) + 1
+                    total, count = sums.get(form, (0.0, 0))
+                    sums[form] = total + weight, count + 1
             # max takes the first of equals, and a dict keeps the order of the draw.
-            winner = max(counts, key=counts.__getitem__) if counts else None
-            correct += winner is not None and dict(row)[winner]
+            winner = max(sums, key=sums.__getitem__) if sums else None
+            correct += any(right for form, right, _ in row if form == winner and winner is not None)
         accuracies.append(correct / len(answers))
     mean = statistics.fmean(accuracies)
     if votes == samples or draws < 2:

@@ -1,0 +1,479 @@
+"""The generative verifier: a model that writes whether a solution is right, and weighs votes with it.
+
+``run_verify`` asks a model about solutions and rewards its judgements; score, curate and train take
+those records as they take any. ``run_vote`` asks a verifier about the answers of ``run_evaluate``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topr_kernels.recipe.commands import (
+    Models,
+    model_input,
+    own_share,
+    plain,
+    read_nonempty,
+    sample_task,
+    with_backend,
+)
+from topr_kernels.recipe.curate import figures, to_positive_share
+from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
+from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
+from topr_kernels.recipe.steps import SettingsError, manifest_path, run_step
+from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
+from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.voting import Scorer, judged_answers, weighted_majority
+
+_WORDS = {
+    **dict.fromkeys(("right", "correct", "yes"), "right"),
+    **dict.fromkeys(("wrong", "incorrect", "no"), "wrong"),
+}
+_WORD = "|".join(_WORDS)
+# The word ends its line: 'Verdict: right or wrong?' decides nothing.
+_VERDICT = re.compile(rf"\bverdict\b\W*\b({_WORD})\b[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+_BARE = re.compile(rf"\W*({_WORD})\W*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The task of a verifier: its questions are solutions, its answers "right" and "wrong".
+
+    Args:
+        template: text of a question; {prompt} and {completion} stand for those of the solution.
+        one_line: whether a judgement ends with its line.
+    """
+
+    template: str
+    one_line: bool = False
+
+    def question(self, record: Record, number: int) -> Question:
+        """The question whether a solution is right.
+
+        Args:
+            record: the solution; its reward tells whether it is right.
+            number: of the solution, which becomes the group of its judgements.
+        """
+        # One pass: a solution that writes {prompt} gets no prompt there.
+        parts = {"{prompt}": record.prompt, "{completion}": record.completion.rstrip()}
+        text = re.sub(r"\{prompt\}|\{completion\}", lambda m: parts[m.group()], self.template)
+        return Question(number, text, text, {"right": record.reward > 0})
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        """The verdict of a judgement: "right", "wrong", or None if it gives none, or was cut.
+
+        The last line that says "Verdict: right" (correct, yes) or "Verdict: wrong" (incorrect, no), or a
+        judgement that is nothing but the word.
+        """
+        if finish_reason != "stop":
+            return None
+        bare = _BARE.fullmatch(completion)
+        said = [bare.group(1)] if bare else _VERDICT.findall(completion)
+        return _WORDS[said[-1].lower()] if said else None
+
+    def canonical(self, answer: str) -> str:
+        """The verdict."""
+        return answer
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        """+1 for the right verdict, -1 for the wrong one or none."""
+        if answer is None:
+            return -1.0
+        return 1.0 if (answer == "right") == question.entry["right"] else -1.0
+
+
+@dataclass(frozen=True)
+class VerifierFigures:
+    """How good judgements are; shares in [0, 1].
+
+    Args:
+        solutions: number of judged solutions.
+        judgements: number of judgements.
+        accuracy: judgements with the right verdict; one that cannot be parsed has none.
+        accuracy_on_right: the same among judgements of right solutions; None if there are none.
+        accuracy_on_wrong: the same among judgements of wrong solutions.
+        unparsable_share: judgements without a verdict.
+    """
+
+    solutions: int
+    judgements: int
+    accuracy: float
+    accuracy_on_right: float | None
+    accuracy_on_wrong: float | None
+    unparsable_share: float
+
+    def __str__(self) -> str:
+        """The figures as a line of text."""
+        parts = [
+            f"{100 * share:.1f} % of {name} solutions"
+            for name, share in (
+                ("right", self.accuracy_on_right),
+                ("wrong", self.accuracy_on_wrong),
+            )
+            if share is not None
+        ]
+        return (
+            f"verifier {100 * self.accuracy:5.1f} % right verdicts ({', '.join(parts)}), unparsable "
+            f"{100 * self.unparsable_share:.1f} %, {self.judgements} judgements of {self.solutions} "
+            "solutions"
+        )
+
+
+@dataclass(frozen=True)
+class WeightedAccuracy:
+    """Self-consistency without and with a verifier, of N answers to each of Q questions.
+
+    Args:
+        questions: Q.
+        samples: N.
+        votes: K.
+        pass_at_1: share of right answers.
+        maj_at_k: accuracy of the majority of K of the N answers, as in ``SampledAccuracy``.
+        maj_at_k_error: its standard error sqrt(K V / (N - K)); None for K = N or one draw.
+        weighted_at_k: accuracy of the answer whose scores have the largest sum, in the same draws.
+        weighted_at_k_error: its standard error.
+    """
+
+    questions: int
+    samples: int
+    votes: int
+    pass_at_1: float
+    maj_at_k: float
+    maj_at_k_error: float | None
+    weighted_at_k: float
+    weighted_at_k_error: float | None
+
+    def __str__(self) -> str:
+        """The figures as lines of text."""
+        errors = [
+            "" if error is None else f" +- {100 * error:.1f}"
+            for error in (self.maj_at_k_error, self.weighted_at_k_error)
+        ]
+        return (
+            f"{self.questions} questions, {self.samples} answer(s) each\n"
+            f"pass@1   {100 * self.pass_at_1:5.1f} %\n"
+            f"maj@{self.votes:<4} {100 * self.maj_at_k:5.1f} %{errors[0]}\n"
+            f"weighted {100 * self.weighted_at_k:5.1f} %{errors[1]}"
+        )
+
+
+def verifier_figures(judgements: Sequence[Record]) -> VerifierFigures:
+    """How good judgements are.
+
+    Args:
+        judgements: records of ``run_verify`` or of ``run_vote``.
+
+    Raises:
+        RecordError: if a record judges nothing.
+        ValueError: if there are no records.
+    """
+    if not judgements:
+        raise ValueError("judgements: got none; expected at least one")
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    solutions = set()
+    for i, record in enumerate(judgements):
+        if record.judged is None:
+            raise RecordError(
+                f"record {i}, field 'judged': missing; expected a judgement, as topr verify writes"
+            )
+        right[record.judged.right].append(record.reward > 0)
+        solutions.add(record.judged.record)
+    shares = {kind: statistics.fmean(of) if of else None for kind, of in right.items()}
+    return VerifierFigures(
+        solutions=len(solutions),
+        judgements=len(judgements),
+        accuracy=sum(map(sum, right.values())) / len(judgements),
+        accuracy_on_right=shares[True],
+        accuracy_on_wrong=shares[False],
+        unparsable_share=sum(not record.valid for record in judgements) / len(judgements),
+    )
+
+
+def weighted_accuracy(
+    records: Sequence[Record],
+    scores: Sequence[float],
+    task: Scorer,
+    questions: Sequence[Question],
+    *,
+    votes: int,
+    draws: int,
+    seed: int,
+) -> WeightedAccuracy:
+    """Works out self-consistency of sampled answers, plain and weighted by a verifier's scores.
+
+    Both vote in the same draws; how, and who wins a tie, see ``weighted_majority``.
+
+    Args:
+        records: Q * N answers, those of a question together, in the order of ``questions``.
+        scores: of each answer, 0 for the worst; whole numbers have exact sums.
+        task: parses, compares and scores the answers.
+        questions: Q questions.
+        votes: K, in 1..N.
+        draws: how often K of the N answers are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if ``records`` are not N for each question, there is not one score for each, or
+            ``votes`` is not in 1..N.
+    """
+    if len(scores) != len(records):
+        raise ValueError(f"scores: got {len(scores)}; expected one per answer, {len(records)}")
+    answers = judged_answers(records, task, questions, votes)
+    samples = len(answers[0])
+    found = {}
+    for name, weights in (("plain", [1.0] * len(records)), ("weighted", list(scores))):
+        rows = [
+            [(form, right, weights[i * samples + j]) for j, (form, right) in enumerate(row)]
+            for i, row in enumerate(answers)
+        ]
+        found[name] = weighted_majority(rows, votes=votes, draws=draws, seed=seed)
+    return WeightedAccuracy(
+        questions=len(questions),
+        samples=samples,
+        votes=votes,
+        pass_at_1=statistics.fmean(right for row in answers for _, right in row),
+        maj_at_k=found["plain"][0],
+        maj_at_k_error=found["plain"][1],
+        weighted_at_k=found["weighted"][0],
+        weighted_at_k_error=found["weighted"][1],
+    )
+
+
+def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
+    """The score of each of ``count`` solutions: how many of its judgements say that it is right.
+
+    A judgement that cannot be parsed says nothing for it. A solution that was not judged scores 0.
+
+    Raises:
+        RecordError: if a record judges none of the solutions.
+    """
+    scores = [0] * count
+    for i, record in enumerate(judgements):
+        if record.judged is None or record.judged.record >= count:
+            raise RecordError(
+                f"record {i}, field 'judged': got {record.judged}; expected one of {count} solutions"
+            )
+        # It says "right" if it is right about a right solution, or wrong about a wrong one.
+        right_verdict = record.reward > 0
+        scores[record.judged.record] += bool(record.valid) and (
+            right_verdict == record.judged.right
+        )
+    return scores
+
+
+def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> list[Record]:
+    """The solutions to judge, with their numbers in ``judged``: as many as the settings say.
+
+    Raises:
+        RecordError: if a record is a judgement itself.
+    """
+    chosen = _numbered(records)
+    if settings.solutions:
+        # A stream of its own: the share is drawn from what this leaves.
+        draw = random.Random(f"{settings.seed}/solutions")
+        groups: dict[int, list[Record]] = {}
+        for record in chosen:
+            groups.setdefault(record.group, []).append(record)
+        kept = {
+            id(record)
+            for group in groups.values()
+            for record in draw.sample(group, min(settings.solutions, len(group)))
+        }
+        chosen = [record for record in chosen if id(record) in kept]
+    if settings.right_share:
+        chosen = to_positive_share(chosen, settings.right_share, settings.seed)
+    return chosen
+
+
+def answers_to_judge(
+    records: Sequence[Record], task: Scorer, questions: Sequence[Question], name: str
+) -> list[Record]:
+    """The answers that vote, with their numbers in ``judged``: those that can be parsed.
+
+    Args:
+        records: N answers to each question, those of a question together.
+        task: parses them.
+        questions: the held-out questions.
+        name: of the records file, for messages.
+
+    Raises:
+        RecordError: if they are not answers to these questions.
+    """
+    samples, rest = divmod(len(records), len(questions))
+    if rest:
+        raise RecordError(
+            f"{name}: holds {len(records)} answers to {len(questions)} questions; expected equally many "
+            "to each, as topr evaluate samples them; give its held_out"
+        )
+    parsed = []
+    for i, record in enumerate(_numbered(records)):
+        question = questions[i // samples]
+        if (record.group, record.prompt) != (question.group, question.prompt):
+            raise RecordError(
+                f"{name}, record {i}, field 'prompt': is not that of held-out question "
+                f"{question.group}; give the task, question_seed and held_out of topr evaluate"
+            )
+        if task.parse(record.completion, record.finish_reason, question) is not None:
+            parsed.append(record)
+    return parsed
+
+
+def run_verify(
+    settings: VerifySettings, records: Path, out: Path, *, models: Models | None = None
+) -> dict[str, Any]:
+    """Samples judgements of solutions and rewards them: +1 for a right verdict, else -1.
+
+    Args:
+        settings: see ``VerifySettings``.
+        records: the solutions, as ``run_generate`` writes them.
+        out: records file to write; the group of a judgement is the number of its solution in
+            ``records``, and ``judged`` tells more of it.
+        models: as in ``run_generate``.
+
+    Returns:
+        The manifest; its "figures" say how good the judgements are.
+
+    Raises:
+        RecordError: if a record is a judgement itself.
+        SettingsError, FileError: as ``run_generate``.
+    """
+    settings = with_backend(settings)
+    check_suffix(out)
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        solutions = choose_solutions(read_nonempty(records), settings)
+        return _judge(settings, solutions, settings.samples, kept, partial, "verify", **share)
+
+    def compute(partial: Path) -> dict[str, Any]:
+        judgements = sample(partial)
+        write_records(out, judgements)
+        found = verifier_figures(judgements)
+        print(found)
+        return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
+
+    inputs = {"records": records, **model_input(settings.model)}
+    share = functools.partial(sample, **own_share())
+    return run_step(
+        "verify", manifest_path(out), plain(settings), inputs, [out], compute, share=share
+    )
+
+
+def run_vote(
+    settings: VoteSettings, records: Path, out: Path, *, models: Models | None = None
+) -> dict[str, Any]:
+    """Has a verifier judge sampled answers, and measures self-consistency with and without it.
+
+    An answer's score is the number of its judgements that say it is right. Answers that cannot be parsed
+    do not vote, so they are not judged.
+
+    Args:
+        settings: see ``VoteSettings``; the model is the verifier.
+        records: the answers, as ``run_evaluate`` writes them.
+        out: ``.json`` file of the figures, which is the manifest; the judgements go beside it, as
+            records in a ``.parquet`` file of the same name.
+        models: as in ``run_generate``.
+
+    Raises:
+        RecordError: if the records are not answers to the held-out questions.
+        SettingsError, FileError: as ``run_generate``.
+    """
+    if out.suffix != ".json":
+        raise SettingsError(f"out: got {out.name!r}; expected a name that ends in .json")
+    settings = with_backend(settings)
+    written = out.with_suffix(".parquet")
+    task = find_tasks(settings)[1]
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        judged = read_answers(settings, records)[2]
+        if not judged:
+            return []
+        return _judge(settings, judged, settings.judgements, kept, partial, "vote", **share)
+
+    def compute(partial: Path) -> dict[str, Any]:
+        answers, questions, _ = read_answers(settings, records)
+        judgements = sample(partial)
+        write_records(written, judgements)
+        accuracy = weighted_accuracy(
+            answers,
+            verifier_scores(judgements, len(answers)),
+            task,
+            questions,
+            votes=settings.votes,
+            draws=settings.draws,
+            seed=settings.seed,
+        )
+        print(accuracy)
+        # Where no answer can be parsed there is nothing to judge.
+        verifier = verifier_figures(judgements) if judgements else None
+        if verifier is not None:
+            print(verifier)
+        return {
+            **dataclasses.asdict(accuracy),
+            "verifier": verifier and dataclasses.asdict(verifier),
+        }
+
+    inputs = {"records": records, **model_input(settings.model), **task_inputs(settings)}
+    plan = plain(settings, "questions") | scorer(settings)
+    share = functools.partial(sample, **own_share())
+    return run_step("vote", out, plan, inputs, [written], compute, share=share)
+
+
+def read_answers(
+    settings: VoteSettings, records: Path
+) -> tuple[list[Record], list[Question], list[Record]]:
+    """The answers, their questions, and those of the answers that vote.
+
+    Raises:
+        RecordError: as ``answers_to_judge``.
+        SettingsError: if there are fewer answers to a question than votes.
+    """
+    answers = read_nonempty(records)
+    questions = questions_of(settings, 0)[1]
+    judged = answers_to_judge(answers, find_tasks(settings)[1], questions, records.name)
+    samples = len(answers) // len(questions)
+    if settings.votes > samples:
+        raise SettingsError(
+            f"votes: got {settings.votes}; expected at most {samples}, the answers to a question in "
+            f"{records.name}"
+        )
+    return answers, questions, judged
+
+
+def _numbered(records: Sequence[Record]) -> list[Record]:
+    for i, record in enumerate(records):
+        if record.judged is not None:
+            raise RecordError(
+                f"record {i}, field 'judged': got a judgement; expected solutions, as topr generate and "
+                "topr evaluate write them"
+            )
+    return [
+        dataclasses.replace(record, judged=Judged(i, record.group, record.reward > 0))
+        for i, record in enumerate(records)
+    ]
+
+
+def _judge(
+    settings: JudgementOptions,
+    solutions: Sequence[Record],
+    samples: int,
+    models: Models,
+    partial: Path,
+    label: str,
+    **share: Any,
+) -> list[Record]:
+    """Judgements of numbered solutions, ``samples`` of each, in their order."""
+    task = Verification(settings.template, settings.one_line)
+    judged = {record.judged.record: record for record in solutions if record.judged is not None}
+    questions = [task.question(record, number) for number, record in judged.items()]
+    records = sample_task(settings, task, questions, samples, models, partial, label, **share)
+    return [dataclasses.replace(r, judged=judged[r.group].judged) for r in records]
