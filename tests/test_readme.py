@@ -135,9 +135,10 @@ def test_the_commands_of_the_pipeline_are_known() -> None:
     from topr_kernels.recipe.cli import _parser
 
     section = README.split("## The whole pipeline\n")[1].split("\n## ")[0].replace("\\\n", " ")
-    commands = [line.split()[1:] for line in section.splitlines() if line.startswith("topr ")]
+    lines = map(str.strip, section.splitlines())
+    commands = [line.split()[1:] for line in lines if line.startswith("topr ")]
     assert [command[0] for command in commands] == [
-        *("iterate", "generate", "score", "curate", "train", "evaluate")
+        *("iterate", "generate", "score", "curate", "train", "evaluate", "verify", "vote")
     ]
     for command in commands:
         # Raises SystemExit for a flag or a value that it does not know.
