@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -85,9 +86,18 @@ def _native_loads() -> bool:
         native.library()
         return True
     except ImportError as error:
-        # The frames between: native_serves, _automatic, resolve, a public function.
-        warnings.warn(f"{error}. Until then impl='auto' is impl='torch'.", stacklevel=6)
+        level = _frames_of_ours()
+        warnings.warn(f"{error}. Until then impl='auto' is impl='torch'.", stacklevel=level)
         return False
+
+
+def _frames_of_ours() -> int:
+    """``stacklevel`` of a warning in the caller of this, for the line that called the package."""
+    frame, level = sys._getframe(1), 1
+    package = __name__.partition(".")[0]
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _interpreted() -> bool:
