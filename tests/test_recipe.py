@@ -348,6 +348,27 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
         sampled(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.9},
+        {"suppress_tokens": list(range(2, 100))},
+        {"num_beams": 4},
+        {"min_new_tokens": 6, "typical_p": 0.1},
+    ],
+)
+def test_the_models_own_settings_do_not_change_the_sampler(own: dict[str, Any]):
+    """The full softmax is what is sampled, whatever the model was published with."""
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0, "stop_ids": [0]}
+    model = tiny_model()
+    plain = complete(model, tiny_tokenizer(), ["1 + 2 ="] * 40, **options)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    settings = model.generation_config
+    assert complete(model, tiny_tokenizer(), ["1 + 2 ="] * 40, **options) == plain
+    assert model.generation_config is settings
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 6])
 def test_a_stop_token_ends_a_completion_only_where_it_was_sampled(max_new_tokens: int):
     """PITFALLS 32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -16,12 +17,14 @@ pytest.importorskip("reasoning_gym")
 
 from tiny import random_model, tiny_model, tiny_tokenizer
 
-from topr_kernels.recipe import read_records
+from topr_kernels.recipe import read_records, write_records
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings, IterateSettings
+from topr_kernels.recipe.trained_on import digest
 
 commands = importlib.import_module("topr_kernels.recipe.commands")
 TASK = [
-    *("--task", "chain_sum", "--questions", "24", "--held-out", "5"),
+    *("--task", "chain_sum", "--questions", "24", "--held-out", "5", "--max-new-tokens", "6"),
     *("--task-config", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
 ]
 #: Each command with all but the model, the records and --out; whether it wants the model.
@@ -395,9 +398,20 @@ def test_two_processes_do_not_work_on_one_result(model: Path, tmp_path: Path, ca
         (["--questions", "500"], "count: chain_sum gave only"),
         (["--task", "no_such_task"], "--task no_such_task: task: reasoning-gym refused"),
         (["--task-config", "[1]"], "task_config: got [1]"),
+        (["--task-config", "{min"], "task_config: got '{min'; not JSON"),
+        (["--task", "arithmetic"], "'arithmetic', which has no settings; leave it out"),
+        (["--task", "gsm8k:none.jsonl"], "'gsm8k:none.jsonl', which has no settings"),
+        (["--temperature", "nan"], "temperature: got nan; expected a finite number"),
+        (["--seed", "100000000000000"], "seed: got 100000000000000; expected at most 4294967295"),
+        (["--chat"], "'tiny' has no chat template; leave it out"),
+        (["--model", "./none"], "--model ./none: model: no folder './none', and a hub id is"),
+        (["--model", "runs/a/model"], "model: no folder 'runs/a/model'"),
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--model", "."], "--model .: model: folder"),
-        (["--out", "samples.csv"], "expected a name that ends in .parquet or .jsonl"),
+        (
+            ["--out", "samples.csv"],
+            "out: got 'samples.csv'; expected a name that ends in .parquet or",
+        ),
     ],
 )
 def test_senseless_settings_are_refused(
@@ -428,3 +442,192 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         main(["--help"])
     text = capsys.readouterr().out
     assert all(command in text for command in FLAGS)
+
+
+def error_of(capsys: Any, *argv: Any) -> str:
+    """What a command that is refused says, the dry run of it as well."""
+    said = []
+    capsys.readouterr()
+    for dry in (["--dry-run"], []):
+        assert main([*map(str, argv), *dry]) == 2
+        said.append(str(capsys.readouterr().err))
+    assert said[0] == said[1] and "Traceback" not in said[0]
+    return said[0]
+
+
+# --- training questions are not held out -----------------------------------------------------
+
+
+def test_a_model_is_not_measured_on_what_it_was_trained_on(
+    copy: Path, model: Path, tmp_path: Path, capsys: Any
+):
+    trained = copy / "trained"
+    known = {digest(r.prompt) for r in read_records(copy / "curated.parquet")}
+    assert (trained / "trained_on.txt").read_text() == "".join(f"{d}\n" for d in sorted(known))
+    other = ["evaluate", *FLAGS["evaluate"], "--out", copy / "other.json"]
+    for flags in (["--question-seed", 1, "--held-out", 40], ["--held-out", 40]):
+        error = error_of(capsys, *other, *flags, "--model", trained)
+        assert "of the 40 held-out questions are among those that the model 'trained'" in error
+        assert "--question-seed, --held-out" in error and not (copy / "other.json").exists()
+        # The model that it was trained from may be asked anything.
+        assert main([*map(str, [*other, *flags, "--model", model]), "--dry-run"]) == 0
+    assert main([*map(str, [*other, "--model", trained]), "--dry-run"]) == 0
+    # What the start was trained on stays known.
+    few = [r for r in read_records(copy / "curated.parquet") if r.group < 4]
+    added = dataclasses.replace(few[0], prompt="asked nowhere else")
+    write_records(copy / "few.jsonl", [*few, added])
+    argv = ["train", "--model", trained, "--records", copy / "few.jsonl", "--out", copy / "next"]
+    assert main([*map(str, argv)]) == 0
+    both = (copy / "next" / "trained_on.txt").read_text().split()
+    assert set(both) == known | {digest("asked nowhere else")}
+
+
+# --- mu --------------------------------------------------------------------------------------
+
+
+def test_the_baseline_of_curate_survives_a_later_score(copy: Path, model: Path, capsys: Any):
+    forget(copy, "curate")
+    assert run("curate", copy, model, "--balance", "baseline") == 0
+    baseline = manifest(copy, "curate")["figures"]["baseline"]
+    again = copy / "again.parquet"
+    argv = ["score", "--model", model, "--records", copy / "curated.parquet", "--out", again]
+    assert main([*map(str, argv)]) == 0
+    assert "baseline" not in manifest(copy, "score")["figures"]
+    capsys.readouterr()
+    argv = ["train", *FLAGS["train"], "--model", model, "--records", again, "--out", copy / "new"]
+    assert main([*map(str, argv)]) == 0
+    assert f"baseline {baseline:+.3f}" in capsys.readouterr().out
+    assert json.loads((copy / "new.json").read_text())["settings"]["baseline"] == baseline != 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 3), ("top_p", 0.5), ("temperature", 0.0)])
+def test_mu_of_a_cut_softmax_does_not_train(
+    name: str, value: float, whole: Path, model: Path, tmp_path: Path, capsys: Any
+):
+    records = [
+        dataclasses.replace(
+            r,
+            sampling=dataclasses.replace(r.sampling, **{name: value}),  # type: ignore[arg-type]
+            behavior_source="sampler",
+        )
+        for r in read_records(whole / "curated.parquet")
+    ]
+    write_records(tmp_path / "cut.jsonl", records)
+    argv = ["train", "--model", model, "--records", tmp_path / "cut.jsonl"]
+    error = error_of(capsys, *argv, "--out", tmp_path / "never")
+    assert f"record 0, field 'sampling.{name}': got {value}" in error
+
+
+# --- flags -----------------------------------------------------------------------------------
+
+
+def test_flags_are_not_abbreviated(model: Path, tmp_path: Path, capsys: Any):
+    """An abbreviated --config would not be read, and its settings ignored."""
+    for flags in (["generate", "--conf", "x.yaml"], ["demo", "--quest", "8"]):
+        with pytest.raises(SystemExit) as status:
+            main([*flags, "--out", str(tmp_path / "s.parquet")])
+        assert status.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_config_may_say_that_it_is_no_dry_run(model: Path, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("dry_run: false\n")
+    assert run("generate", tmp_path, model, "--config", str(tmp_path / "c.yaml"), "--dry-run") == 0
+    assert not (tmp_path / "samples.parquet").exists()
+
+
+def test_answers_are_as_long_as_their_task_wants():
+    assert GenerateSettings().max_new_tokens == IterateSettings().max_new_tokens == 6
+    assert GenerateSettings(task="gsm8k:x.jsonl").max_new_tokens == 512
+    assert EvaluateSettings(task="chain_sum").max_new_tokens == 512
+    assert EvaluateSettings(test_task="math:x.jsonl").max_new_tokens == 512
+    assert GenerateSettings(task="chain_sum", max_new_tokens=3).max_new_tokens == 3
+
+
+def test_generate_prints_its_figures(model: Path, tmp_path: Path, capsys: Any):
+    assert run("generate", tmp_path, model) == 0
+    printed = capsys.readouterr().out
+    share = 100 * manifest(tmp_path, "generate")["figures"]["positive_share"]
+    assert f"96 samples of 24 questions: {share:.1f} % right, " in printed
+    assert "% invalid" in printed and "% cut off" in printed
+
+
+# --- files of somebody else, and damaged ones ------------------------------------------------
+
+
+def test_a_dry_run_refuses_what_the_command_refuses(copy: Path, model: Path, capsys: Any):
+    forget(copy, "generate")
+    assert run("generate", copy, model, "--seed", "9") == 0
+    (copy / "precious.parquet").write_text("precious")
+    base = ["--model", model, "--records", copy / "samples.parquet"]
+    error = error_of(capsys, "score", *base, *FLAGS["score"], "--out", copy / "scored.jsonl")
+    assert "inputs.sha256" in error
+    error = error_of(capsys, "score", *base, "--out", copy / "precious.parquet")
+    assert "was not made by this command" in error
+    error = error_of(capsys, "evaluate", "--model", model, "--out", copy / "figures")
+    assert "out: got 'figures'; expected a name that ends in .json" in error
+    error = error_of(capsys, "score", *base[:2], "--records", "x.csv", "--out", copy / "s.jsonl")
+    assert "records: got 'x.csv'" in error
+    error = error_of(capsys, "iterate", "--temperature", "0", "--out", copy / "iterated")
+    assert "temperature: got 0; expected a number above 0" in error
+
+
+def test_another_json_beside_a_model_is_not_its_manifest(model: Path, tmp_path: Path, capsys: Any):
+    mine = Path(shutil.copytree(model, tmp_path / "llama"))
+    for text in (
+        '{"n_ctx": 4096}',
+        "[1]",
+        '{"step": "evaluate", "outputs": {"llama.parquet": ""}}',
+    ):
+        (tmp_path / "llama.json").write_text(text)
+        assert run("generate", tmp_path, mine, "--dry-run") == 0
+    argv = ["train", "--model", mine, "--records", tmp_path / "r.jsonl", "--out", tmp_path / "x"]
+    (tmp_path / "r.jsonl").write_text("")
+    (tmp_path / "x.json").write_text("{}")
+    assert "x.json: exists, but was not made by this command" in error_of(capsys, *argv)
+
+
+def test_a_rotten_file_is_named(whole: Path, model: Path, tmp_path: Path, capsys: Any):
+    data = bytearray((whole / "samples.parquet").read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    (tmp_path / "rotten.parquet").write_bytes(data)
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name, message in (
+        ("rotten.parquet", "rotten.parquet: not a Parquet file"),
+        ("binary.jsonl", "binary.jsonl: not UTF-8 text"),
+    ):
+        argv = ["curate", "--records", tmp_path / name, "--out", tmp_path / "c.jsonl"]
+        assert message in error_of(capsys, *argv)
+    task = ["generate", "--model", model, "--task", f"gsm8k:{tmp_path / 'binary.jsonl'}"]
+    error = error_of(capsys, *task, "--out", tmp_path / "s.jsonl")
+    assert "binary.jsonl: not UTF-8 text" in error
+    half = Path(shutil.copytree(model, tmp_path / "half"))
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run("generate", tmp_path, half) == 2
+    assert f"--model {half}: model: damaged weights" in capsys.readouterr().err
+
+
+def test_a_step_that_another_process_finishes_meanwhile_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps = importlib.import_module("topr_kernels.recipe.steps")
+    out, locked, calls = tmp_path / "out.txt", steps.locked, []
+
+    def compute(partial: Path) -> dict[str, Any]:
+        calls.append(partial)
+        out.write_text("done")
+        return {}
+
+    def step() -> Any:
+        return steps.run_step("step", tmp_path / "out.txt.json", {}, {}, [out], compute)
+
+    def late(folder: Path) -> Any:
+        # The other one runs from start to end between the first look and the lock.
+        monkeypatch.setattr(steps, "locked", locked)
+        step()
+        return locked(folder)
+
+    monkeypatch.setattr(steps, "locked", late)
+    assert step()["outputs"].keys() == {"out.txt"} and len(calls) == 1
+    assert not list(tmp_path.glob(".*"))

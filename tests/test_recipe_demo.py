@@ -23,6 +23,7 @@ from tiny import tiny_model, tiny_tokenizer
 from topr_kernels.recipe import Evaluation, Task, read_records, wilson_interval
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.evaluate import Accuracy
+from topr_kernels.recipe.trained_on import digest
 
 demo = importlib.import_module("topr_kernels.recipe.demo")
 FLAGS = ["--quick", "--held-out", "6", "--questions", "4", "--lr", "1e-3", "--epochs", "1"]
@@ -76,6 +77,9 @@ def test_the_demo_runs_end_to_end(whole: Path, model: Path, capsys: pytest.Captu
     # Checkpoints are gone, the trained model is there and loads.
     assert not list(whole.rglob("checkpoint*"))
     assert (whole / "topr" / "model" / "model.safetensors").exists()
+    # It tells its questions, so that topr evaluate does not ask them again.
+    known = (whole / "sft" / "model" / "trained_on.txt").read_text().split()
+    assert known == sorted({digest(r.prompt) for r in read_records(whole / "records.parquet")})
     # A second start has nothing to do and prints the same table.
     assert run(model, whole) == 0
     printed = capsys.readouterr()
@@ -268,6 +272,9 @@ def test_exit_status_says_whether_topr_got_worse(
     [
         (["--questions", "0"], "questions: got 0"),
         (["--lr", "-1"], "lr: got -1.0"),
+        (["--lr", "nan"], "lr: got nan"),
+        (["--lr", "inf"], "lr: got inf; expected a finite number above 0"),
+        (["--seed", "100000000000000"], "seed: got 100000000000000; expected 0 to 4294967295"),
         (["--positive-share", "1.5"], "positive_share: got 1.5"),
         (["--seed", "-1"], "seed: got -1"),
     ],

@@ -28,6 +28,7 @@ task: chain_sum
 task_config: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}
 questions: 12
 held_out: 6
+max_new_tokens: 6
 samples: 4
 sample_batch: 16
 batch_size: 4
@@ -268,3 +269,37 @@ def test_unknown_keys_are_refused_as_unknown_flags_are(tmp_path: Path, capsys: A
         main(["iterate", "--config", str(path), "--out", str(tmp_path / "out")])
     assert status.value.code == 2
     assert "--questionz=3" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_binds_nobody(config: Path, tmp_path: Path, capsys: Any):
+    command = ["iterate", "--config", str(config), "--out", str(tmp_path / "run")]
+    (tmp_path / "empty").mkdir()
+    assert main([*command, "--model", str(tmp_path / "empty")]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    # In the middle of the first step, as where memory does not suffice.
+    assert list((tmp_path / "run").rglob(".*.partial/settings.json"))
+    assert main([*command, "--lr", "0.5", "--dry-run"]) == 0
+    assert main([*command, "--iterations", "1", "--lr", "0.5"]) == 0
+
+
+def test_more_iterations_follow_those_done(whole: Path, config: Path, tmp_path: Path, capsys: Any):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    for path in ("iteration-2", "iteration-1/manifest.json", "report.json"):
+        victim = out / path
+        shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    command = ["iterate", "--config", str(config), "--out", str(out)]
+    assert main([*command, "--iterations", "1"]) == 0
+    before = times(out)
+    assert main(command) == 0
+    after = times(out)
+    assert {p: t for p, t in after.items() if p in before} == before
+    assert contents(out) == contents(whole)
+    # A dry run looks at the settings as the command does.
+    assert main([*command, "--lr", "0.5", "--dry-run"]) == 2
+    assert "--lr: 0.0001 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_a_seed_is_one_that_every_iteration_can_take(tmp_path: Path, capsys: Any):
+    command = ["iterate", "--out", str(tmp_path / "run"), "--seed", "4000001"]
+    assert main(command) == 2
+    assert "seed: got 4000001; expected at most 4000000" in capsys.readouterr().err

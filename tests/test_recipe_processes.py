@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="forks, and locks folders"),
 ]
 TASK = [
-    *("--task", "chain_sum", "--questions", "24", "--held-out", "5"),
+    *("--task", "chain_sum", "--questions", "24", "--held-out", "5", "--max-new-tokens", "6"),
     *("--task-config", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
 ]
 #: Each command with its flags; {model} and {out} are folders. 12 batches, 8 parts, 3 batches.

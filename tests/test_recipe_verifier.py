@@ -40,6 +40,7 @@ from topr_kernels.recipe import (
     write_records,
 )
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.trained_on import write_trained_on
 from topr_kernels.recipe.verifier import (
     Verification,
     answers_to_judge,
@@ -382,7 +383,7 @@ def test_only_answers_to_these_questions_that_can_be_parsed_are_judged():
 # --- the commands ----------------------------------------------------------------------------
 
 TASK = [
-    *("--task", "chain_sum", "--questions", "24", "--held-out", "40"),
+    *("--task", "chain_sum", "--questions", "24", "--held-out", "40", "--max-new-tokens", "6"),
     *("--task-config", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
 ]
 JUDGE = [
@@ -629,6 +630,22 @@ def test_senseless_settings_are_refused(
     assert not (copy / new).exists()
     # They bind nobody.
     assert run(command, copy, models, out=new) == 0
+
+
+@pytest.mark.parametrize("known", ["questions", "judgements"])
+def test_a_verifier_is_not_measured_on_what_it_was_trained_on(
+    known: str, whole: Path, copy: Path, tmp_path: Path, capsys: Any
+):
+    verifier = Path(shutil.copytree(whole / "verifier", tmp_path / "judge"))
+    source = {"questions": "evaluation.parquet", "judgements": "vote.parquet"}[known]
+    write_trained_on(verifier, read_records(whole / source), "")
+    argv = ["vote", *FLAGS["vote"], "--model", str(verifier), "--out", str(copy / "again.json")]
+    for dry in ([], ["--dry-run"]):
+        assert main([*argv, "--records", str(copy / "evaluation.parquet"), *dry]) == 2
+        error = capsys.readouterr().err
+        assert {"questions": "40 of the 40 held-out", "judgements": "trained to judge"}[
+            known
+        ] in error
 
 
 def test_judgements_are_not_taken_for_solutions(copy: Path, models: dict[str, Path], capsys: Any):

@@ -186,7 +186,10 @@ def _demo(args: argparse.Namespace) -> int:
 def _parser(step: str = "") -> argparse.ArgumentParser:
     """The parser; only of ``step`` it knows the flags: those of all would take torch to tell."""
     parser = argparse.ArgumentParser(
-        prog="topr", description="TOPR (arXiv 2503.14286) for language models, offline."
+        prog="topr",
+        description="TOPR (arXiv 2503.14286) for language models, offline.",
+        # --conf would not be found by what reads --config first.
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
@@ -195,6 +198,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         description=_DEMO,
         epilog=_EXIT,
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     run = demo.add_argument_group("the run")
     run.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results")
@@ -249,6 +253,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
             description=f"{text[0].upper()}{text[1:]}.\n\nexample: {example}",
             epilog=_RESUMES,
             formatter_class=_HelpFormatter,
+            allow_abbrev=False,
         )
         if name == step:
             from topr_kernels.recipe.step_cli import add_flags

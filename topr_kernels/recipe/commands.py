@@ -40,13 +40,15 @@ from topr_kernels.recipe.settings import (
 from topr_kernels.recipe.steps import (
     Options,
     SettingsError,
+    Step,
+    manifest_of,
     manifest_path,
     model_key,
-    read_mapping,
     run_step,
 )
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.trained_on import check_unseen, write_trained_on
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
 from topr_kernels.recipe.voting import sampled_accuracy
 
@@ -100,7 +102,7 @@ def run_generate(
         FileError, RecordError: if a file is damaged.
     """
     settings = with_backend(settings)
-    check_suffix(out)
+    step = generate_step(settings, out)
     task = find_tasks(settings)[0]
     kept = models or Models()
 
@@ -113,12 +115,24 @@ def run_generate(
     def compute(partial: Path) -> dict[str, Any]:
         records = sample(partial)
         write_records(out, records)
-        return _figures(records)
+        found = figures(records)
+        print(found)
+        return dataclasses.asdict(found)
 
+    share = functools.partial(sample, **own_share())
+    return run_step(*step, compute, share=share)
+
+
+def generate_step(settings: GenerateSettings, out: Path) -> Step:
+    """What ``run_generate`` is, of settings with their backend.
+
+    Raises:
+        RecordError: if ``out`` has another suffix.
+    """
+    check_suffix(out, "out")
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings) | scorer(settings)
-    share = functools.partial(sample, **own_share())
-    return run_step("generate", manifest_path(out), plan, inputs, [out], compute, share=share)
+    return Step("generate", manifest_path(out), plan, inputs, [out])
 
 
 def run_score(
@@ -137,7 +151,7 @@ def run_score(
             not the full softmax.
         SettingsError, FileError: as ``run_generate``.
     """
-    check_suffix(out)
+    step = score_step(settings, records, out)
     kept = models or Models()
 
     def scored_records(partial: Path, **share: Any) -> list[Record]:
@@ -166,12 +180,25 @@ def run_score(
         write_records(out, scored)
         tokens = sum(len(record.completion_token_ids) for record in scored)
         total = sum(sum(record.behavior_log_prob or ()) for record in scored)
-        return {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
+        found = {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
+        # What curate chose is for the training, which reads these records now.
+        baseline = noted_baseline(records)
+        return found if baseline is None else found | {"baseline": baseline}
 
-    inputs = {"records": records, **model_input(settings.model)}
-    plan = plain(settings, "seed")
     share = functools.partial(scored_records, **own_share())
-    return run_step("score", manifest_path(out), plan, inputs, [out], compute, share=share)
+    return run_step(*step, compute, share=share)
+
+
+def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
+    """What ``run_score`` is.
+
+    Raises:
+        RecordError: if a file has another suffix.
+    """
+    check_suffix(records, "records")
+    check_suffix(out, "out")
+    inputs = {"records": records, **model_input(settings.model)}
+    return Step("score", manifest_path(out), plain(settings, "seed"), inputs, [out])
 
 
 def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, Any]:
@@ -186,7 +213,6 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
         RecordError, SettingsError: as ``curate``; RecordError if mu comes from several sources.
         FileError: if a file is damaged.
     """
-    check_suffix(out)
 
     def compute(partial: Path) -> dict[str, Any]:
         found = read_nonempty(records)
@@ -200,9 +226,18 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
             "after": dataclasses.asdict(chosen.after),
         }
 
-    return run_step(
-        "curate", manifest_path(out), plain(settings), {"records": records}, [out], compute
-    )
+    return run_step(*curate_step(settings, records, out), compute)
+
+
+def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
+    """What ``run_curate`` is.
+
+    Raises:
+        RecordError: if a file has another suffix.
+    """
+    check_suffix(records, "records")
+    check_suffix(out, "out")
+    return Step("curate", manifest_path(out), plain(settings), {"records": records}, [out])
 
 
 def run_train(
@@ -224,11 +259,14 @@ def run_train(
     processes = current().count
     check_training_processes(settings.batch_size)
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
+    step = train_step(settings, records, out)
 
     # Once: of several processes all train, and then the first saves what it has trained.
     @functools.cache
-    def trained(partial: Path) -> tuple[LoadedModel, int, list[dict[str, float]]]:
+    def trained(partial: Path) -> tuple[LoadedModel, list[Record], list[dict[str, float]]]:
         found = read_nonempty(records)
+        if current().rank == 0:
+            print(f"train on {len(found)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
         history = train(
             loaded.model,
@@ -246,25 +284,32 @@ def run_train(
             ),
             checkpoints=partial / "checkpoints",
         )
-        return loaded, len(found), history
+        return loaded, found, history
 
     def compute(partial: Path) -> dict[str, Any]:
-        loaded, count, history = trained(partial)
+        loaded, trained_on, history = trained(partial)
         # A run that was killed between the model and its manifest left a model.
         shutil.rmtree(out, ignore_errors=True)
         with atomic_folder(out) as temporary:
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
-        found = {"records": count, "steps": len(history), "history": storable(history)}
+            write_trained_on(temporary, trained_on, settings.model)
+        found = {"records": len(trained_on), "steps": len(history), "history": storable(history)}
         # Sums over several processes are rounded in another order.
         return found | ({"processes": processes} if processes > 1 else {})
 
+    return run_step(*step, compute, share=trained, lockstep=True)
+
+
+def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step:
+    """What ``run_train`` is, of settings with their baseline.
+
+    Raises:
+        RecordError: if ``records`` has another suffix.
+    """
+    check_suffix(records, "records")
     inputs = {"records": records, **model_input(settings.model)}
-    return run_step(
-        *("train", manifest_path(out), plain(settings), inputs, [out], compute),
-        share=trained,
-        lockstep=True,
-    )
+    return Step("train", manifest_path(out), plain(settings), inputs, [out])
 
 
 def run_evaluate(
@@ -279,12 +324,12 @@ def run_evaluate(
         models: as in ``run_generate``.
 
     Raises:
-        SettingsError, FileError, RecordError: as ``run_generate``.
+        SettingsError: as ``run_generate``, or if the model was trained on held-out questions.
+        FileError, RecordError: as ``run_generate``.
     """
-    if out.suffix != ".json":
-        raise SettingsError(f"out: got {out.name!r}; expected a name that ends in .json")
     settings = with_backend(settings)
-    answers = out.with_suffix(".parquet")
+    step = evaluate_step(settings, out)
+    answers = step.outputs[0]
     task = find_tasks(settings)[1]
     kept = models or Models()
 
@@ -309,10 +354,31 @@ def run_evaluate(
         print(accuracy)
         return dataclasses.asdict(accuracy)
 
+    share = functools.partial(sample, **own_share())
+    return run_step(*step, compute, share=share)
+
+
+def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
+    """What ``run_evaluate`` is, of settings with their backend.
+
+    Raises:
+        SettingsError: if ``out`` has another suffix, or the model was trained on held-out questions.
+    """
+    check_json(out)
+    check_unseen(settings.model, [q.prompt for q in questions_of(settings, 0)[1]])
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings, "questions") | scorer(settings)
-    share = functools.partial(sample, **own_share())
-    return run_step("evaluate", out, plan, inputs, [answers], compute, share=share)
+    return Step("evaluate", out, plan, inputs, [out.with_suffix(".parquet")])
+
+
+def check_json(out: Path) -> None:
+    """Refuses a name that is not of figures.
+
+    Raises:
+        SettingsError: if the suffix is not ``.json``.
+    """
+    if out.suffix != ".json":
+        raise SettingsError(f"out: got {out.name!r}; expected a name that ends in .json")
 
 
 def with_backend(settings: AnySampler) -> AnySampler:
@@ -335,9 +401,14 @@ def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
     """The baseline asked for; else the one that ``curate`` noted beside the records; else 0."""
     if settings.baseline is not None:
         return settings.baseline
-    manifest = manifest_path(records)
-    figures = read_mapping(manifest).get("figures") if manifest.exists() else None
-    return float(figures.get("baseline", 0.0)) if isinstance(figures, Mapping) else 0.0
+    return noted_baseline(records) or 0.0
+
+
+def noted_baseline(records: Path) -> float | None:
+    """The baseline that ``curate``, or ``score`` after it, noted beside records; else None."""
+    noted = (manifest_of(records) or {}).get("figures")
+    value = noted.get("baseline") if isinstance(noted, Mapping) else None
+    return None if value is None else float(value)
 
 
 def read_nonempty(path: Path) -> list[Record]:
@@ -441,11 +512,13 @@ def sample_task(
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
         loaded = models.take(settings.model)
+        check_chat(settings, loaded.tokenizer)
         # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
         loaded.model.to("cpu")
         sampler = vllm_sampler(settings.model)
     else:
         loaded = models.get(settings.model)
+        check_chat(settings, loaded.tokenizer)
     return generate(
         loaded.model,
         loaded.tokenizer,
@@ -467,8 +540,17 @@ def sample_task(
     )
 
 
-def _figures(records: list[Record]) -> dict[str, Any]:
-    return dataclasses.asdict(figures(records))
+def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
+    """Refuses to ask through a chat template where there is none.
+
+    Raises:
+        SettingsError: if it is asked for, and the tokenizer has none.
+    """
+    if settings.chat and not tokenizer.chat_template:
+        raise SettingsError(
+            f"chat: the tokenizer of the model {model_key(settings.model)!r} has no chat template; "
+            "leave it out, or give a model that has one"
+        )
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

@@ -69,6 +69,17 @@ class DataFigures:
     truncated_share: float
     mean_length: float
 
+    def __str__(self) -> str:
+        """The figures of samples as a line of text."""
+        invalid = (
+            "" if self.invalid_share is None else f"{100 * self.invalid_share:.1f} % invalid, "
+        )
+        return (
+            f"{self.records} samples of {self.groups} questions: {100 * self.positive_share:.1f} % "
+            f"right, {invalid}{100 * self.truncated_share:.1f} % cut off, mean length "
+            f"{self.mean_length:.1f} tokens"
+        )
+
 
 @dataclass(frozen=True)
 class Curation:

@@ -26,9 +26,11 @@ from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
+from topr_kernels.recipe.settings import MOST_SEED
 from topr_kernels.recipe.steps import SettingsError, claim, model_key, read_mapping
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.trained_on import write_trained_on
 
 #: Scored batches whose log-ratios are measured before the first update.
 _CHECKED_BATCHES = 2
@@ -77,8 +79,8 @@ class DemoSettings:
         for name in ("questions", "samples", "held_out", "epochs", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        if self.lr <= 0:
-            raise SettingsError(f"lr: got {self.lr}; expected a number above 0")
+        if not 0 < self.lr < math.inf:
+            raise SettingsError(f"lr: got {self.lr}; expected a finite number above 0")
         if not 0 <= self.positive_share < 1:
             raise SettingsError(
                 f"positive_share: got {self.positive_share}; expected a share in [0, 1), 0 to leave "
@@ -88,8 +90,8 @@ class DemoSettings:
             raise SettingsError(
                 f"balance: got {self.balance!r}; expected 'subsample' or 'baseline'"
             )
-        if self.seed < 0:
-            raise SettingsError(f"seed: got {self.seed}; expected 0 or more")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise SettingsError(f"seed: got {self.seed}; expected 0 to {MOST_SEED}")
 
 
 def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> bool:
@@ -314,6 +316,7 @@ class _Run:
         with atomic_folder(folder / "model") as temporary:
             model.save_pretrained(temporary)
             self.base.tokenizer.save_pretrained(temporary)
+            write_trained_on(temporary, self.records, self.settings.model)
         self.trained[name] = model
         # A diverged run (limits without a taper, say) logs infinities, which JSON does not have.
         finite = [{k: v if math.isfinite(v) else None for k, v in e.items()} for e in history]

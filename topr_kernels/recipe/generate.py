@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,26 @@ def complete(
     # Forked, so that sampling neither depends on nor disturbs the caller's random numbers.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        output: Tensor = model.generate(**batch, **cache, generation_config=settings)
+        with _without_own_settings(model):
+            output: Tensor = model.generate(**batch, **cache, generation_config=settings)
     stops = set(stop_ids)
     new = output[:, batch["input_ids"].shape[1] :].tolist()
     return [as_completion(tokenizer, p, c, stops) for p, c in zip(token_ids, new, strict=True)]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Takes the model's own generation settings away while the block runs.
+
+    transformers fills whatever the given settings leave open from them: a ``min_p`` or suppressed tokens
+    there would sample something else than the full softmax.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def as_completion(

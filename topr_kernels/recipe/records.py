@@ -170,11 +170,17 @@ def read_records(path: Path) -> list[Record]:
     if path.suffix == ".parquet":
         try:
             rows = pq.read_table(path).to_pylist()
-        except pa.ArrowException as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        # A file whose ends are whole and whose middle is not raises the other two.
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise RecordError(f"{path.name}: not a Parquet file ({error}); make it anew") from error
         return [Record.from_dict(row, f"{path.name}, record {i}") for i, row in enumerate(rows)]
-    with path.open(encoding="utf-8") as lines:
-        return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(lines)]
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(lines)]
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path.name}: not UTF-8 text ({error}); make it anew") from error
 
 
 def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -217,6 +223,27 @@ def check_sources(records: Sequence[Record]) -> None:
                     f"record {i}, field {name!r}: got {value!r}, but record 0 has {first!r}; mu must "
                     "come from one source: score all records with the model that sampled them, and "
                     "train on the samples of one model at a time"
+                )
+
+
+def check_full_softmax(records: Sequence[Record]) -> None:
+    """Refuses records whose log-probabilities under the full softmax are not mu.
+
+    Raises:
+        RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p.
+    """
+    for i, record in enumerate(records):
+        sampling = record.sampling
+        for name, value, fine in (
+            ("temperature", sampling.temperature, sampling.temperature > 0),
+            ("top_k", sampling.top_k, sampling.top_k == 0),
+            ("top_p", sampling.top_p, sampling.top_p == 1),
+        ):
+            if not fine:
+                raise RecordError(
+                    f"record {i}, field 'sampling.{name}': got {value}; mu is taken from the full "
+                    "softmax, which did not sample this record; sample with temperature > 0, top_k=0 "
+                    "and top_p=1"
                 )
 
 
@@ -263,15 +290,19 @@ def _from_json(line: str, where: str) -> Record:
     return Record.from_dict(raw, where)
 
 
-def check_suffix(path: Path) -> None:
+def check_suffix(path: Path, name: str = "path") -> None:
     """Refuses a name that is not of a records file.
+
+    Args:
+        path: the file.
+        name: of the argument, for the message.
 
     Raises:
         RecordError: if the suffix is neither ``.parquet`` nor ``.jsonl``.
     """
     if path.suffix not in (".parquet", ".jsonl"):
         raise RecordError(
-            f"path: got {path.name!r}; expected a name that ends in .parquet or .jsonl"
+            f"{name}: got {path.name!r}; expected a name that ends in .parquet or .jsonl"
         )
 
 

@@ -14,7 +14,13 @@ from tqdm.auto import tqdm
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.collator import CompletionCollator, prefix_sharing_problem
 from topr_kernels.hf.heads import head_shape
-from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
+from topr_kernels.recipe.records import (
+    Record,
+    RecordError,
+    check_full_softmax,
+    read_records,
+    write_records,
+)
 
 #: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
 _TILE_ROWS = 64
@@ -63,8 +69,7 @@ def score(
             full softmax is not the policy that sampled it. If a shard is damaged; delete it.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    for i, record in enumerate(records):
-        _check_full_softmax(record, i)
+    check_full_softmax(records)
     scored: list[Record] = []
     starts = range(0, len(records), _SHARD_BATCHES * batch_size)
     with tqdm(total=len(records), desc="score", unit="sample", disable=not progress) as bar:
@@ -149,18 +154,3 @@ def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -
         for t in {record.sampling.temperature for record in records}
     }
     return [torch.tensor(values[r.sampling.temperature][i]) for i, r in enumerate(records)]
-
-
-def _check_full_softmax(record: Record, i: int) -> None:
-    sampling = record.sampling
-    for name, value, fine in (
-        ("temperature", sampling.temperature, sampling.temperature > 0),
-        ("top_k", sampling.top_k, sampling.top_k == 0),
-        ("top_p", sampling.top_p, sampling.top_p == 1),
-    ):
-        if not fine:
-            raise RecordError(
-                f"record {i}, field 'sampling.{name}': got {value}; score evaluates the full "
-                "softmax, which did not sample this record; sample with temperature > 0, top_k=0 "
-                "and top_p=1"
-            )

@@ -8,13 +8,20 @@ from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
 from topr_kernels.recipe.steps import Options, SettingsError, option
 
+#: The largest that the order of training takes; a batch's own seed, made of it, fits 64 bits.
+MOST_SEED = 2**32 - 1
+#: Longest answer by default: of sums after worked lines, and of anything that may be thought about.
+_SHORT, _LONG = 6, 512
+
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """Which model, and the seed of everything drawn."""
 
     model: str = option("smollm2", "smollm2, a local folder, or a hub id")
-    seed: int = option(0, "of whatever is drawn: questions, samples, order", least=0)
+    seed: int = option(
+        0, "of whatever is drawn: questions, samples, order", least=0, most=MOST_SEED
+    )
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,27 @@ class QuestionOptions(Options):
         "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
         "a JSONL file of question and answer",
     )
-    task_config: str = option("{}", "settings of the reasoning-gym data set, as JSON")
-    test_task: str = option("", "task of the held-out questions, if not that of the others")
+    task_config: str = option(
+        "{}", "settings of the reasoning-gym data set of --task, as JSON; no other task takes any"
+    )
+    test_task: str = option(
+        "", "task of the held-out questions, if not that of the others; --task-config is not for it"
+    )
     questions: int = option(192, "training questions", least=1)
     held_out: int = option(200, "held-out questions; no training question is one of them", least=1)
-    question_seed: int = option(0, "of the choice of questions", least=0)
+    question_seed: int = option(0, "of the choice of questions", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
 class SamplerOptions(ModelOptions):
     """How answers are sampled."""
 
-    max_new_tokens: int = option(6, "longest answer, in tokens", least=1)
+    max_new_tokens: int = option(
+        None,
+        f"longest answer, in tokens; by default {_SHORT} for arithmetic and {_LONG} for other tasks",
+        least=1,
+        type=int,
+    )
     temperature: float = option(1.0, "of the sampler; 1 is the policy itself", least=0)
     sample_batch: int = option(128, "answers sampled together", least=1)
     chat: bool = option(False, "ask through the tokenizer's chat template")
@@ -49,7 +65,18 @@ class SamplerOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SamplerOptions, QuestionOptions):
+class AnswerOptions(SamplerOptions, QuestionOptions):
+    """Questions and their answers; settles how long these may be, so that manifests tell it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is None:
+            short = {self.task, self.test_task or self.task} == {"arithmetic"}
+            object.__setattr__(self, "max_new_tokens", _SHORT if short else _LONG)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class GenerateSettings(AnswerOptions):
     """The samples; settings of ``topr generate``."""
 
     samples: int = option(8, "answers sampled per training question", least=1)
@@ -109,7 +136,7 @@ class VotingOptions(Options):
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(VotingOptions, SamplerOptions, QuestionOptions):
+class EvaluateSettings(VotingOptions, AnswerOptions):
     """Settings of ``topr evaluate``; ``questions`` changes nothing: held-out ones are drawn first."""
 
 
@@ -163,11 +190,14 @@ class IterateSettings(
     VotingOptions,
     TrainingOptions,
     CurationOptions,
-    SamplerOptions,
-    QuestionOptions,
+    AnswerOptions,
 ):
     """The rounds; settings of ``topr iterate``."""
 
+    # Each iteration makes its own of it, which must fit as well.
+    seed: int = option(
+        0, "of whatever is drawn: questions, samples, order", least=0, most=4_000_000
+    )
     samples: int = option(8, "answers sampled per training question", least=1)
     iterations: int = option(3, "rounds of sampling and training", least=1)
     # Those of the demo: with few right answers, leaving wrong ones out is the cheapest good setting that
@@ -179,3 +209,12 @@ class IterateSettings(
         most=1,
     )
     epochs: int = option(2, "passes over the samples", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Before a whole round of greedy samples, which cannot be scored.
+        if self.temperature == 0:
+            raise SettingsError(
+                "temperature: got 0; expected a number above 0: greedy samples cannot be scored, so "
+                "they do not train"
+            )

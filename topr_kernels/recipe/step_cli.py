@@ -39,7 +39,10 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         run.add_argument("--records", type=Path, required=True, help="records to read")
     run.add_argument("--config", type=Path, help="YAML file of flags; those given here win")
     run.add_argument(
-        "--dry-run", action="store_true", help="say what would be done and cost; write nothing"
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="say what would be done and cost; write nothing",
     )
     owners: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(kind):

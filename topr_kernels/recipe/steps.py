@@ -7,13 +7,14 @@ While it runs, a folder ``.NAME.partial`` beside the manifest holds its settings
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from topr_kernels import __version__
 from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
@@ -55,6 +56,8 @@ class Options:
             if value is None:
                 continue
             for wrong, expected in (
+                # NaN is neither below nor above any limit.
+                (isinstance(value, float) and not math.isfinite(value), "a finite number"),
                 ("least" in limits and value < limits["least"], f"at least {limits.get('least')}"),
                 ("most" in limits and value > limits["most"], f"at most {limits.get('most')}"),
                 ("above" in limits and not value > limits["above"], f"above {limits.get('above')}"),
@@ -103,6 +106,28 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Reads a manifest; None if there is none, or the file of that name is not one of ours.
+
+    Raises:
+        FileError: if it is not JSON: it may have been one.
+    """
+    found = read_json(path) if path.exists() else None
+    ours = isinstance(found, dict) and "step" in found and isinstance(found.get("outputs"), dict)
+    return found if ours else None
+
+
+def manifest_of(output: Path) -> dict[str, Any] | None:
+    """The manifest of an output, or None if it has none.
+
+    Raises:
+        FileError: as ``read_manifest``.
+    """
+    found = read_manifest(manifest_path(output))
+    # These write no NAME but NAME.json itself: it may lie beside a model of that name by chance.
+    return None if found is None or found["step"] in ("evaluate", "vote") else found
+
+
 def check_input(path: Path) -> None:
     """Checks that an input is there, finished, and as its manifest says.
 
@@ -110,14 +135,62 @@ def check_input(path: Path) -> None:
         FileError: if it is absent, unfinished or changed; a file without a manifest passes.
     """
     manifest = manifest_path(path)
-    if manifest.exists():
-        _check_outputs(read_mapping(manifest), manifest, [path])
+    found = manifest_of(path)
+    if found is not None:
+        _check_outputs(found, manifest, [path])
     elif partial_path(manifest).exists():
         raise FileError(
             f"{path}: unfinished; run the command that makes it again, and it continues"
         )
     if not path.exists():
         raise FileError(f"{path}: no such file")
+
+
+class Step(NamedTuple):
+    """What one run of a command is; the first arguments of ``run_step``, where they are explained."""
+
+    step: str
+    manifest: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    outputs: Sequence[Path]
+
+    def wanted(self) -> dict[str, Any]:
+        """The head of its manifest, of checked inputs.
+
+        Raises:
+            FileError: as ``check_input``.
+        """
+        for path in self.inputs.values():
+            check_input(path)
+        return {
+            "step": self.step,
+            "version": __version__,
+            "settings": dict(self.settings),
+            "inputs": {n: {"file": p.name, "sha256": checksum(p)} for n, p in self.inputs.items()},
+        }
+
+
+def state_of(step: Step) -> str:
+    """What ``run_step`` finds: "finished", "interrupted" or "new". Changes nothing.
+
+    Raises:
+        FileError, SettingsError: as ``run_step``.
+    """
+    wanted = step.wanted()
+    if _finished(step.manifest, wanted, step.outputs) is not None:
+        return "finished"
+    _refuse_foreign(step.manifest, step.outputs)
+    claimed = partial_path(step.manifest) / "settings.json"
+    if not claimed.exists():
+        return "new"
+    try:
+        check_claim(claimed, wanted, step.manifest)
+    except SettingsError:
+        if not _nothing_done(claimed, step.outputs):
+            raise
+        return "new"
+    return "interrupted"
 
 
 def run_step(
@@ -158,17 +231,13 @@ def run_step(
     crew = current()
 
     def begin() -> tuple[dict[str, Any], bool]:
-        for path in inputs.values():
-            check_input(path)
-        wanted = {
-            "step": step,
-            "version": __version__,
-            "settings": dict(settings),
-            "inputs": {n: {"file": p.name, "sha256": checksum(p)} for n, p in inputs.items()},
-        }
+        wanted = Step(step, manifest, settings, inputs, outputs).wanted()
         found = _finished(manifest, wanted, outputs)
         if found is None:
-            _take_on(held, manifest, wanted, outputs)
+            found = _take_on(held, manifest, wanted, outputs)
+        if found is not None:
+            # A kill after the manifest was written leaves the parts behind.
+            shutil.rmtree(partial, ignore_errors=True)
         return found or wanted, found is not None
 
     def finish() -> dict[str, Any]:
@@ -205,34 +274,52 @@ def _finished(
     """The manifest of a finished step, if it is."""
     if not manifest.exists():
         return None
-    found = read_mapping(manifest)
+    found = read_manifest(manifest)
+    if found is None:
+        raise _foreign(manifest)
     refuse_other(found, wanted, manifest)
     _check_outputs(found, manifest, outputs)
-    # A kill after the manifest was written leaves the parts behind.
-    shutil.rmtree(partial_path(manifest), ignore_errors=True)
     return found
 
 
 def _take_on(
     held: ExitStack, manifest: Path, wanted: Mapping[str, Any], outputs: Sequence[Path]
-) -> None:
-    """Locks and claims an unfinished step."""
+) -> dict[str, Any] | None:
+    """Locks and claims an unfinished step; the manifest, if another process has just finished it."""
     partial = partial_path(manifest)
-    foreign = [path for path in outputs if path.exists()]
-    if foreign and not partial.exists():
-        raise SettingsError(
-            f"{foreign[0]}: exists, but was not made by this command; move it, or choose another --out"
-        )
+    _refuse_foreign(manifest, outputs)
     held.enter_context(locked(partial))
+    found = _finished(manifest, wanted, outputs)
+    if found is not None:
+        return found
     claimed = partial / "settings.json"
     if claimed.exists():
         # Nobody is left of a run that lost its first process.
         with _held(claimed):
             pass
     # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
-    if not foreign and list(partial.iterdir()) == [claimed]:
+    if claimed.exists() and _nothing_done(claimed, outputs):
         claimed.unlink()
     claim(claimed, wanted, manifest)
+    return None
+
+
+def _nothing_done(claimed: Path, outputs: Sequence[Path]) -> bool:
+    return list(claimed.parent.iterdir()) == [claimed] and not any(p.exists() for p in outputs)
+
+
+def _refuse_foreign(manifest: Path, outputs: Sequence[Path]) -> None:
+    """Refuses outputs that neither a finished nor an unfinished run of ours tells of."""
+    foreign = [path for path in outputs if path.exists()]
+    # The outputs first: a process that finishes meanwhile has the manifest before it lets go of parts.
+    if foreign and not partial_path(manifest).exists() and not manifest.exists():
+        raise _foreign(foreign[0])
+
+
+def _foreign(path: Path) -> SettingsError:
+    return SettingsError(
+        f"{path}: exists, but was not made by this command; move it, or choose another --out"
+    )
 
 
 def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
@@ -248,7 +335,12 @@ def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
     """
     if not path.exists():
         write_json(path, wanted)
-        return
+    else:
+        check_claim(path, wanted, shown)
+
+
+def check_claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
+    """Checks that the settings in a file are those of this run; arguments and errors as ``claim``."""
     try:
         found = read_mapping(path)
     except FileError as error:
@@ -287,10 +379,11 @@ def _differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> Ite
 def _check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[Path]) -> None:
     known = found.get("outputs")
     for path in outputs:
-        # A manifest's own name can be an output of somebody else's: it then says nothing of it.
+        # As after a renaming of both.
         if not isinstance(known, Mapping) or path.name not in known:
             raise FileError(
-                f"{manifest}: does not tell the checksum of {path.name}; delete both and run again"
+                f"{manifest}: does not tell the checksum of {path.name}; give both the names they had, "
+                f"or move {manifest.name} away"
             )
         if not path.exists():
             raise FileError(f"{path}: missing, though {manifest.name} tells of it; delete that too")

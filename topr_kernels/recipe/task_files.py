@@ -115,8 +115,13 @@ class FileTask:
 
     @cached_property
     def _entries(self) -> list[dict[str, str]]:
-        with self.path.open(encoding="utf-8") as lines:
-            return [_entry(x, f"{self.path.name}, line {i}") for i, x in enumerate(lines, 1)]
+        try:
+            with self.path.open(encoding="utf-8") as lines:
+                return [_entry(x, f"{self.path.name}, line {i}") for i, x in enumerate(lines, 1)]
+        except UnicodeDecodeError as error:
+            raise FileError(
+                f"{self.path.name}: not UTF-8 text ({error}); expected JSONL"
+            ) from error
 
 
 def find_task(name: str, config: str) -> AnyTask:
@@ -127,11 +132,19 @@ def find_task(name: str, config: str) -> AnyTask:
     """
     kind, colon, file = name.partition(":")
     try:
+        settings = json.loads(config)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"task_config: got {config!r}; not JSON ({error})") from error
+    if not isinstance(settings, Mapping):
+        raise SettingsError(f"task_config: got {config}; expected a JSON object")
+    if settings and (colon or name == "arithmetic"):
+        raise SettingsError(
+            f"task_config: got {config} with the task {name!r}, which has no settings; leave it out, or "
+            "name a reasoning-gym data set (that of arithmetic is chain_sum)"
+        )
+    try:
         if colon:
             return FileTask(kind, Path(file))
-        settings = json.loads(config)
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"task_config: got {config}; expected a JSON object")
         return ARITHMETIC if name == "arithmetic" else Task(name, settings)
     except ValueError as error:
         raise SettingsError(f"--task {name}: {error}") from error
@@ -160,6 +173,8 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
             return held_out_split(task, train, options.held_out, seed)
         held_out = test.questions(options.held_out, seed=seed)
         return task.questions(train, seed=seed, exclude=[q.text for q in held_out]), held_out
+    except FileError:
+        raise
     except ValueError as error:
         raise SettingsError(f"questions and held_out: {error}") from error
 

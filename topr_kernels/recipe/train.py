@@ -19,6 +19,7 @@ from topr_kernels.limits import Limits
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import (
     Record,
+    check_full_softmax,
     check_sources,
     check_tokens,
     tokenizer_fingerprint,
@@ -80,12 +81,10 @@ def train(
         The log: one mapping of metrics per optimizer step.
 
     Raises:
-        RecordError: if a record has not been scored, if mu comes from several sources, or the ids from
-            another tokenizer.
+        RecordError: as ``trainable_rows``, or if the ids come from another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    rows = training_rows(records)
-    check_sources(records)
+    rows = trainable_rows(records)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
@@ -125,6 +124,19 @@ def train(
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainable_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The fields of records that the Trainer takes, if their mu is one.
+
+    Raises:
+        RecordError: if a record has not been scored, if mu comes from several sources, or is not of the
+            policy that sampled.
+    """
+    rows = training_rows(records)
+    check_sources(records)
+    check_full_softmax(records)
+    return rows
 
 
 class _ProgressBar(TrainerCallback):

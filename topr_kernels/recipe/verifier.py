@@ -18,6 +18,7 @@ from typing import Any
 
 from topr_kernels.recipe.commands import (
     Models,
+    check_json,
     model_input,
     own_share,
     plain,
@@ -28,9 +29,10 @@ from topr_kernels.recipe.commands import (
 from topr_kernels.recipe.curate import figures, to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
-from topr_kernels.recipe.steps import SettingsError, manifest_path, run_step
+from topr_kernels.recipe.steps import SettingsError, Step, manifest_path, model_key, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.trained_on import check_unseen, count_seen
 from topr_kernels.recipe.voting import Scorer, judged_answers, weighted_majority
 
 _WORDS = {
@@ -346,7 +348,7 @@ def run_verify(
         SettingsError, FileError: as ``run_generate``.
     """
     settings = with_backend(settings)
-    check_suffix(out)
+    step = verify_step(settings, records, out)
     kept = models or Models()
 
     def sample(partial: Path, **share: Any) -> list[Record]:
@@ -360,11 +362,20 @@ def run_verify(
         print(found)
         return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
 
-    inputs = {"records": records, **model_input(settings.model)}
     share = functools.partial(sample, **own_share())
-    return run_step(
-        "verify", manifest_path(out), plain(settings), inputs, [out], compute, share=share
-    )
+    return run_step(*step, compute, share=share)
+
+
+def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
+    """What ``run_verify`` is, of settings with their backend.
+
+    Raises:
+        RecordError: if a file has another suffix.
+    """
+    check_suffix(records, "records")
+    check_suffix(out, "out")
+    inputs = {"records": records, **model_input(settings.model)}
+    return Step("verify", manifest_path(out), plain(settings), inputs, [out])
 
 
 def run_vote(
@@ -386,10 +397,9 @@ def run_vote(
         RecordError: if the records are not answers to the held-out questions.
         SettingsError, FileError: as ``run_generate``.
     """
-    if out.suffix != ".json":
-        raise SettingsError(f"out: got {out.name!r}; expected a name that ends in .json")
     settings = with_backend(settings)
-    written = out.with_suffix(".parquet")
+    step = vote_step(settings, records, out)
+    written = step.outputs[0]
     task = find_tasks(settings)[1]
     kept = models or Models()
 
@@ -422,10 +432,23 @@ def run_vote(
             "verifier": verifier and dataclasses.asdict(verifier),
         }
 
+    share = functools.partial(sample, **own_share())
+    return run_step(*step, compute, share=share)
+
+
+def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
+    """What ``run_vote`` is, of settings with their backend.
+
+    Raises:
+        RecordError, SettingsError: if a file has another suffix, or the verifier was trained to answer
+            held-out questions.
+    """
+    check_suffix(records, "records")
+    check_json(out)
+    check_unseen(settings.model, [q.prompt for q in questions_of(settings, 0)[1]])
     inputs = {"records": records, **model_input(settings.model), **task_inputs(settings)}
     plan = plain(settings, "questions") | scorer(settings)
-    share = functools.partial(sample, **own_share())
-    return run_step("vote", out, plan, inputs, [written], compute, share=share)
+    return Step("vote", out, plan, inputs, [out.with_suffix(".parquet")])
 
 
 def read_answers(
@@ -435,7 +458,8 @@ def read_answers(
 
     Raises:
         RecordError: as ``answers_to_judge``.
-        SettingsError: if there are fewer answers to a question than votes.
+        SettingsError: if a question has fewer answers than votes, or the verifier was trained to
+            judge some of them.
     """
     answers = read_nonempty(records)
     questions = questions_of(settings, 0)[1]
@@ -445,6 +469,14 @@ def read_answers(
         raise SettingsError(
             f"votes: got {settings.votes}; expected at most {samples}, the answers to a question in "
             f"{records.name}"
+        )
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
+    seen = count_seen(settings.model, prompts)
+    if seen:
+        raise SettingsError(
+            f"records: {seen} of the {len(judged)} answers are among those that the model "
+            f"{model_key(settings.model)!r} was trained to judge; give answers to other questions than "
+            "topr verify was given"
         )
     return answers, questions, judged
 
