@@ -231,7 +231,8 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.mark.parametrize("case", KILLED)
 def test_kills_change_nothing(case: str, killed: tuple[Path, dict[str, int]], whole: Path):
     folder, kills = killed
-    assert kills[case] >= 5
+    # How many fit into a run that is killed by the clock depends on the machine.
+    assert kills[case] >= (2 if case.startswith("time") else 5)
     for cell in ("base-seed0", "reinforce-sequence-p10-seed0"):
         assert figures(folder / case / f"{cell}.json") == figures(whole / f"{cell}.json")
 

@@ -166,8 +166,20 @@ def run_job(
     }
 
 
-def befall(note: Path, *, rank: int | str, function: str, call: int, what: str) -> None:
-    """At the ``call``-th call of a function of the recipe something happens to this process."""
+def befall(
+    note: Path,
+    *,
+    rank: int | str,
+    function: str,
+    call: int,
+    what: str,
+    after: int | None = None,
+) -> None:
+    """At the ``call``-th call of a function of the recipe something happens to this process.
+
+    With ``after`` not before that process has made its first call: which is first is up to the machine.
+    """
+    begun = note.with_name(note.name.replace("waits", "begun"))
     module_name, *owners, name = function.split(".")
     module = importlib.import_module(f"topr_kernels.recipe.{module_name}")
     module = functools.reduce(getattr, owners, module)
@@ -175,7 +187,10 @@ def befall(note: Path, *, rank: int | str, function: str, call: int, what: str) 
 
     def befallen(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
+        begun.touch()
         if len(calls) == call:
+            while after is not None and not begun.with_name(f"begun-{after}").exists():
+                time.sleep(0.005)
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif what == "slow":
@@ -361,8 +376,13 @@ def test_a_process_that_fails_ends_the_others(
 ):
     readied(command, whole, tmp_path)
     argv = server.argv(command, tmp_path)
-    event = {"rank": rank, "function": BUSY[command], "call": 1, "what": what}
-    done = server(2, argv, events=[event], limit=30)
+    # The other waits, or it might have done all before this one comes to its first batch.
+    common = {"function": BUSY[command], "call": 1}
+    events = [
+        {"rank": rank, "what": what, **common},
+        {"rank": 1 - rank, "what": "slow", "after": rank, **common},
+    ]
+    done = server(2, argv, events=events, limit=30)
     own, other = done["status"][rank], done["status"][1 - rank]
     assert own == {"kill": -signal.SIGKILL, "bug": 71, "full": 2, "interrupt": 130}[what]
     assert other == 1, done["output"]
@@ -380,7 +400,7 @@ def test_a_process_that_fails_ends_the_others(
 
 def test_the_others_stop_at_their_next_batch(server: Server, tmp_path: Path):
     events = [
-        {"rank": 0, "function": "generate.complete", "call": 1, "what": "slow"},
+        {"rank": 0, "function": "generate.complete", "call": 1, "what": "slow", "after": 1},
         {"rank": 1, "function": "generate.complete", "call": 1, "what": "bug"},
     ]
     done = server(2, server.argv("generate", tmp_path), events=events, limit=30)
@@ -394,9 +414,9 @@ def test_an_interrupted_process_does_not_wait_for_the_batch_of_another(
 ):
     events = [
         {"rank": 0, "function": "generate.complete", "call": 1, "what": "wait"},
-        {"rank": 1, "function": "generate.complete", "call": 1, "what": "interrupt"},
+        {"rank": 1, "function": "generate.complete", "call": 1, "what": "interrupt", "after": 0},
     ]
-    done = server(2, server.argv("generate", tmp_path), events=events, limit=6)
+    done = server(2, server.argv("generate", tmp_path), events=events, limit=10)
     assert done["status"] == [None, 130]
 
 
@@ -439,10 +459,10 @@ def test_a_process_that_outlives_its_first_one_keeps_the_folder(
     """It may be in the middle of a batch, whose file the next run would write at the same time."""
     events = [
         {"rank": 1, "function": "generate.complete", "call": 1, "what": "wait"},
-        {"rank": 0, "function": "generate.complete", "call": 2, "what": "kill"},
+        {"rank": 0, "function": "generate.complete", "call": 2, "what": "kill", "after": 1},
     ]
     argv = server.argv("generate", tmp_path)
-    server.send(2, argv, events=events, limit=8)
+    server.send(2, argv, events=events, limit=15)
     folder = partial(tmp_path, "generate")
     wait_for(lambda: (server.folder / "waits-1").exists())
     wait_for(lambda: len(list(folder.glob("parts/*.parquet"))) == 1)
