@@ -168,8 +168,9 @@ def _agree(
     local: int,
 ) -> tuple[Exception | None, list[int], bool]:
     """-> (what to raise, ``local`` of each process, whether log mu is the same but for rounding)."""
-    digests = _digests(facts, device) if facts is not None else torch.zeros(0, dtype=torch.int64)
-    digests = digests.to(device)
+    digests = torch.zeros(0, dtype=torch.int64, device=device)
+    if facts is not None:
+        digests = _digests(facts, device)
     odd = 2 * torch.arange(len(digests), device=device) + 1
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     if facts is not None and facts.behavior is not None:
@@ -177,7 +178,9 @@ def _agree(
         x = facts.behavior.double().flatten().nan_to_num(0.0, 0.0, 0.0) * places
         sums = torch.stack([x.sum(), x.abs().sum()])
     host = torch.tensor([local, int(problem is not None)], device=device)
-    found = _gathered(torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)]), group)
+    own = torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)])
+    # The one synchronisation: what follows is reckoned on the host.
+    found = _gathered(own, group).cpu()
     rows = found.tolist()
     locals_ = [row[0] for row in rows]
     refused = [rank for rank, row in enumerate(rows) if row[1]]
