@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
-from topr_kernels.recipe.steps import Options, SettingsError, option
+from topr_kernels.recipe.steps import Options, SettingsError, option, with_default
 
 #: The largest that the order of training takes; a batch's own seed, made of it, fits 64 bits.
 MOST_SEED = 2**32 - 1
@@ -202,13 +202,8 @@ class IterateSettings(
     iterations: int = option(3, "rounds of sampling and training", least=1)
     # Those of the demo: with few right answers, leaving wrong ones out is the cheapest good setting that
     # was found (benchmarks/LOG.md).
-    positive_share: float = option(
-        0.5,
-        "share of right answers to make (p~ of Eq. 7; the paper recommends 0.1 to 0.2); 0 leaves it",
-        least=0,
-        most=1,
-    )
-    epochs: int = option(2, "passes over the samples", least=1)
+    positive_share: float = with_default(CurationOptions, "positive_share", 0.5)
+    epochs: int = with_default(TrainingOptions, "epochs", 2)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,6 +42,12 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+def with_default(kind: type, name: str, default: Any) -> Any:
+    """The option ``name`` of other settings, with another default."""
+    (known,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field(default=default, metadata=known.metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Settings whose fields are made by ``option``; checked when they are made.
