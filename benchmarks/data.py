@@ -15,6 +15,11 @@ TAIL_MASS = 0.01
 TINY = {"rows": 40, "dim": 16, "vocab": 97}
 
 
+def size_of(device: str, full: bool) -> str:
+    """Key of a suite's sizes: "cpu", "cpu, full" for those that take hours there, or "cuda"."""
+    return f"{device}, full" if full and device == "cpu" else device
+
+
 def tiny(rows: int, dim: int, vocab: int, sequence: int = 10) -> Hidden:
     """Random hidden states with labels drawn from their softmax; no real model needed."""
     g = torch.Generator().manual_seed(0)

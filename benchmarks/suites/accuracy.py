@@ -28,8 +28,11 @@ from benchmarks.case import Case, LinearCase, LogProb, Provider
 from benchmarks.engine import Bench, Job, errors, summary, why_red
 
 #: On two cores fp64 of 32768 rows alone takes half a minute.
-LENGTHS = {"cpu": (512, 2048, 8192), "cuda": (512, 2048, 8192, 32768)}
-FULL_LENGTHS = LENGTHS["cuda"]
+LENGTHS = {
+    "cpu": (512, 2048, 8192),
+    "cpu, full": (512, 2048, 8192, 32768),
+    "cuda": (512, 2048, 8192, 32768),
+}
 #: Not on a CPU: it has the errors of eager torch, and compiling takes longer than all the rest.
 LEFT_OUT = {"cpu": ("torch.compile",), "cuda": ()}
 PLAIN = "torch, fp32 logits"
@@ -43,9 +46,10 @@ TEMPERATURES = {"cpu": (1.0,), "cuda": hidden_states.TEMPERATURES}
 
 def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
     """Per temperature log-ratios, then gradients."""
+    size = data.size_of(device, full)
     found = []
     for temperature in (1.0,) if quick else TEMPERATURES[device]:
-        name = f"accuracy T {temperature}" + (f" to {FULL_LENGTHS[-1]} tokens" if full else "")
+        name = f"accuracy T {temperature}" + (f" to {LENGTHS[size][-1]} tokens" if full else "")
         found.append(Job(f"{name} log-ratio", _job(_log_ratio, temperature), 6.5))
         found.append(Job(f"{name} gradients", _job(_gradients, temperature), 4.5))
     return found
@@ -120,8 +124,8 @@ def in_blocks(log_prob: LogProb) -> LogProb:
 
 @torch.no_grad()
 def _log_ratio(bench: Bench, temperature: float) -> None:
-    lengths = FULL_LENGTHS if bench.full else LENGTHS[bench.device]
-    lengths = (4, 8) if bench.quick else lengths
+    size = data.size_of(bench.device, bench.full)
+    lengths = (4, 8) if bench.quick else LENGTHS[size]
     tokens = max(lengths)
     case = long_case(temperature, tokens, bench.device, bench.quick)
     facts = {**case.facts(), "mode": ""}

@@ -32,14 +32,22 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as logits_ops
 
 EAGER_COPIES = 5  # of fp32 logits, with room: only decides whether a case is tried
-ROWS = {"cpu": (1024, 4096), "cuda": (2048, 8192, 32768)}
-FULL_ROWS = (2048, 8192, 32768)
+ROWS = {
+    "cpu": (1024, 4096),
+    "cpu, full": (2048, 8192, 32768),
+    "cuda": (2048, 8192, 32768),
+}
 TEMPERATURE = 0.75
 #: Peers hide their work in operators of their own: their resident set, at the smallest size.
 LINEAR = ("topr exact", "topr tau 2^-10", "torch eager")
 LOGITS = ("topr torch", "topr torch inplace", "topr native", "topr native inplace", "torch eager")
-LOGITS_SHAPES = ((1024, 49152, "float32"), (1024, 49152, "bfloat16"))
-FULL_LOGITS = ((2048, 49152, "float32"), (2048, 49152, "bfloat16"), (512, 151936, "bfloat16"))
+LOGITS_SHAPES = {
+    "cpu": ((1024, 49152, "float32"), (1024, 49152, "bfloat16")),
+    "cpu, full": (
+        *((2048, 49152, "float32"), (2048, 49152, "bfloat16")),
+        (512, 151936, "bfloat16"),
+    ),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -208,14 +216,14 @@ def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
     """Hidden states by rows, and on a CPU logits by shape; on CUDA the other suites measure those."""
     dtype = "float32" if device == "cpu" else "bfloat16"
     vocab = data.TINY["vocab"] if quick else 49152
+    size = data.size_of(device, full)
     found = []
-    for rows in (data.TINY["rows"],) if quick else FULL_ROWS if full else ROWS[device]:
+    for rows in (data.TINY["rows"],) if quick else ROWS[size]:
         shape = (rows, vocab, dtype)
         weight = 2.0 if rows < 2048 else 4.0
         found.append(Job(f"memory linear {rows}", _job("linear", LINEAR, shape), weight))
     if device == "cpu":
-        shapes = FULL_LOGITS if full else LOGITS_SHAPES
-        for shape in ((16, 97, "float32"),) if quick else shapes:
+        for shape in ((16, 97, "float32"),) if quick else LOGITS_SHAPES[size]:
             name = "memory logits " + "x".join(map(str, shape))
             found.append(Job(name, _job("logits", LOGITS, shape), 2.5))
     return found

@@ -52,7 +52,7 @@ def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
     """Both curves, small sizes first, so that what is red is known before it costs time."""
     dtype = "float32" if device == "cpu" else "bfloat16"
     tokens, vocabulary = BASE[device]
-    size = f"{device}, full" if full and device == "cpu" else device
+    size = data.size_of(device, full)
     shapes = [(n, *tokens[1:]) for n in TOKENS[size]]
     shapes += [(*vocabulary[:2], v) for v in VOCABULARY[size]]
     if quick:

@@ -38,7 +38,7 @@ def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
     """What matters most first: with a limit of time the last go without."""
     found = []
     dtype = "float32" if device == "cpu" else "bfloat16"
-    size = f"{device}, full" if full and device == "cpu" else device
+    size = data.size_of(device, full)
     linear: list[tuple[dict[str, float], str, tuple[str, ...]]]
     if quick:
         linear = [({**data.TINY}, "tiny", BOTH)]
