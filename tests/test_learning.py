@@ -46,23 +46,12 @@ DRIVER = """
 import os, random, signal, sys, time
 import accelerate, torch, transformers
 from benchmarks.learning.__main__ import main
+from pipeline import kill_at_move
 from topr_kernels.recipe import files
 
 model, folder = sys.argv[1:3]
 # A process that is killed needs no disk to hold what it wrote.
 files._sync = lambda path: None
-
-def kill_at_move(count, after):
-    left = [count]
-    replace = os.replace
-    def replaced(source, target):
-        left[0] -= 1
-        if left[0] == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    files.os.replace = replaced
 
 for case in sys.argv[3:]:
     how, _, seed = case.partition("-")
@@ -217,7 +206,7 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(model), str(folder), *KILLED],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
         timeout=280,

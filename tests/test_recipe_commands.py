@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+from pipeline import contents
 from tiny import random_model, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import read_records, write_records
@@ -81,17 +82,6 @@ def run(command: str, folder: Path, model: Path, *flags: str, out: str = "") -> 
 def manifest(folder: Path, command: str) -> dict[str, Any]:
     name = OUT[command] + ("" if command == "evaluate" else ".json")
     return dict(json.loads((folder / name).read_text()))
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Every file, without the seconds of the manifests."""
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        value: Any = path.read_bytes()
-        if path.parent == folder and path.suffix == ".json":
-            value = {k: v for k, v in json.loads(value).items() if k != "seconds"}
-        found[path.relative_to(folder).as_posix()] = value
-    return found
 
 
 def test_the_commands_run_one_after_the_other(whole: Path, model: Path):

@@ -45,23 +45,10 @@ iterations: 2
 DRIVER = """
 import os, random, signal, sys, time
 import accelerate, torch, transformers
-from topr_kernels.recipe import files
+from pipeline import kill_at_move
 from topr_kernels.recipe.cli import main
 
 config, folder = sys.argv[1:3]
-
-def kill_at_move(count, after):
-    # Before or after a file of the pipeline takes its place.
-    left = [count]
-    replace = os.replace
-    def replaced(source, target):
-        left[0] -= 1
-        if left[0] == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    files.os.replace = replaced
 
 def run(argv, seconds=None, moves=None):
     child = os.fork()
@@ -126,7 +113,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(config), str(folder), "whole", *KILLED],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         capture_output=True,
         text=True,
         timeout=280,

@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+from pipeline import contents
 from test_recipe import record
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
@@ -477,17 +478,6 @@ def copy(whole: Path, tmp_path: Path) -> Iterator[Path]:
 def manifest(folder: Path, command: str) -> dict[str, Any]:
     name = OUT[command] + ("" if OUT[command].endswith(".json") else ".json")
     return dict(json.loads((folder / name).read_text()))
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Every file, without the seconds of the manifests."""
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        value: Any = path.read_bytes()
-        if path.parent == folder and path.suffix == ".json":
-            value = {k: v for k, v in json.loads(value).items() if k != "seconds"}
-        found[path.relative_to(folder).as_posix()] = value
-    return found
 
 
 def test_judgements_tell_which_solution_they_are_of(whole: Path):
