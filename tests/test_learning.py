@@ -134,6 +134,24 @@ def test_every_grid_leaves_the_figures_that_were_asked_for(whole: Path, model: P
         if "iterate" in name:
             assert [e["iteration"] for e in result["iterations"]] == [0, 1, 2]
             continue
+        if "verifier" in name:
+            asked = result["settings"]["verifier"]
+            trained = result["trained_on"]
+            assert trained["judgements"] == asked["samples"] * trained["solutions"] > 0
+            before, after = result["before"], result["after"]
+            for look in (before, after):
+                judged = look["verifier"]
+                # Of right solutions as many as of wrong ones.
+                assert judged["accuracy"] == pytest.approx(
+                    (judged["accuracy_on_right"] + judged["accuracy_on_wrong"]) / 2
+                )
+                assert judged["judgements"] == asked["judgements"] * judged["solutions"]
+                assert look["vote"]["samples"] == look["vote"]["votes"] == asked["answers"]
+                assert look["vote"]["questions"] == QUICK.held_out
+            # The same answers and the same plain votes: only the judge is another.
+            assert before["verifier"]["solutions"] == after["verifier"]["solutions"]
+            assert before["vote"]["maj_at_k"] == after["vote"]["maj_at_k"]
+            continue
         assert [e["epoch"] for e in result["epochs"]] == [1, 2]
         assert sum(e["updates"] for e in result["epochs"]) == len(result["updates"])
         for epoch in result["epochs"]:
@@ -180,7 +198,9 @@ def test_the_methods_differ_where_they_should(whole: Path):
 
 def test_all_cells_of_a_seed_share_its_samples(whole: Path):
     manifests = [json.loads(p.read_text()) for p in (whole / "work" / "cells").glob("*.json")]
-    assert len(manifests) == sum(not c.curation for cells in GRIDS.values() for c in cells)
+    assert len(manifests) == sum(
+        not (c.curation or c.verifier) for cells in GRIDS.values() for c in cells
+    )
     assert len({json.dumps(m["inputs"]) for m in manifests}) == 1
     assert len(list((whole / "work").glob("data-seed*"))) == 1
 
@@ -271,7 +291,7 @@ def test_settings_are_equal_over_methods_and_seeds():
     common = {
         json.dumps({n: v for n, v in cell_settings(c, SMALL).items() if n not in compared})
         for _, c in cells_of(list(GRIDS), [0, 1, 2])
-        if not c.curation
+        if not (c.curation or c.verifier)
     }
     assert len(common) == 1
     iterate = [cell_settings(c, SMALL)["iterate"] for c in GRIDS["curation"]]
@@ -369,7 +389,7 @@ def test_a_run_writes_its_page(whole: Path):
     assert page.fill(text, made) == text
     assert all((whole / name).exists() for name in page.PLOTS)
     # One seed is no verdict.
-    assert text.count("**not run**") == len(verdicts.CLAIMS) + len(verdicts.WITHOUT_CELLS)
+    assert text.count("**not run**") == len(verdicts.CLAIMS)
 
 
 def test_a_page_without_marks_is_refused():
@@ -503,3 +523,36 @@ def test_iterations_are_compared_with_the_model_they_start_from():
     found = verdicts.differences(results, claim)
     assert found == pytest.approx({0: 10, 1: 11, 2: 9})
     assert verdicts.verdict(list(found.values())) == "reproduced"
+
+
+def test_a_verifier_is_compared_with_itself_before_training():
+    def look(accuracy: float, unparsable: float, weighted: float) -> dict[str, Any]:
+        judged = {"accuracy": accuracy, "unparsable_share": unparsable, "solutions": 100}
+        judged |= {"accuracy_on_right": accuracy + 0.01, "accuracy_on_wrong": accuracy - 0.01}
+        vote = {"pass_at_1": 0.2, "maj_at_k": 0.25, "weighted_at_k": weighted, "votes": 4}
+        return {"verifier": judged, "vote": vote}
+
+    results = {
+        f"topr-verifier-seed{seed}": {
+            "trained_on": {"judgements": 400, "solutions": 100},
+            "before": look(0.30 + seed / 100, 0.34, 0.27),
+            "after": look(0.70, 0.01, 0.31),
+            "seconds": 60.0,
+            "environment": {"commit": None, "versions": {}, "threads": 1},
+        }
+        for seed in range(3)
+    }
+    claims = {c.figure: c for c in verdicts.CLAIMS if c.figure}
+    assert set(claims) == set(verdicts.VERIFIER)
+    found = {name: verdicts.differences(results, claim) for name, claim in claims.items()}
+    assert found["accuracy"] == pytest.approx({0: 40, 1: 39, 2: 38})
+    assert found["parsable"] == pytest.approx(dict.fromkeys(range(3), 33))
+    assert found["vote"] == pytest.approx(dict.fromkeys(range(3), 6))
+    assert found["untrained vote"] == pytest.approx(dict.fromkeys(range(3), 4))
+    lines = page.blocks({**results, **_base()})["verifier"].splitlines()
+    assert lines[0].endswith("400 of 100, 400 of 100, 400 of 100.")
+    assert (
+        "| untrained | 1 | 100 | 31.0 % | 32.0 % | 30.0 % | 34.0 % | 20.0 % | 25.0 % | 27.0 % |"
+        in lines
+    )
+    assert any(line.startswith("| trained | mean |  | 70.0 ± 0.0 |") for line in lines)

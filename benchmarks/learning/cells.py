@@ -14,6 +14,17 @@ QUESTION_SEED = 1000
 PPO = "ppo"
 #: Ways of choosing samples are compared by the share of right answers that they themselves give.
 _NATURAL: dict[str, Any] = {"positive_share": 0.0, "epochs": 1, "eval_samples": 4}
+#: The default template asks for a judgement step by step, which a model of this size does not write.
+_SHOTS = """12 + 34 = 46
+Verdict: right
+65 - 41 = 34
+Verdict: wrong
+38 + 27 = 65
+Verdict: right
+91 + 16 = 117
+Verdict: wrong
+{prompt}{completion}
+Verdict:"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,9 @@ class Size:
         lr: of AdamW, constant.
         batch_size: sequences per update.
         iterate: settings of the grids that resample, by curation.
+        verifier: settings of the grid of the generative verifier: ``samples`` judgements of each of its
+            training solutions, ``judgements`` of each held-out one, ``answers`` of the base model to a
+            held-out question, of which all vote.
     """
 
     model: str = "smollm2"
@@ -53,6 +67,17 @@ class Size:
             # The same candidates and the same number of records for both ways of choosing them.
             "uniform": {"questions": 96, "samples": 16, "size": 384, **_NATURAL},
             "anna-karenina": {"questions": 96, "samples": 16, "size": 384, **_NATURAL},
+        }
+    )
+    verifier: str = json.dumps(
+        {
+            "template": _SHOTS,
+            "max_new_tokens": 8,
+            "samples": 4,
+            "epochs": 1,
+            "answers": 4,
+            "judgements": 4,
+            "vote_judgements": 1,
         }
     )
 
@@ -125,6 +150,7 @@ class Cell:
             baseline; any other share is made by one.
         curation: "" for epochs on one data set; else a key of ``Size.iterate``: sample, choose and
             train, again and again.
+        verifier: whether judgements of solutions are trained on, in place of solutions.
     """
 
     method: str
@@ -132,10 +158,13 @@ class Cell:
     ratio: str = "sequence"
     share: float = 0.5
     curation: str = ""
+    verifier: bool = False
 
     @property
     def name(self) -> str:
         """Name of its file."""
+        if self.verifier:
+            return f"{self.method}-verifier-seed{self.seed}"
         middle = f"iterate-{self.curation}" if self.curation else f"{self.ratio}-p{self.percent}"
         return f"{self.method}-{middle}-seed{self.seed}"
 
@@ -159,6 +188,9 @@ def cell_settings(cell: Cell, size: Size) -> dict[str, Any]:
         method = "anna-karenina" if cell.curation == "anna-karenina" else "uniform"
         iterate = {**ITERATE, "method": method, "limits": cell.method, **changes}
         return {**common, "curation": cell.curation, "iterate": iterate}
+    if cell.verifier:
+        solutions = {n: getattr(size, n) for n in ("questions", "samples")}
+        return {**common, "solutions": solutions, "verifier": json.loads(size.verifier)}
     return {
         **common,
         "ratio": cell.ratio,
@@ -177,6 +209,7 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     "naive-share": (Cell("reinforce", 0, share=0.1),),
     "methods": (Cell("ppo", 0), Cell("is", 0)),
     "iterations": (Cell("topr", 0, curation="default"),),
+    "verifier": (Cell("topr", 0, verifier=True),),
     "low-shares": (Cell("topr", 0, share=0.01), Cell("tis", 0, share=0.01)),
     "curation": (Cell("topr", 0, curation="anna-karenina"), Cell("topr", 0, curation="uniform")),
     "other-shares": (

@@ -20,7 +20,6 @@ from benchmarks.learning.cells import GRIDS, Cell
 from benchmarks.learning.verdicts import (
     CLAIMS,
     NOT_RUN,
-    WITHOUT_CELLS,
     Results,
     accuracy,
     differences,
@@ -52,6 +51,7 @@ _CURATIONS = {
     Cell("topr", 0, curation="anna-karenina"): ("#E69F00", "s", "Anna Karenina"),
 }
 _DEFAULT = Cell("topr", 0, curation="default")
+_VERIFIER = Cell("topr", 0, verifier=True)
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def blocks(results: Results) -> dict[str, str]:
         "ratios": _by_epoch(results, _RATIOS, "ratios.png"),
         "iterations": _iterations(results, {_DEFAULT: ("", "", "default")}, "iterations.png"),
         "curation": _iterations(results, _CURATIONS, "curation.png"),
+        "verifier": _verifier(results),
         "costs": _costs(results),
     }
 
@@ -140,7 +141,6 @@ def _verdicts(results: Results) -> str:
             shown = f"{outcome.mean:+.1f} [{outcome.low:+.1f}, {outcome.high:+.1f}]"
         count = str(len(values))
         rows.append([claim.text, claim.source, shown, count, f"**{verdict(values)}**"])
-    rows += [[text, source, "-", "0", f"**{NOT_RUN}**"] for text, source in WITHOUT_CELLS]
     return _table(rows)
 
 
@@ -285,17 +285,54 @@ def _passes(results: Results, cell: Cell) -> dict[int, list[float]]:
     }
 
 
+def _verifier(results: Results) -> str:
+    seeds = seeds_of(results, _VERIFIER)
+    if not seeds:
+        return NOT_RUN
+    figures: dict[str, Callable[[Any], float]] = {
+        "right verdicts": lambda look: look["verifier"]["accuracy"],
+        "on right solutions": lambda look: look["verifier"]["accuracy_on_right"],
+        "on wrong solutions": lambda look: look["verifier"]["accuracy_on_wrong"],
+        "unparsable": lambda look: look["verifier"]["unparsable_share"],
+        "pass@1": lambda look: look["vote"]["pass_at_1"],
+        f"maj@{_cell(results, seeds[0])['before']['vote']['votes']}": lambda look: look["vote"][
+            "maj_at_k"
+        ],
+        "weighted": lambda look: look["vote"]["weighted_at_k"],
+    }
+    rows = [["verifier", "seed", "solutions judged", *figures]]
+    for name, key in (("untrained", "before"), ("trained", "after")):
+        looks = {seed: _cell(results, seed)[key] for seed in seeds}
+        for seed, look in looks.items():
+            judged = str(look["verifier"]["solutions"])
+            shown = [f"{100 * figure(look):.1f} %" for figure in figures.values()]
+            rows.append([name, str(seed), judged, *shown])
+        means = [_mean([100 * f(look) for look in looks.values()]) for f in figures.values()]
+        rows.append([name, "mean", "", *means])
+    trained = ", ".join(
+        f"{found['judgements']} of {found['solutions']}"
+        for found in (_cell(results, seed)["trained_on"] for seed in seeds)
+    )
+    return f"Trained on judgements of solutions, by seed: {trained}.\n\n{_table(rows)}"
+
+
+def _cell(results: Results, seed: int) -> Mapping[str, Any]:
+    return results[with_seed(_VERIFIER, seed).name]
+
+
 def _costs(results: Results) -> str:
     if not results:
         return NOT_RUN
     trained = [r["seconds"] for r in results.values() if "epochs" in r]
     resampled = [r["seconds"] for r in results.values() if "iterations" in r]
+    verified = [r["seconds"] for r in results.values() if "before" in r]
     rows = [["", "cells", "minutes, mean", "minutes, all"]]
     made = [sum(r["seconds"].values()) for n, r in results.items() if n.startswith("base-")]
     for name, seconds in (
         ("samples and base of a seed", made),
         ("epochs on one data set", trained),
         ("iterations", resampled),
+        ("verifier", verified),
     ):
         if seconds:
             mean = statistics.fmean(seconds) / 60

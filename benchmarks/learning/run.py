@@ -18,16 +18,24 @@ from benchmarks.learning.training import train_epochs
 from topr_kernels import baseline_for_positive_share
 from topr_kernels.recipe import (
     CurateSettings,
+    EvaluateSettings,
     GenerateSettings,
     IterateSettings,
     Models,
     ScoreSettings,
+    TrainCommandSettings,
+    VerifySettings,
+    VoteSettings,
     evaluate,
     read_records,
     run_curate,
+    run_evaluate,
     run_generate,
     run_iterate,
     run_score,
+    run_train,
+    run_verify,
+    run_vote,
 )
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.report import accuracy_json, environment
@@ -93,11 +101,15 @@ class Runner:
                 path, {"cell": cell.name, "settings": settings, **self._iterate(cell, settings)}
             )
             # Two models of half a gigabyte or more per cell; the figures are what it was run for.
-            for folder in (self.work / cell.name).glob("iteration-*/model-*"):
-                if folder.is_dir():
-                    shutil.rmtree(folder)
+            self._drop_models(cell, "iteration-*/model-*")
             return path
         self.base(cell.seed)
+        if cell.verifier:
+            write_json(
+                path, {"cell": cell.name, "settings": settings, **self._verify(cell, settings)}
+            )
+            self._drop_models(cell, "model")
+            return path
         work = self.work / "cells" / f"{cell.name}.json"
         manifest = run_step(
             "learning",
@@ -281,6 +293,89 @@ class Runner:
             "seconds": round(sum(seconds), 1),
             "environment": self.environment,
         }
+
+    def _verify(self, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
+        """Trains a verifier on judgements of the seed's samples.
+
+        Before and after it judges answers of the model to held-out questions.
+        """
+        size, out, chosen = self.size, self.work / cell.name, settings["verifier"]
+        asked: dict[str, Any] = {
+            "task": size.task,
+            "task_config": size.task_config,
+            "held_out": size.held_out,
+            "question_seed": QUESTION_SEED + cell.seed,
+        }
+        common: dict[str, Any] = {"model": size.model, "seed": cell.seed}
+        sampler: dict[str, Any] = {"sample_batch": size.sample_batch, "backend": "hf"}
+        judging: dict[str, Any] = {
+            "template": chosen["template"],
+            "one_line": True,
+            "max_new_tokens": chosen["max_new_tokens"],
+            **sampler,
+        }
+        answers, judged, scored, model = (
+            out / name for name in ("answers.parquet", "judged.parquet", "scored.parquet", "model")
+        )
+        evaluating = EvaluateSettings(
+            **common,
+            **asked,
+            **sampler,
+            max_new_tokens=size.max_new_tokens,
+            eval_samples=chosen["answers"],
+            votes=chosen["answers"],
+            draws=1,
+        )
+        manifests = [run_evaluate(evaluating, answers.with_suffix(".json"), models=self.models)]
+        solutions = VerifySettings(**common, **judging, samples=chosen["samples"], right_share=0.5)
+        samples = self._data(cell.seed) / "samples.parquet"
+        made = run_verify(solutions, samples, judged, models=self.models)
+        manifests.append(made)
+        scoring = ScoreSettings(**common, batch_size=size.batch_size)
+        manifests.append(run_score(scoring, judged, scored, models=self.models))
+        training = TrainCommandSettings(
+            **common,
+            limits=cell.method,
+            epochs=chosen["epochs"],
+            lr=size.lr,
+            batch_size=size.batch_size,
+        )
+        manifests.append(run_train(training, scored, model, models=self.models))
+        looks: dict[str, Any] = {}
+        for name, judge in (("before", size.model), ("after", str(model))):
+            held_out = VerifySettings(
+                **{**common, "model": judge},
+                **judging,
+                samples=chosen["judgements"],
+                right_share=0.5,
+            )
+            voting = VoteSettings(
+                **{**common, "model": judge},
+                **judging,
+                **asked,
+                judgements=chosen["vote_judgements"],
+                votes=chosen["answers"],
+                draws=1,
+            )
+            found = [
+                run_verify(held_out, answers, out / f"{name}.parquet", models=self.models),
+                run_vote(voting, answers, out / f"{name}-votes.json", models=self.models),
+            ]
+            manifests += found
+            looks[name] = dict(
+                zip(("verifier", "vote"), (m["figures"] for m in found), strict=True)
+            )
+        return {
+            "trained_on": made["figures"],
+            **looks,
+            "seconds": round(sum(m["seconds"] for m in manifests), 1),
+            "environment": self.environment,
+        }
+
+    def _drop_models(self, cell: Cell, pattern: str) -> None:
+        for folder in (self.work / cell.name).glob(pattern):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
 
 def _stored(value: float | None) -> float | None:
