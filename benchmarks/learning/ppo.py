@@ -51,9 +51,7 @@ class PPOTrainer(TOPRTrainer):
                 hidden[:, -keep:],
                 head.weight,
                 labels,
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
+                **head.options,
                 workspace_bytes=self.args.workspace_bytes,
             ).log_prob
             # For everything but the loss and the weight: the figures that the other methods log.

@@ -41,6 +41,11 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the weight, as keyword arguments of the losses and scorers of hidden states."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
 
 def base_model(model: Any) -> Any:
     """The model inside a PEFT wrapper, or the model itself."""
