@@ -19,7 +19,7 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
 from PIL import Image
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
@@ -93,10 +93,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(tiny_model(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 def quick(model: Path, out: Path, *more: str) -> int:

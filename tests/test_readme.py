@@ -68,10 +68,9 @@ def test_twelve_lines() -> None:
 
 def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from tiny import random_model, tiny_tokenizer
+    from tiny import random_model, save
 
-    random_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save(random_model(), tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"name": str(tmp_path / "model")}
     exec(block("With Hugging Face"), names)
@@ -82,11 +81,10 @@ def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
-    from tiny import random_model, tiny_tokenizer
+    from tiny import random_model, save
     from trl import GRPOConfig
 
-    random_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save(random_model(), tmp_path)
     monkeypatch.chdir(tmp_path)
     calls = []
 

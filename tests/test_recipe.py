@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from tiny import random_model, tiny_config, tiny_model, tiny_tokenizer
+from tiny import random_model, save, tiny_config, tiny_model, tiny_tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from topr_kernels.recipe import (
@@ -54,8 +54,7 @@ def saved(folder: Path, **changes: Any) -> tuple[Path, Any]:
     """A random model and its tokenizer in a folder."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(**changes))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save(model, folder)
     return folder, model
 
 
@@ -604,8 +603,7 @@ def test_evaluation_counts_right_wrong_and_unreadable():
 
 def test_a_local_folder_loads_by_its_name(tmp_path: Path):
     folder = tmp_path / "my-model"
-    random_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save(random_model(), folder)
     loaded = load_model(str(folder))
     assert loaded.name == "my-model" and loaded.remark == ""
     assert loaded.tokenizer("1 + 1 =\n")["input_ids"] == tiny_tokenizer()("1 + 1 =\n")["input_ids"]

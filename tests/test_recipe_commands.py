@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
 from pipeline import contents
-from tiny import random_model, tiny_model, tiny_tokenizer
+from tiny import random_model, save, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import read_records, write_records
 from topr_kernels.recipe.cli import main
@@ -48,10 +48,7 @@ READS = {"score": "samples.parquet", "curate": "scored.jsonl", "train": "curated
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(tiny_model(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +319,7 @@ def test_an_unfinished_input_is_named(copy: Path, model: Path, capsys: Any):
 
 def test_mu_is_the_policy_that_sampled(copy: Path, tmp_path: Path, capsys: Any):
     other = tmp_path / "other"
-    random_model(1).save_pretrained(other)
-    tiny_tokenizer().save_pretrained(other)
+    save(random_model(1), other)
     assert run("score", copy, other, out="again.parquet") == 2
     error = capsys.readouterr().err
     assert "samples.parquet, record 0, field 'sampling.weights'" in error

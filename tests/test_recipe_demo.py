@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model
 
 from topr_kernels.recipe import Evaluation, Task, read_records, wilson_interval
 from topr_kernels.recipe.cli import main
@@ -31,10 +31,7 @@ FLAGS = ["--quick", "--held-out", "6", "--questions", "4", "--lr", "1e-3", "--ep
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(tiny_model(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model
 
 from topr_kernels.recipe import read_records
 from topr_kernels.recipe.cli import main
@@ -94,10 +94,7 @@ for case in sys.argv[3:]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(tiny_model(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

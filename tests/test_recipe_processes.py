@@ -25,7 +25,7 @@ pytest.importorskip("reasoning_gym")
 
 from processes import TESTS, free_port
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model
 
 from topr_kernels.recipe import GenerateSettings, SettingsError, read_records
 from topr_kernels.recipe.cli import main
@@ -258,8 +258,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    save(tiny_model(), model)
     found = Server(model, tmp_path_factory.mktemp("jobs") / "job")
     yield found
     found.process.kill()

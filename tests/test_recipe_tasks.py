@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import FileTask, SettingsError, generate, read_records, score
 from topr_kernels.recipe.cli import main
@@ -195,9 +195,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = tiny_model()
     # The prompts are longer than those it learnt.
     long.config.max_position_embeddings = 512
-    long.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save(long, folder)
 
 
 def test_questions_of_a_file_run_through_the_commands(model: Path, tmp_path: Path, capsys: Any):

@@ -21,7 +21,7 @@ pytest.importorskip("reasoning_gym")
 
 from pipeline import contents
 from test_recipe import record
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model, tiny_tokenizer
 from torch.nn import functional
 
 from topr_kernels.recipe import (
@@ -442,8 +442,7 @@ def judge_model() -> Any:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     for name, model in (("solver", tiny_model()), ("judge", judge_model())):
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
+        save(model, folder / name)
     return {name: folder / name for name in ("solver", "judge")}
 
 

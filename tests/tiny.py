@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 def random_model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(tiny_config()).eval()
+
+
+def save(model: Any, folder: Path) -> Path:
+    """The model with its tokenizer in a folder, as a hub has them; returns the folder."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @cache
