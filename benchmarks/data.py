@@ -93,7 +93,7 @@ def linear_case(
     if not dim:
         data = hidden_states.load(temperature, rows)
         return LinearCase(f"SmolLM2 at {temperature}", data, device, kind)
-    distinct = min(rows, hidden_states.TOKENS * len(hidden_states.TEMPERATURES))
+    distinct = min(rows, hidden_states.TOKENS)
     data = hidden_states.at_entropy(entropy, distinct, device=device)
     real = len(data.weight)
     data = cut_vocabulary(data, vocab) if vocab < real else data
