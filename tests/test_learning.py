@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -553,3 +554,23 @@ def test_a_verifier_is_compared_with_itself_before_training():
         in lines
     )
     assert any(line.startswith("| trained | mean |  | 70.0 ± 0.0 |") for line in lines)
+
+
+def test_the_readme_quotes_the_page():
+    """Its differences are those of the verdicts, under the words that it gives them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\u2212", "-")
+    part = text.partition("### Do the paper's claims hold?")[2].partition("\n## ")[0]
+    table = page.blocks(page.load(FOLDER / "results"))["verdicts"]
+    rows = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| ([^|]+) \| \d+ \| \*\*([^*]+)\*\* \|$", table, re.MULTILINE
+    )
+    assert len(rows) == len(verdicts.CLAIMS)
+    for head, words in (
+        ("Reproduced", {"reproduced"}),
+        ("The level of the ratio matters", {"reproduced", "too small to tell"}),
+        ("Too small to tell", {"too small to tell"}),
+    ):
+        item = part.partition(f"- **{head}**")[2].partition("\n- ")[0]
+        quoted = re.findall(r"[+-]\d+\.\d \[[^]]+\]", item)
+        assert quoted and set(quoted) <= dict(rows).keys(), quoted
+        assert {dict(rows)[difference] for difference in quoted} == words
