@@ -41,7 +41,13 @@ def test_rows_get_the_entropy_that_is_asked_for(
     made = hidden_states.at_entropy(target, 1000, seed=3)
     log_pi, entropy = hidden_states.log_prob_and_entropy(made)
     assert entropy.mean().item() == pytest.approx(target, rel=2e-3)
-    assert made.temperature == nearest
+    factor = (
+        made.hidden.norm()
+        / hidden_states.first(
+            hidden_states._shuffled(hidden_states.load(nearest, ROWS), 3), 1000
+        ).hidden.norm()
+    )
+    assert made.temperature == pytest.approx(nearest / factor.item(), rel=1e-4)
     # Whole sequences in another order, the last one cut; every row a multiple of a stored one.
     sizes = made.cu_seqlens.diff().tolist()
     assert sum(sizes) == len(made.labels) == 1000
@@ -56,10 +62,16 @@ def test_rows_get_the_entropy_that_is_asked_for(
     assert made.reward.tolist() == [1.0, -1.0] * (len(sizes) // 2) + [1.0] * (len(sizes) % 2)
 
 
-def test_draws_differ_by_their_seed_and_repeat():
+def test_draws_differ_by_their_seed_and_repeat(monkeypatch: pytest.MonkeyPatch):
     first, again, other = (hidden_states.at_entropy(2.0, ROWS, seed) for seed in (0, 0, 1))
     assert torch.equal(first.labels, again.labels) and torch.equal(first.hidden, again.hidden)
     assert not torch.equal(first.hidden, other.hidden)
+    monkeypatch.setattr(hidden_states, "_shuffled", lambda data, seed: data)
+    first, other = (hidden_states.at_entropy(2.0, ROWS, seed) for seed in (0, 1))
+    assert torch.equal(first.hidden, other.hidden)
+    assert not torch.equal(first.labels, other.labels)
+    same = first.labels == other.labels
+    assert not torch.equal(first.behavior_log_prob[same], other.behavior_log_prob[same])
 
 
 def test_what_cannot_be_made_is_refused():
@@ -100,3 +112,49 @@ def test_active_sizes_are_the_fewest_columns_that_leave_out_the_share():
                 kept.add(column)
             counts.append(len(kept))
         assert tiles.tolist() == counts
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "word"),
+    [
+        (1.1, 0.0, ""), (0.9, 0.0, ""), (1.101, 0.0, "OFF"), (0.899, 0.0, "OFF"),
+        (1.08, 0.05, ""), (1.19, 0.05, "beyond 10 %"), (0.81, 0.05, "beyond 10 %"),
+        (1.21, 0.05, "OFF"), (0.79, 0.05, "OFF"),
+    ],
+)  # fmt: skip
+def test_what_the_check_says_of_a_ratio(ratio: float, error: float, word: str):
+    # Rounded: 1.1 - 1 is more than 0.1.
+    assert hidden_states.judge(round(ratio, 3) - 1e-12 * (ratio > 1), error) == word
+
+
+@pytest.mark.parametrize(
+    ("again", "other", "good", "said"),
+    [
+        (1.0, 1.0, True, set()),
+        (1.09, 1.12, True, {"beyond 10 %"}),
+        (1.0, 1.4, False, {"OFF"}),
+        (1.12, 1.0, False, {"OFF"}),
+        (0.85, 1.0, False, {"OFF"}),
+    ],
+)
+def test_the_check_compares_generated_with_real_data(
+    again: float, other: float, good: bool, said: set[str],
+    stored: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    texts = {str(t): stored["0.75"] for t in hidden_states.OTHER_TEXTS}
+    monkeypatch.setattr(hidden_states, "_held_out", lambda: texts)
+    spread = torch.tensor([0.9, 1.1] * 8, dtype=torch.float64)
+    calls = []
+
+    def sizes(data: hidden_states.Hidden, of: list[int]) -> list[torch.Tensor]:
+        calls.append(data)
+        made = data.hidden.shape[1] > D
+        known = len(calls) <= 4 * len(hidden_states.TEMPERATURES)
+        return [100 * (1.0 if not made else again if known else other) * spread for _ in of]
+
+    monkeypatch.setattr(hidden_states, "active_sizes", sizes)
+    assert hidden_states.check(dim=D + 1) is good
+    text = capsys.readouterr().out
+    assert {w for w in ("OFF", "beyond 10 %") if w in text} == said
+    # Two texts of 16 tiles that spread by a tenth.
+    assert text.count("standard error of the ratio 0.037") == len(hidden_states.OTHER_TEXTS)

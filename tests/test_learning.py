@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks.learning import page, verdicts  # noqa: E402
+from benchmarks.learning import run as learning_run  # noqa: E402
 from benchmarks.learning.__main__ import FOLDER, main  # noqa: E402
 from benchmarks.learning.cells import (  # noqa: E402
     GRIDS,
@@ -38,7 +41,7 @@ from benchmarks.learning.cells import (  # noqa: E402
 from benchmarks.learning.ppo import PPOTrainer, ppo_objective  # noqa: E402
 from benchmarks.learning.run import Runner  # noqa: E402
 from topr_kernels.hf import TOPRConfig  # noqa: E402
-from topr_kernels.recipe import files  # noqa: E402
+from topr_kernels.recipe import files, read_records, verifier  # noqa: E402
 
 KILLED = ["moves-1", "time-1"]
 #: For each case, runs the comparison again and again until one run is not killed. Forked, so that no
@@ -139,16 +142,10 @@ def test_every_grid_leaves_the_figures_that_were_asked_for(whole: Path, model: P
             before, after = result["before"], result["after"]
             for look in (before, after):
                 judged = look["verifier"]
-                # Of right solutions as many as of wrong ones.
-                assert judged["accuracy"] == pytest.approx(
-                    (judged["accuracy_on_right"] + judged["accuracy_on_wrong"]) / 2
-                )
                 assert judged["judgements"] == asked["judgements"] * judged["solutions"]
                 assert look["vote"]["samples"] == look["vote"]["votes"] == asked["answers"]
                 assert look["vote"]["questions"] == QUICK.held_out
-            # The same answers and the same plain votes: only the judge is another.
             assert before["verifier"]["solutions"] == after["verifier"]["solutions"]
-            assert before["vote"]["maj_at_k"] == after["vote"]["maj_at_k"]
             continue
         assert [e["epoch"] for e in result["epochs"]] == [1, 2]
         assert sum(e["updates"] for e in result["epochs"]) == len(result["updates"])
@@ -192,6 +189,71 @@ def test_the_methods_differ_where_they_should(whole: Path):
     assert chosen == {
         "default": "uniform", "uniform": "uniform", "anna-karenina": "anna-karenina"
     }  # fmt: skip
+
+
+@pytest.fixture
+def digits_are_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model writes digits: even ones shall say "right", odd ones "wrong", and 7 nothing."""
+    words = {str(d): ("right", "wrong")[d % 2] for d in range(10) if d != 7}
+    monkeypatch.setattr(verifier, "_WORDS", words)
+    monkeypatch.setattr(verifier, "_BARE", re.compile(r"\W*([0-689])\W*"))
+
+
+def test_a_verifier_is_trained_and_judged_before_and_after(
+    model: Path, tmp_path: Path, digits_are_verdicts: None, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = {**json.loads(QUICK.verifier), "template": "{prompt}{completion}\n1 + 1 ="}
+    size = dataclasses.replace(
+        QUICK, model=str(model), questions=96, held_out=40, lr=3e-3, verifier=json.dumps(chosen)
+    )
+    cell = Cell("topr", 0, verifier=True)
+    runner = Runner(size, tmp_path / "results", tmp_path / "work")
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    # In the middle of it, again and again: what was done stays.
+    for step in ("run_verify", "run_score", "run_train", "run_vote"):
+        with monkeypatch.context() as patch:
+            patch.setattr(learning_run, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                runner.run(cell)
+    result = json.loads(runner.run(cell).read_text())
+    folder = tmp_path / "work" / cell.name
+    answers = read_records(folder / "answers.parquet")
+    assert len(answers) == 40 * chosen["answers"]
+    for name, judge in (("before", "tiny"), ("after", "model")):
+        judgements, votes = (
+            read_records(folder / f"{name}{part}.parquet") for part in ("", "-votes")
+        )
+        right = [j.judged.right for j in judgements]
+        assert 0 < sum(right) == len(right) / 2
+        assert {j.sampling.model for j in judgements + votes} == {judge}
+        told = result[name]["verifier"]
+        assert told["accuracy"] == pytest.approx(fmean(j.reward > 0 for j in judgements))
+        assert told["unparsable_share"] == pytest.approx(fmean(not j.valid for j in judgements))
+        assert 0 < told["accuracy"] < 1 and told["unparsable_share"] < 1
+        # As even digits are, right verdicts of right solutions, and of wrong ones as odd ones are.
+        assert told["accuracy_on_right"] == pytest.approx(
+            fmean(
+                j.completion.strip() in ("0", "2", "4", "6", "8")
+                for j in judgements
+                if j.judged.right
+            )
+        )
+        assert len(votes) == sum(bool(a.valid) for a in answers)
+    assert result["before"]["verifier"] != result["after"]["verifier"]
+    trained = read_records(folder / "scored.parquet")
+    assert len(trained) == chosen["samples"] * result["trained_on"]["solutions"]
+    assert {t.reward for t in trained} == {1.0, -1.0}
+    # No judged solution is one of those that were trained on, and no half gigabyte stays.
+    assert not {t.prompt for t in trained} & {j.prompt for j in judgements}
+    assert not list(tmp_path.rglob("model.safetensors"))
+    (folder / "model").mkdir()
+    runner.run(cell)
+    assert not (folder / "model").exists()
+    whole = Runner(size, tmp_path / "other" / "results", tmp_path / "other" / "work").run(cell)
+    assert figures(whole) == figures(tmp_path / "results" / whole.name)
 
 
 def test_all_cells_of_a_seed_share_its_samples(whole: Path):
@@ -556,21 +618,47 @@ def test_a_verifier_is_compared_with_itself_before_training():
     assert any(line.startswith("| trained | mean |  | 70.0 ± 0.0 |") for line in lines)
 
 
+#: In the order of the README, what it calls each comparison, and the claim.
+QUOTED = [
+    ("TOPR learns off policy", "TOPR learns off-policy"),
+    (
+        "of `topr iterate` with its defaults",
+        "three iterations of the default recipe beat the base",
+    ),
+    ("against naive REINFORCE", "TOPR beats naive REINFORCE"),
+    ("against positives only", "TOPR beats positives only"),
+    ("PPO", "TOPR beats PPO"),
+    ("IS", "TOPR beats plain importance sampling"),
+    ("TIS", "at p\u0303 = 50 % TOPR beats TIS"),
+    ("naive REINFORCE below the base", "naive REINFORCE collapses below the base"),
+    ("beats that of each token", "the ratio of the sequence beats that of each token"),
+    ("over the geometric mean", "the ratio of the sequence beats the geometric mean"),
+]
+
+
 def test_the_readme_quotes_the_page():
-    """Its differences are those of the verdicts, under the words that it gives them."""
+    """Each difference is that of its claim, and stands under the word of its verdict."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\u2212", "-")
     part = text.partition("### Do the paper's claims hold?")[2].partition("\n## ")[0]
-    table = page.blocks(page.load(FOLDER / "results"))["verdicts"]
-    rows = re.findall(
-        r"^\| [^|]+ \| [^|]+ \| ([^|]+) \| \d+ \| \*\*([^*]+)\*\* \|$", table, re.MULTILINE
-    )
-    assert len(rows) == len(verdicts.CLAIMS)
-    for head, words in (
-        ("Reproduced", {"reproduced"}),
-        ("The level of the ratio matters", {"reproduced", "too small to tell"}),
-        ("Too small to tell", {"too small to tell"}),
-    ):
-        item = part.partition(f"- **{head}**")[2].partition("\n- ")[0]
-        quoted = re.findall(r"[+-]\d+\.\d \[[^]]+\]", item)
-        assert quoted and set(quoted) <= dict(rows).keys(), quoted
-        assert {dict(rows)[difference] for difference in quoted} == words
+    results = page.load(FOLDER / "results")
+    claims = {claim.text: claim for claim in verdicts.CLAIMS}
+    places = []
+    for phrase, name in QUOTED:
+        values = list(verdicts.differences(results, claims[name]).values())
+        found = verdicts.interval(values)
+        shown = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+        place = re.search(rf"\b{re.escape(phrase)}[^\[;]*?{re.escape(shown)}", part, re.DOTALL)
+        assert place, f"{phrase}: expected {shown}"
+        places.append(place.end())
+        item = part[: place.end()].rpartition("\n- **")[2]
+        word = item.partition("**")[0].split(",")[0].removesuffix(":").lower()
+        if not word.startswith("ours"):
+            assert word == verdicts.verdict(values), phrase
+    assert places == sorted(places)
+    # No figure beside those.
+    assert len(re.findall(r"\d \[", part)) == len(QUOTED)
+    table = page.blocks(results)["iterations"]
+    first, last = re.search(
+        r"\| mean \| ([\d.]+) .* \| ([\d.]+) \S+ [\d.]+ \|  \|  \|", table
+    ).groups()
+    assert f"take pass@1 from {first} to {last} %" in part

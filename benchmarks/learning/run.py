@@ -95,20 +95,20 @@ class Runner:
         path = self.results / f"{cell.name}.json"
         settings = self.check(cell)
         if path.exists():
+            self._drop_models(cell)
             return path
         if cell.curation:
             write_json(
                 path, {"cell": cell.name, "settings": settings, **self._iterate(cell, settings)}
             )
-            # Two models of half a gigabyte or more per cell; the figures are what it was run for.
-            self._drop_models(cell, "iteration-*/model-*")
+            self._drop_models(cell)
             return path
         self.base(cell.seed)
         if cell.verifier:
             write_json(
                 path, {"cell": cell.name, "settings": settings, **self._verify(cell, settings)}
             )
-            self._drop_models(cell, "model")
+            self._drop_models(cell)
             return path
         work = self.work / "cells" / f"{cell.name}.json"
         manifest = run_step(
@@ -312,6 +312,7 @@ class Runner:
             "template": chosen["template"],
             "one_line": True,
             "max_new_tokens": chosen["max_new_tokens"],
+            "temperature": 1.0,
             **sampler,
         }
         answers, judged, scored, model = (
@@ -336,6 +337,8 @@ class Runner:
         training = TrainCommandSettings(
             **common,
             limits=cell.method,
+            ratio=cell.ratio,
+            baseline=0.0,
             epochs=chosen["epochs"],
             lr=size.lr,
             batch_size=size.batch_size,
@@ -372,10 +375,12 @@ class Runner:
             "environment": self.environment,
         }
 
-    def _drop_models(self, cell: Cell, pattern: str) -> None:
-        for folder in (self.work / cell.name).glob(pattern):
-            if folder.is_dir():
-                shutil.rmtree(folder)
+    def _drop_models(self, cell: Cell) -> None:
+        """Models of half a gigabyte or more per cell; the figures are what it was run for."""
+        for pattern in ("iteration-*/model-*", "model"):
+            for folder in (self.work / cell.name).glob(pattern):
+                if folder.is_dir():
+                    shutil.rmtree(folder)
 
 
 def _stored(value: float | None) -> float | None:

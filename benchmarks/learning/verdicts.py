@@ -198,7 +198,7 @@ def accuracy(evaluation: Mapping[str, Any], decoding: str = "greedy") -> float:
 
 
 def final(results: Results, cell: Cell | None, seed: int, like: Cell | None = None) -> float:
-    """The one figure that verdicts look at, in per cent.
+    """The one figure that verdicts look at, but those of the verifier, in per cent.
 
     Of a training on one data set: greedy accuracy after the last epoch. Of iterations: pass@1 after
     the last. Of the base (None): the same of the model that the other cell (``like``) started from.
