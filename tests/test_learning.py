@@ -612,7 +612,7 @@ def test_a_verifier_is_compared_with_itself_before_training():
     lines = page.blocks({**results, **_base()})["verifier"].splitlines()
     assert lines[0].endswith("400 of 100, 400 of 100, 400 of 100.")
     assert (
-        "| untrained | 1 | 100 | 31.0 % | 32.0 % | 30.0 % | 34.0 % | 20.0 % | 25.0 % | 27.0 % |"
+        "| untrained | 1 | 100 | 31.0 % | 47.0 % | 32.0 % | 30.0 % | 34.0 % | 20.0 % | 25.0 % | 27.0 % |"
         in lines
     )
     assert any(line.startswith("| trained | mean |  | 70.0 ± 0.0 |") for line in lines)
@@ -625,12 +625,15 @@ QUOTED = [
         "of `topr iterate` with its defaults",
         "three iterations of the default recipe beat the base",
     ),
+    ("more right verdicts", "training raises the verifier's accuracy"),
+    ("fewer unparsable ones", "training lowers the verifier's unparsable share"),
     ("against naive REINFORCE", "TOPR beats naive REINFORCE"),
     ("against positives only", "TOPR beats positives only"),
     ("PPO", "TOPR beats PPO"),
     ("IS", "TOPR beats plain importance sampling"),
     ("TIS", "at p\u0303 = 50 % TOPR beats TIS"),
     ("naive REINFORCE below the base", "naive REINFORCE collapses below the base"),
+    ("against plain ones", "votes weighted by the trained verifier beat plain ones"),
     ("beats that of each token", "the ratio of the sequence beats that of each token"),
     ("over the geometric mean", "the ratio of the sequence beats the geometric mean"),
 ]

@@ -291,6 +291,7 @@ def _verifier(results: Results) -> str:
         return NOT_RUN
     figures: dict[str, Callable[[Any], float]] = {
         "right verdicts": lambda look: look["verifier"]["accuracy"],
+        "of those given": lambda look: _given(look["verifier"]),
         "on right solutions": lambda look: look["verifier"]["accuracy_on_right"],
         "on wrong solutions": lambda look: look["verifier"]["accuracy_on_wrong"],
         "unparsable": lambda look: look["verifier"]["unparsable_share"],
@@ -314,6 +315,12 @@ def _verifier(results: Results) -> str:
         for found in (_cell(results, seed)["trained_on"] for seed in seeds)
     )
     return f"Trained on judgements of solutions, by seed: {trained}.\n\n{_table(rows)}"
+
+
+def _given(judged: Mapping[str, Any]) -> float:
+    """Right verdicts as a share of the judgements that give one."""
+    given = 1 - float(judged["unparsable_share"])
+    return float(judged["accuracy"]) / given if given else 0.0
 
 
 def _cell(results: Results, seed: int) -> Mapping[str, Any]:
