@@ -73,9 +73,7 @@ def fused_log_prob(model: Any, batch: dict[str, Any], called: Any = None) -> tor
         hidden,
         head.weight,
         batch["labels"][:, -batch["logits_to_keep"] :],
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
+        **head.options,
         workspace_bytes=64 * 4 * SIZE["vocab_size"],
     ).log_prob
 

@@ -43,7 +43,7 @@ class Head(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All but the weight, as keyword arguments of the losses and scorers of hidden states."""
+        """All but the weight: ``linear_topr_loss(hidden, head.weight, ..., **head.options)``."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
