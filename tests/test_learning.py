@@ -627,12 +627,14 @@ QUOTED = [
     ),
     ("more right verdicts", "training raises the verifier's accuracy"),
     ("fewer unparsable ones", "training lowers the verifier's unparsable share"),
+    ("collapses at p\u0303 = 10 %", "naive REINFORCE collapses below the base at p\u0303 = 10 %"),
     ("against naive REINFORCE", "TOPR beats naive REINFORCE"),
     ("against positives only", "TOPR beats positives only"),
     ("PPO", "TOPR beats PPO"),
     ("IS", "TOPR beats plain importance sampling"),
     ("TIS", "at p\u0303 = 50 % TOPR beats TIS"),
     ("naive REINFORCE below the base", "naive REINFORCE collapses below the base"),
+    ("against uniform sampling", "Anna Karenina sampling beats uniform sampling"),
     ("against plain ones", "votes weighted by the trained verifier beat plain ones"),
     ("beats that of each token", "the ratio of the sequence beats that of each token"),
     ("over the geometric mean", "the ratio of the sequence beats the geometric mean"),
@@ -658,6 +660,9 @@ def test_the_readme_quotes_the_page():
         if not word.startswith("ours"):
             assert word == verdicts.verdict(values), phrase
     assert places == sorted(places)
+    shares = page.blocks(results)["shares"]
+    assert re.search(r"\| naive REINFORCE \| - \| 0\.0 ", shares)
+    assert "TOPR has " + re.search(r"\| TOPR \| [^|]+ \| ([\d.]+) ", shares)[1] + " %" in part
     # No figure beside those.
     assert len(re.findall(r"\d \[", part)) == len(QUOTED)
     table = page.blocks(results)["iterations"]
