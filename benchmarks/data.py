@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from benchmarks import hidden_states
 from benchmarks.case import LinearCase, LogitsCase
@@ -30,24 +29,6 @@ def tiny(rows: int, dim: int, vocab: int, sequence: int = 10) -> Hidden:
     offsets = torch.arange(0, rows + sequence, sequence).to(torch.int32)
     data = Hidden(hidden, weight, labels[:, 0], mu, torch.empty(0), offsets, 1.0)
     return hidden_states.first(data, rows)
-
-
-def repeated(data: Hidden, rows: int) -> Hidden:
-    """The same sequences again and again until there are so many rows: for time and memory."""
-    times = -(-rows // len(data.labels))
-
-    def again(x: Tensor) -> Tensor:
-        return torch.cat([x] * times)
-
-    sizes = again(data.cu_seqlens.diff()).cumsum(0)
-    whole = data._replace(
-        hidden=again(data.hidden),
-        labels=again(data.labels),
-        behavior_log_prob=again(data.behavior_log_prob),
-        cu_seqlens=torch.cat([sizes.new_zeros(1), sizes]).to(torch.int32),
-    )
-    cut = hidden_states.first(whole, rows)
-    return cut._replace(reward=cut.reward.to(data.hidden.device))
 
 
 def cut_vocabulary(data: Hidden, vocab: int) -> Hidden:
@@ -98,7 +79,7 @@ def linear_case(
     real = len(data.weight)
     data = cut_vocabulary(data, vocab) if vocab < real else data
     data = hidden_states.synthesise(data, dim, vocab, TAIL_MASS, seed=0)
-    data = repeated(data, rows) if rows > distinct else data
+    data = hidden_states.repeated(data, rows) if rows > distinct else data
     return LinearCase(f"raised, tail {TAIL_MASS}", data, device, kind)
 
 

@@ -180,9 +180,10 @@ def _sampled(loaded: Any, temperature: float, seed: int) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any], path: Path) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path.with_suffix(".new"))
-    path.with_suffix(".new").rename(path)
+    from topr_kernels.recipe.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        torch.save(found, temporary)
     return found
 
 
@@ -216,17 +217,21 @@ def _held_out() -> dict[str, Any]:
     return found
 
 
-def _unpacked(data: dict[str, Any], weight: Tensor, temperature: float, times: int = 1) -> Hidden:
-    sizes = data["sizes"].diff().repeat(times)
+def _unpacked(data: dict[str, Any], weight: Tensor, temperature: float) -> Hidden:
     return Hidden(
-        (data["hidden"].repeat(times, 1).float() / temperature),
+        data["hidden"].float() / temperature,
         weight,
-        data["labels"].repeat(times),
-        data["log_mu"].repeat(times),
+        data["labels"],
+        data["log_mu"],
         torch.empty(0),
-        torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(torch.int32),
+        _offsets(data["sizes"].diff()),
         temperature,
     )
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    """[B + 1] int32 of the lengths of B sequences."""
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _head(stored: dict[str, Any]) -> Tensor:
@@ -243,15 +248,29 @@ def load(temperature: float, rows: int = 2048) -> Hidden:
             is repeated, which is good for measuring memory and nothing else.
     """
     stored = _stored()
-    data = stored[str(temperature)]
-    times = -(-rows // len(data["labels"]))
-    return first(_unpacked(data, _head(stored), temperature, times), rows)
+    return repeated(_unpacked(stored[str(temperature)], _head(stored), temperature), rows)
+
+
+def repeated(data: Hidden, rows: int) -> Hidden:
+    """The same sequences again and again until there are so many rows: for time and memory."""
+    times = -(-rows // len(data.labels))
+
+    def again(x: Tensor) -> Tensor:
+        return torch.cat([x] * times)
+
+    whole = data._replace(
+        hidden=again(data.hidden),
+        labels=again(data.labels),
+        behavior_log_prob=again(data.behavior_log_prob),
+        cu_seqlens=_offsets(again(data.cu_seqlens.diff())),
+    )
+    return first(whole, rows)
 
 
 def first(data: Hidden, rows: int) -> Hidden:
     """The first rows, the last sequence cut, rewards in turn."""
     inner = data.cu_seqlens[data.cu_seqlens < rows]
-    reward = torch.ones(len(inner))
+    reward = torch.ones(len(inner), device=data.hidden.device)
     reward[1::2] = -1
     return data._replace(
         hidden=data.hidden[:rows],
@@ -305,12 +324,11 @@ def _shuffled(data: Hidden, seed: int) -> Hidden:
     parts = torch.arange(len(data.labels)).split(data.cu_seqlens.diff().tolist())
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
     rows = torch.cat([parts[i] for i in order])
-    sizes = data.cu_seqlens.diff()[order].cumsum(0)
     return data._replace(
         hidden=data.hidden[rows],
         labels=data.labels[rows],
         behavior_log_prob=data.behavior_log_prob[rows],
-        cu_seqlens=torch.cat([torch.zeros(1), sizes]).to(torch.int32),
+        cu_seqlens=_offsets(data.cu_seqlens.diff()[order]),
     )
 
 
@@ -348,7 +366,8 @@ def at_entropy(target: float, rows: int, seed: int = 0, device: str = "cpu") -> 
         raise ValueError(f"rows={rows}: at most {TOKENS}")
     stored = _stored()
     nearest = min(TEMPERATURES, key=lambda t: abs(math.log(stored[str(t)]["entropy"] / target)))
-    data = to(first(_shuffled(load(nearest, TOKENS), seed), rows), device)
+    whole = _unpacked(stored[str(nearest)], _head(stored), nearest)
+    data = to(first(_shuffled(whole, seed), rows), device)
     factor = _factor(data, target)
     data = data._replace(hidden=factor * data.hidden, temperature=nearest / factor)
     g = torch.Generator(device).manual_seed(seed)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks import __main__ as runner  # noqa: E402
-from benchmarks import data, providers, report  # noqa: E402
+from benchmarks import data, hidden_states, providers, report  # noqa: E402
 from benchmarks.case import Case, LinearCase, LogitsCase, Provider, per_token  # noqa: E402
 from benchmarks.compare import judge  # noqa: E402
 from benchmarks.engine import COLUMNS, QUICK, Bench, Results, errors, measure_case  # noqa: E402
@@ -704,7 +704,7 @@ def test_the_vocabulary_is_cut_to_its_likely_columns() -> None:
     cut = data.cut_vocabulary(whole, 80)
     assert cut.weight.shape == (80, 16)
     assert torch.equal(cut.weight[cut.labels], whole.weight[whole.labels])
-    more = data.repeated(whole, 95)
+    more = hidden_states.repeated(whole, 95)
     assert len(more.labels) == 95 and more.cu_seqlens[-1] == 95
     assert torch.equal(more.hidden[60:], whole.hidden[:35])
 
