@@ -606,7 +606,7 @@ def test_a_step_that_another_process_finishes_meanwhile_is_not_done_again(
         return {}
 
     def step() -> Any:
-        return steps.run_step("step", tmp_path / "out.txt.json", {}, {}, [out], compute)
+        return steps.run_step(steps.Step("step", tmp_path / "out.txt.json", {}, {}, [out]), compute)
 
     def late(folder: Path) -> Any:
         # The other one runs from start to end between the first look and the lock.

@@ -39,7 +39,7 @@ from topr_kernels.recipe import (
 )
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.report import accuracy_json, environment
-from topr_kernels.recipe.steps import SettingsError, model_key, refuse_other, run_step
+from topr_kernels.recipe.steps import SettingsError, Step, model_key, refuse_other, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of
 
 #: Figures of the training that are kept for every update.
@@ -94,34 +94,24 @@ class Runner:
         """
         path = self.results / f"{cell.name}.json"
         settings = self.check(cell)
-        if path.exists():
-            self._drop_models(cell)
-            return path
+        if not path.exists():
+            figures = self._figures(cell, settings)
+            write_json(path, {"cell": cell.name, "settings": settings, **figures})
+        self._drop_models(cell)
+        return path
+
+    def _figures(self, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
         if cell.curation:
-            write_json(
-                path, {"cell": cell.name, "settings": settings, **self._iterate(cell, settings)}
-            )
-            self._drop_models(cell)
-            return path
+            return self._iterate(cell, settings)
         self.base(cell.seed)
         if cell.verifier:
-            write_json(
-                path, {"cell": cell.name, "settings": settings, **self._verify(cell, settings)}
-            )
-            self._drop_models(cell)
-            return path
-        work = self.work / "cells" / f"{cell.name}.json"
+            return self._verify(cell, settings)
+        inputs = {"records": self._data(cell.seed) / "train.parquet"}
         manifest = run_step(
-            "learning",
-            work,
-            settings,
-            {"records": self._data(cell.seed) / "train.parquet"},
-            [],
+            Step("learning", self.work / "cells" / f"{cell.name}.json", settings, inputs, []),
             lambda partial: self._train(cell, partial),
         )
-        figures = {**manifest["figures"], "seconds": manifest["seconds"]}
-        write_json(path, {"cell": cell.name, "settings": settings, **figures})
-        return path
+        return {**manifest["figures"], "seconds": manifest["seconds"]}
 
     def base(self, seed: int) -> Path:
         """Makes a seed's data and measures the model that sampled them, unless both are there.
@@ -132,19 +122,8 @@ class Runner:
         path = self.results / f"base-seed{seed}.json"
         folder, size = self._data(seed), self.size
         common: dict[str, Any] = {"model": size.model, "seed": seed}
-        asked: dict[str, Any] = {
-            "task": size.task,
-            "task_config": size.task_config,
-            "questions": size.questions,
-            "held_out": size.held_out,
-            "question_seed": QUESTION_SEED + seed,
-        }
-        sampler: dict[str, Any] = {
-            **common,
-            "max_new_tokens": size.max_new_tokens,
-            "sample_batch": size.sample_batch,
-            "backend": "hf",
-        }
+        asked = {**self._asked(seed), "questions": size.questions}
+        sampler = {**common, **self._sampler(), "max_new_tokens": size.max_new_tokens}
         stated = {**sampler, **asked, "model": model_key(size.model)}
         settings = {**stated, "samples": size.samples}
         samples, scored, chosen = (
@@ -176,7 +155,7 @@ class Runner:
         if path.exists():
             return path
         measured = run_step(
-            *("base", folder / "base.json", stated, {}, []),
+            Step("base", folder / "base.json", stated, {}, []),
             lambda partial: self._evaluate(self.models.get(size.model).model, seed),
         )
         loaded = self.models.get(size.model)
@@ -199,16 +178,24 @@ class Runner:
         )
         return path
 
+    def _asked(self, seed: int) -> dict[str, Any]:
+        """Which questions a seed has."""
+        size = self.size
+        return {
+            "task": size.task,
+            "task_config": size.task_config,
+            "held_out": size.held_out,
+            "question_seed": QUESTION_SEED + seed,
+        }
+
+    def _sampler(self) -> dict[str, Any]:
+        return {"sample_batch": self.size.sample_batch, "backend": "hf"}
+
     def _data(self, seed: int) -> Path:
         return self.work / f"data-seed{seed}"
 
     def _evaluate(self, model: Any, seed: int) -> dict[str, Any]:
-        options = GenerateSettings(
-            task=self.size.task,
-            task_config=self.size.task_config,
-            held_out=self.size.held_out,
-            question_seed=QUESTION_SEED + seed,
-        )
+        options = GenerateSettings(**self._asked(seed))
         # A model of NaN samples nothing at all.
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             return {"diverged": True}
@@ -273,13 +260,9 @@ class Runner:
             IterateSettings(
                 model=size.model,
                 seed=cell.seed,
-                question_seed=QUESTION_SEED + cell.seed,
-                task=size.task,
-                task_config=size.task_config,
-                held_out=size.held_out,
+                **self._asked(cell.seed),
+                **self._sampler(),
                 max_new_tokens=size.max_new_tokens,
-                sample_batch=size.sample_batch,
-                backend="hf",
                 lr=size.lr,
                 batch_size=size.batch_size,
                 **settings["iterate"],
@@ -300,14 +283,8 @@ class Runner:
         Before and after it judges answers of the model to held-out questions.
         """
         size, out, chosen = self.size, self.work / cell.name, settings["verifier"]
-        asked: dict[str, Any] = {
-            "task": size.task,
-            "task_config": size.task_config,
-            "held_out": size.held_out,
-            "question_seed": QUESTION_SEED + cell.seed,
-        }
+        asked, sampler = self._asked(cell.seed), self._sampler()
         common: dict[str, Any] = {"model": size.model, "seed": cell.seed}
-        sampler: dict[str, Any] = {"sample_batch": size.sample_batch, "backend": "hf"}
         judging: dict[str, Any] = {
             "template": chosen["template"],
             "one_line": True,

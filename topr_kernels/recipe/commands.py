@@ -120,7 +120,7 @@ def run_generate(
         return dataclasses.asdict(found)
 
     share = functools.partial(sample, **own_share())
-    return run_step(*step, compute, share=share)
+    return run_step(step, compute, share=share)
 
 
 def generate_step(settings: GenerateSettings, out: Path) -> Step:
@@ -186,7 +186,7 @@ def run_score(
         return found if baseline is None else found | {"baseline": baseline}
 
     share = functools.partial(scored_records, **own_share())
-    return run_step(*step, compute, share=share)
+    return run_step(step, compute, share=share)
 
 
 def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
@@ -195,10 +195,7 @@ def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    check_suffix(records, "records")
-    check_suffix(out, "out")
-    inputs = {"records": records, **model_input(settings.model)}
-    return Step("score", manifest_path(out), plain(settings, "seed"), inputs, [out])
+    return records_step("score", plain(settings, "seed"), settings.model, records, out)
 
 
 def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, Any]:
@@ -226,7 +223,7 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
             "after": dataclasses.asdict(chosen.after),
         }
 
-    return run_step(*curate_step(settings, records, out), compute)
+    return run_step(curate_step(settings, records, out), compute)
 
 
 def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
@@ -235,9 +232,7 @@ def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    check_suffix(records, "records")
-    check_suffix(out, "out")
-    return Step("curate", manifest_path(out), plain(settings), {"records": records}, [out])
+    return records_step("curate", plain(settings), "", records, out)
 
 
 def run_train(
@@ -298,7 +293,7 @@ def run_train(
         # Sums over several processes are rounded in another order.
         return found | ({"processes": processes} if processes > 1 else {})
 
-    return run_step(*step, compute, share=trained, lockstep=True)
+    return run_step(step, compute, share=trained, lockstep=True)
 
 
 def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step:
@@ -355,7 +350,7 @@ def run_evaluate(
         return dataclasses.asdict(accuracy)
 
     share = functools.partial(sample, **own_share())
-    return run_step(*step, compute, share=share)
+    return run_step(step, compute, share=share)
 
 
 def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
@@ -369,6 +364,25 @@ def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings, "questions") | scorer(settings)
     return Step("evaluate", out, plan, inputs, [out.with_suffix(".parquet")])
+
+
+def records_step(step: str, settings: dict[str, Any], model: str, records: Path, out: Path) -> Step:
+    """A step that makes records of records.
+
+    Args:
+        step: name of the command.
+        settings: as plain values.
+        model: that works on them; "" for none.
+        records: records file to read.
+        out: records file to write.
+
+    Raises:
+        RecordError: if a file has another suffix.
+    """
+    check_suffix(records, "records")
+    check_suffix(out, "out")
+    inputs = {"records": records, **model_input(model)}
+    return Step(step, manifest_path(out), settings, inputs, [out])
 
 
 def check_json(out: Path) -> None:

@@ -153,7 +153,15 @@ def check_input(path: Path) -> None:
 
 
 class Step(NamedTuple):
-    """What one run of a command is; the first arguments of ``run_step``, where they are explained."""
+    """What one run of a command is.
+
+    Attributes:
+        step: name of the command.
+        manifest: JSON file, written last.
+        settings: all that the outputs depend on, as plain values without paths of this machine.
+        inputs: what is read, by the name of its flag.
+        outputs: files and folders that the run writes, each whole or not at all.
+    """
 
     step: str
     manifest: Path
@@ -200,11 +208,7 @@ def state_of(step: Step) -> str:
 
 
 def run_step(
-    step: str,
-    manifest: Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Path],
-    outputs: Sequence[Path],
+    step: Step,
     compute: Callable[[Path], dict[str, Any]],
     *,
     share: Callable[[Path], object] | None = None,
@@ -216,11 +220,7 @@ def run_step(
     but ``share``, and the others wait for it.
 
     Args:
-        step: name of the command.
-        manifest: JSON file, written last.
-        settings: all that the outputs depend on, as plain values without paths of this machine.
-        inputs: what is read, by the name of its flag.
-        outputs: files and folders that ``compute`` writes, each whole or not at all.
+        step: what is run; ``compute`` writes its outputs.
         compute: is given the folder for its parts, where it finds those of a killed run; returns the
             figures.
         share: what several processes do together before ``compute``, which finds the parts they leave;
@@ -233,11 +233,12 @@ def run_step(
             another process is at it.
         ProcessError: if another of several processes fails.
     """
+    manifest, outputs = step.manifest, step.outputs
     partial = partial_path(manifest)
     crew = current()
 
     def begin() -> tuple[dict[str, Any], bool]:
-        wanted = Step(step, manifest, settings, inputs, outputs).wanted()
+        wanted = step.wanted()
         found = _finished(manifest, wanted, outputs)
         if found is None:
             found = _take_on(held, manifest, wanted, outputs)

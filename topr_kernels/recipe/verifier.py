@@ -23,13 +23,14 @@ from topr_kernels.recipe.commands import (
     own_share,
     plain,
     read_nonempty,
+    records_step,
     sample_task,
     with_backend,
 )
 from topr_kernels.recipe.curate import figures, to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
-from topr_kernels.recipe.steps import SettingsError, Step, manifest_path, model_key, run_step
+from topr_kernels.recipe.steps import SettingsError, Step, model_key, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.tasks import Question
 from topr_kernels.recipe.trained_on import check_unseen, count_seen
@@ -363,7 +364,7 @@ def run_verify(
         return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
 
     share = functools.partial(sample, **own_share())
-    return run_step(*step, compute, share=share)
+    return run_step(step, compute, share=share)
 
 
 def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
@@ -372,10 +373,7 @@ def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    check_suffix(records, "records")
-    check_suffix(out, "out")
-    inputs = {"records": records, **model_input(settings.model)}
-    return Step("verify", manifest_path(out), plain(settings), inputs, [out])
+    return records_step("verify", plain(settings), settings.model, records, out)
 
 
 def run_vote(
@@ -433,7 +431,7 @@ def run_vote(
         }
 
     share = functools.partial(sample, **own_share())
-    return run_step(*step, compute, share=share)
+    return run_step(step, compute, share=share)
 
 
 def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
