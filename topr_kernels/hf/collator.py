@@ -22,8 +22,10 @@ attention keeps them apart (``topr_kernels.hf.packing``)::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
 from typing import Any
 
@@ -31,8 +33,20 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
-from topr_kernels.hf.packing import VARLEN, accepts, is_packed, names, pack, packed_inputs
+from topr_kernels.hf.packing import is_packed, pack, packed_inputs
+from topr_kernels.hf.signature import (
+    CACHE,
+    KEEP,
+    POSITIONS,
+    VARLEN,
+    accepts,
+    cache_argument,
+    cache_of,
+    takes,
+)
 from topr_kernels.layout import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 #: What a batch holds for the loss, or for the functions below; the rest is the model's.
 _NOT_MODEL_INPUTS = frozenset(
@@ -307,22 +321,22 @@ def model_inputs(
         inputs["attention_mask"] = batch["attention_mask"]
     # Without explicit positions most models number the padding too, which moves every token.
     position_ids = _position_ids(batch)
-    if accepts(base, "position_ids"):
-        inputs["position_ids"] = position_ids[:, prefix:]
+    if accepts(base, POSITIONS):
+        inputs[POSITIONS] = position_ids[:, prefix:]
     else:
         _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
-    if accepts(base, "logits_to_keep"):
-        inputs["logits_to_keep"] = keep
+    if accepts(base, KEEP):
+        inputs[KEEP] = keep
     if prefix:
         check_prefix_sharing(base)
-        inputs["past_key_values"] = prefix_cache(model, batch["input_ids"], prefix)
+        inputs |= prefix_cache(model, batch["input_ids"], prefix, signature_of=base)
     inputs |= {"input_ids": batch["input_ids"][:, prefix:], "use_cache": bool(prefix)}
     return inputs, keep
 
 
 def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     inputs = {name: x for name, x in batch.items() if name not in _NOT_MODEL_INPUTS}
-    unknown = sorted(n for n in inputs if not (names(model, n) and accepts(model, n)))
+    unknown = sorted(n for n in inputs if not takes(model, n))
     if unknown:
         raise ValueError(
             f"the batch holds {', '.join(unknown)}, which {type(base_model(model)).__name__}.forward "
@@ -365,18 +379,40 @@ def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, mode
         )
 
 
-def prefix_cache(model: nn.Module, input_ids: Tensor, prefix: int) -> Any:
+def prefix_cache(
+    model: nn.Module, input_ids: Tensor, prefix: int, *, signature_of: nn.Module | None = None
+) -> dict[str, Any]:
     """Keys and values of the first ``prefix`` columns, computed once and repeated for every row.
 
     Gradients flow back through the repetition: the prefix gets the sum over the rows.
+
+    Args:
+        model: runs the prefix.
+        input_ids: [B, T], equal in the first ``prefix`` columns.
+        prefix: number of columns, at least 1.
+        signature_of: as in ``completion_logits``.
+
+    Returns:
+        The keyword argument that gives them to the model, under the name that it knows.
+
+    Raises:
+        ValueError: if the model takes no keys and values.
     """
+    base = model if signature_of is None else signature_of
+    name = cache_argument(base)
+    if name is None:
+        raise ValueError(
+            f"{type(base_model(base)).__name__}.forward takes no {' or '.join(CACHE)}, which hold the "
+            "prefix; use share_prefix=False"
+        )
     first = input_ids[:1, :prefix]
     # The prefix's own logits are not needed; one is the least that models offer.
-    cache = model(
-        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, logits_to_keep=1
-    ).past_key_values
-    cache.batch_repeat_interleave(input_ids.shape[0])
-    return cache
+    outputs = model(
+        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **{KEEP: 1}
+    )
+    prefixes = cache_of(outputs)
+    prefixes.batch_repeat_interleave(input_ids.shape[0])
+    return {name: prefixes}
 
 
 def check_prefix_sharing(model: nn.Module) -> None:
@@ -397,13 +433,29 @@ def prefix_sharing_problem(model: nn.Module) -> str | None:
         return f"the model has layers of type {', '.join(sorted(kinds))}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"the model attends to a window of {config.sliding_window} tokens only"
-    needed = ("logits_to_keep", "past_key_values", "position_ids")
-    missing = [name for name in needed if not (names(model, name) and accepts(model, name))]
+    missing = [name for name in (KEEP, POSITIONS) if not takes(model, name)]
+    if cache_argument(model) is None:
+        missing.append(" or ".join(CACHE))
     if missing:
         return f"the model's forward does not take {', '.join(missing)}"
+    if getattr(base_model(model), "_is_stateful", False):
+        return "the model carries a state, which padding after the prefix would change"
     if model.training and _recomputes_activations(model):
         return "gradient checkpointing keeps no keys and values"
     return None
+
+
+def shares_prefix(model: nn.Module) -> bool:
+    """Whether ``prefix_sharing_problem`` knows none; a problem is logged, once."""
+    problem = prefix_sharing_problem(model)
+    if problem:
+        _log_once(f"What the prompts of a batch have in common is run once per prompt: {problem}")
+    return problem is None
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _recomputes_activations(model: Any) -> bool:

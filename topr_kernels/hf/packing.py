@@ -10,12 +10,11 @@ that transformers knows (``transformers.modeling_flash_attention_utils``)::
 transformers keeps the sequences apart in one of two ways. Flash attention gets the offsets; ``sdpa``,
 ``eager`` and ``flex_attention`` get a mask that transformers makes where the position ids restart, but
 only without ``attention_mask`` and without cache. Some models never ask for that mask (in transformers
-5.23 GPT-OSS, OPT, Falcon and AFMoE, among others), and nothing warns: hence ``check_packing``.
+5.24 GPT-OSS and OPT, among others), and nothing warns: hence ``check_packing``.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, cycle, islice, pairwise
@@ -26,9 +25,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from topr_kernels.hf.heads import base_model
-
-#: Offsets and longest sequence of a packed batch, for the attention of the model.
-VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
 
 #: Layers in which a token sees its own sequence only, given offsets or a mask.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -93,7 +90,7 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             "transformers ignores the packing without a word: sequences would see each other; drop "
             f"attention_mask in the data collator, or {_REMEDY}"
         )
-    missing = [name for name in ("position_ids", *VARLEN) if batch.get(name) is None]
+    missing = [name for name in (POSITIONS, *VARLEN) if batch.get(name) is None]
     if missing:
         raise ValueError(
             f"the batch is packed (it has cu_seq_lens_q) but has no {', '.join(missing)}; give all of "
@@ -122,7 +119,7 @@ def packing_problem(model: nn.Module) -> str | None:
     base = base_model(model)
     kind = type(base).__name__
     # Bloom's **kwargs take them, and drop them.
-    if not (names(model, "position_ids") and accepts(model, "position_ids")):
+    if not takes(model, POSITIONS):
         return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
     config: Any = base.config
     if hasattr(config, "get_text_config"):
@@ -216,28 +213,12 @@ def check_packing(
     return difference
 
 
-def accepts(model: Any, name: str) -> bool:
-    """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
-    # PEFT's forward hides the base model's arguments behind **kwargs.
-    for part in (model, base_model(model)):
-        parameters = inspect.signature(part.forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if name not in parameters and not open_ended:
-            return False
-    return True
-
-
-def names(model: Any, name: str) -> bool:
-    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
-    return name in inspect.signature(base_model(model).forward).parameters
-
-
 def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of each sequence of a packed batch, whose fields must agree."""
     ids, offsets = batch["input_ids"][0].tolist(), batch["cu_seq_lens_q"].tolist()
     sequences = [ids[i:j] for i, j in pairwise(offsets)]
     expected = pack(sequences)
-    for name in ("position_ids", *VARLEN):
+    for name in (POSITIONS, *VARLEN):
         if not torch.equal(torch.as_tensor(batch[name]).cpu(), torch.as_tensor(expected[name])):
             raise ValueError(
                 f"{name} of the packed batch is not what the sequences between cu_seq_lens_q make it: "

@@ -17,7 +17,7 @@ from topr_kernels.hf.collator import (
     common_prefix_length,
     pad_left,
     prefix_cache,
-    prefix_sharing_problem,
+    shares_prefix,
 )
 from topr_kernels.recipe.records import (
     FinishReason,
@@ -108,12 +108,12 @@ def complete(
         One completion per prompt, in order.
     """
     token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
-    prefix = 0 if prefix_sharing_problem(model) else common_prefix_length(token_ids)
+    prefix = common_prefix_length(token_ids) if shares_prefix(model) else 0
     batch = {
         name: x.to(model.device)
         for name, x in pad_left(token_ids, tokenizer.pad_token_id, prefix).items()
     }
-    cache = {"past_key_values": prefix_cache(model, batch["input_ids"], prefix)} if prefix else {}
+    cache = prefix_cache(model, batch["input_ids"], prefix) if prefix else {}
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

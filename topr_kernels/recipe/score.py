@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from topr_kernels.hf.behavior import score_behavior
-from topr_kernels.hf.collator import CompletionCollator, prefix_sharing_problem
+from topr_kernels.hf.collator import CompletionCollator, shares_prefix
 from topr_kernels.hf.heads import head_shape
 from topr_kernels.recipe.records import (
     Record,
@@ -132,7 +132,7 @@ def max_log_ratio(
 
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
-    collate = CompletionCollator(pad_token_id, share_prefix=prefix_sharing_problem(model) is None)
+    collate = CompletionCollator(pad_token_id, share_prefix=shares_prefix(model))
     rows = [
         {
             "prompt_token_ids": record.prompt_token_ids,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
-from topr_kernels.hf.collator import prefix_sharing_problem
+from topr_kernels.hf.collator import shares_prefix
 from topr_kernels.hf.heads import head_shape
 from topr_kernels.limits import Limits
 from topr_kernels.recipe.processes import current
@@ -93,7 +93,7 @@ def train(
         limits=settings.limits,
         ratio=settings.ratio,
         baseline=settings.baseline,
-        share_prefix=prefix_sharing_problem(model) is None,
+        share_prefix=shares_prefix(model),
         workspace_bytes=workspace_bytes(model),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",

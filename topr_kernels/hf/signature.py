@@ -1,0 +1,54 @@
+"""What a model's forward pass takes: every detection by the name of an argument stands here.
+
+A detection by name goes off without a word when upstream renames the argument (transformers 5.24:
+``past_key_values`` became ``cache``), so each name is listed once, and a test holds the list against
+the installed transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from topr_kernels.hf.heads import base_model
+
+#: Names of the argument and of the output that hold keys and values, the newest first.
+CACHE = ("cache", "past_key_values")
+#: Keeps only the last columns of the logits.
+KEEP = "logits_to_keep"
+#: Where each token stands; without it a model counts the padding.
+POSITIONS = "position_ids"
+#: Offsets of packed sequences, by transformers' names.
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether a wrapper and the model in it take a keyword argument, by name or as ``**kwargs``."""
+    # PEFT's forward hides the base model's arguments behind **kwargs.
+    for part in (model, base_model(model)):
+        parameters = inspect.signature(part.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name not in parameters and not open_ended:
+            return False
+    return True
+
+
+def names(model: Any, name: str) -> bool:
+    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
+    return name in inspect.signature(base_model(model).forward).parameters
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model knows an argument by name, and its wrapper lets it through."""
+    return names(model, name) and accepts(model, name)
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name under which a model takes keys and values, or None if it takes none."""
+    return next((name for name in CACHE if takes(model, name)), None)
+
+
+def cache_of(outputs: Any) -> Any:
+    """Keys and values in a model's outputs, under their name in the installed transformers."""
+    # The newest name first: asking for the old one warns where both exist.
+    return next(getattr(outputs, name) for name in CACHE if hasattr(outputs, name))
