@@ -1,10 +1,12 @@
 """Runs the demo for several seeds in a row and collects every one of them, TOPR and SFT.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 3 4
+    python benchmarks/demo_seeds.py --quick --seeds 0 --out OUT     # does it run?
 
 Resumes where it was stopped. Writes benchmarks/results/demo_seeds.csv (long format: seed, method,
 decoding, correct, questions, settings) and prints the README table with a 95 % interval of the mean gain
 over the base (Student's t over seeds). Settings are the demo's defaults; nothing is chosen per seed.
+Of --quick or another --model the CSV is OUT/demo_seeds.csv, and the committed one stays.
 """
 
 from __future__ import annotations
@@ -93,25 +95,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "seeds")
     parser.add_argument("--table-only", action="store_true", help="print the committed table")
+    parser.add_argument("--model", help="in place of the demo's own, as in topr demo --model")
+    parser.add_argument(
+        "--quick", action="store_true", help="as in topr demo: the figures mean nothing"
+    )
     args = parser.parse_args()
+    flags = [*(["--quick"] if args.quick else []), *(["--model", args.model] if args.model else [])]
+    results = args.out / RESULTS.name if flags else RESULTS
     if not args.table_only:
         rows = []
         for seed in args.seeds:
             out = args.out / str(seed)
             if not (out / "report.json").exists():
                 command = [Path(sys.executable).parent / "topr", "demo"]
-                command += ["--seed", str(seed), "--out", out]
+                command += ["--seed", str(seed), "--out", out, *flags]
                 done = subprocess.run([str(part) for part in command], check=False)
                 # 1: TOPR got worse than the base. That seed is shown like any other.
                 if done.returncode not in (0, 1):
                     raise SystemExit(f"seed {seed} stopped with status {done.returncode}")
             rows += rows_of(json.loads((out / "report.json").read_text(encoding="utf-8")))
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("w", newline="", encoding="utf-8") as f:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with results.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    with RESULTS.open(encoding="utf-8") as f:
+    with results.open(encoding="utf-8") as f:
         print(table(list(csv.DictReader(f))))
 
 

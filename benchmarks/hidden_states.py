@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MODEL = "smollm2"
 CACHE = Path(__file__).parent / ".cache" / "hidden_states.pt"
 TEMPERATURES = (1.0, 0.6, 0.75)
 TOKENS = 8192  # per temperature
@@ -115,7 +116,10 @@ def _draw(
 @torch.no_grad()
 def sample(loaded: Any, temperature: float, tokens: int, seed: int) -> dict[str, Tensor]:
     """Samples completions of PROMPTS from mu until ``tokens`` are there; the last one is cut."""
+    from topr_kernels.hf.signature import cache_argument, cache_of
+
     model, tokenizer = loaded.model, loaded.tokenizer
+    cache = cache_argument(model.model)
     g = torch.Generator().manual_seed(seed)
     texts = [
         tokenizer.apply_chat_template(
@@ -128,7 +132,7 @@ def sample(loaded: Any, temperature: float, tokens: int, seed: int) -> dict[str,
     weight = model.lm_head.weight.float().cpu()
     done: list[tuple[Tensor, Tensor, Tensor]] = []
     while sum(len(labels) for _, labels, _ in done) < tokens:
-        ids, mask, past = prompt.input_ids, prompt.attention_mask, None
+        ids, mask, past = prompt.input_ids, prompt.attention_mask, {}
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         length = torch.full((len(PROMPTS),), LONGEST)
         for i in range(LONGEST):
@@ -138,10 +142,10 @@ def sample(loaded: Any, temperature: float, tokens: int, seed: int) -> dict[str,
                 position_ids=(mask.cumsum(-1) - 1)
                 .clamp(min=0)[:, -ids.shape[1] :]
                 .to(model.device),
-                past_key_values=past,
                 use_cache=True,
+                **past,
             )
-            past, h = out.past_key_values, out.last_hidden_state[:, -1].float().cpu()
+            past, h = {cache: cache_of(out)}, out.last_hidden_state[:, -1].float().cpu()
             labels, log_mu = _draw(h, weight, g, temperature)
             ids = labels[:, None]
             steps.append((h, labels, log_mu))
@@ -191,7 +195,7 @@ def build() -> dict[str, Any]:
     """Samples every temperature and writes the cache; minutes on two cores."""
     from topr_kernels.recipe.models import load_model
 
-    loaded = load_model("smollm2")
+    loaded = load_model(MODEL)
     found: dict[str, Any] = {"head": _to_blocks(loaded.model.lm_head.weight.detach().cpu())}
     for seed, temperature in enumerate(TEMPERATURES):
         found[str(temperature)] = _sampled(loaded, temperature, seed)
@@ -210,7 +214,7 @@ def _held_out() -> dict[str, Any]:
     if missing:
         from topr_kernels.recipe.models import load_model
 
-        loaded = load_model("smollm2")
+        loaded = load_model(MODEL)
         for temperature, seed in missing.items():
             found[str(temperature)] = _sampled(loaded, temperature, seed)
             _write(found, HELD_OUT)
@@ -505,12 +509,12 @@ def check(dim: int = 640, draws: int = 3) -> bool:
     return good
 
 
-def main() -> int:
-    """Describes the data, or checks the generator."""
+def main(arguments: list[str] | None = None) -> int:
+    """Describes the data, or checks the generator; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, TOKENS])
     parser.add_argument("--check", action="store_true", help="generated against real sparsity")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.check:
         return int(not check())
     for temperature in TEMPERATURES:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from topr_kernels import kernels, linear_topr_loss
 from topr_kernels.fused_linear import RowStats, Transforms, linear_kernels
-from topr_kernels.hf.collator import CompletionCollator, completion_hidden, prefix_sharing_problem
+from topr_kernels.hf.collator import CompletionCollator, completion_hidden, shares_prefix
 from topr_kernels.hf.heads import find_head
 from topr_kernels.ops import linear as ops
 from topr_kernels.recipe.curate import subsample_negatives
@@ -150,9 +150,7 @@ def trained(
     head = find_head(model)
     before = head.weight.detach().clone()
     rows = training_rows(records)
-    collate = CompletionCollator(
-        loaded.tokenizer.pad_token_id, share_prefix=prefix_sharing_problem(model) is None
-    )
+    collate = CompletionCollator(loaded.tokenizer.pad_token_id, share_prefix=shares_prefix(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     ever = record_columns(head.weight)
