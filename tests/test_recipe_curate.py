@@ -84,6 +84,16 @@ def test_anna_karenina_keeps_the_first_positive_of_each_question_and_fills_with_
         anna_karenina(records, 1, seed=0)
 
 
+def test_a_reward_of_0_is_a_negative():
+    """The wrong answer of 0/1 rewards: left out it would leave nothing but right ones."""
+    records = [record(i // 3, float(i == 1), completion_token_ids=[8 + i]) for i in range(6)]
+    assert anna_karenina(records, 0, seed=0) == records
+    half = to_positive_share(records, 0.5, seed=0)
+    assert [r.reward for r in half if r is not records[1]] == [0.0]
+    mixed = [record(0, 1.0), record(0, 0.0, 3), record(0, -1.0, 4)]
+    assert anna_karenina(mixed, 3, seed=0) == mixed
+
+
 def test_negatives_are_drawn_alike():
     """Every negative of the candidates, whatever its question, with the same probability."""
     records = candidates(["+---", "----"])

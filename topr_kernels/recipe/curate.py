@@ -183,7 +183,8 @@ def anna_karenina(records: Sequence[Record], size: int, seed: int) -> list[Recor
     All happy families are alike: one right answer of a question says what there is to say.
 
     Args:
-        records: N records, the candidates of each question in the order they were drawn.
+        records: N records, the candidates of each question in the order they were drawn; positive
+            means reward > 0, and all others are negatives: 0 is the wrong answer of 0/1 rewards.
         size: wanted number; 0, or more than there are, for all negatives.
         seed: of the draw.
 
