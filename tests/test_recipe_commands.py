@@ -599,14 +599,16 @@ def test_a_step_that_another_process_finishes_meanwhile_is_not_done_again(
 ):
     steps = importlib.import_module("topr_kernels.recipe.steps")
     out, locked, calls = tmp_path / "out.txt", steps.locked, []
+    made = steps.Step("step", tmp_path / "out.txt.json", {}, {}, [out])
 
     def compute(partial: Path) -> dict[str, Any]:
         calls.append(partial)
-        out.write_text("done")
+        made.draft(out).parent.mkdir()
+        made.draft(out).write_text("done")
         return {}
 
     def step() -> Any:
-        return steps.run_step(steps.Step("step", tmp_path / "out.txt.json", {}, {}, [out]), compute)
+        return steps.run_step(made, compute)
 
     def late(folder: Path) -> Any:
         # The other one runs from start to end between the first look and the lock.
@@ -617,3 +619,99 @@ def test_a_step_that_another_process_finishes_meanwhile_is_not_done_again(
     monkeypatch.setattr(steps, "locked", late)
     assert step()["outputs"].keys() == {"out.txt"} and len(calls) == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    """Has the next call of a function, or a method, of the recipe interrupted."""
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    owner: Any = importlib.import_module(f"topr_kernels.recipe.{module}")
+    *classes, method = name.split(".")
+    for kind in classes:
+        owner = getattr(owner, kind)
+    monkeypatch.setattr(owner, method, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("train", "_ProgressBar.on_step_end"), ("steps", "move")]
+)
+def test_an_interrupted_training_deletes_nothing_of_the_users(
+    module: str, name: str, whole: Path, copy: Path, model: Path, monkeypatch: Any, capsys: Any
+):
+    forget(copy, "train")
+    interrupt(monkeypatch, module, name)
+    assert run("train", copy, model) == 130
+    monkeypatch.undo()
+    mine = [
+        "notes.txt",
+        "sub/deep.txt",
+        "checkpoint-1/weights",
+        "checkpoint-best/x",
+        "model.safetensors",
+    ]
+    for folder in (copy / "trained", copy):
+        for file in mine:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(f"mine {file}")
+    error = error_of(capsys, *training(copy, model))
+    assert f"{copy / 'trained'}: exists, but was not made by this command; move it" in error
+    assert all((copy / "trained" / file).read_text() == f"mine {file}" for file in mine)
+    (copy / "trained").rename(copy / "moved")
+    assert run("train", copy, model) == 0
+    for folder in (copy / "moved", copy):
+        assert all((folder / file).read_text() == f"mine {file}" for file in mine)
+    found = contents(copy)
+    assert {name: found[name] for name in contents(whole)} == contents(whole)
+
+
+def training(folder: Path, model: Path) -> list[Any]:
+    argv = ["train", *FLAGS["train"], "--model", model, "--records", folder / READS["train"]]
+    return [*argv, "--out", folder / OUT["train"]]
+
+
+def test_a_file_that_the_user_puts_there_meanwhile_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    """While the command runs, and after it was interrupted; a link to nothing as well."""
+    samples, original = tmp_path / "samples.parquet", commands.write_records
+
+    def write_both(path: Path, records: Any) -> None:
+        original(path, records)
+        samples.write_text("mine")
+
+    monkeypatch.setattr(commands, "write_records", write_both)
+    assert run("generate", tmp_path, model) == 2
+    assert "samples.parquet: exists, but was not made" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run("generate", tmp_path, model) == 2
+    assert samples.read_text() == "mine"
+    samples.unlink()
+    samples.symlink_to(tmp_path / "elsewhere")
+    assert run("generate", tmp_path, model) == 2
+    assert samples.is_symlink()
+    samples.unlink()
+    # What was sampled is moved, not sampled again.
+    interrupt(monkeypatch, "generate", "complete")
+    assert run("generate", tmp_path, model) == 0
+
+
+@pytest.mark.parametrize("flags", [["--model", "./none"], ["--chat"]])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "iterate"])
+def test_a_refused_run_leaves_nothing_behind(
+    command: str, flags: list[str], model: Path, tmp_path: Path, capsys: Any
+):
+    out = tmp_path / "new" / "deeper" / OUT.get(command, "run")
+    argv = [command, *TASK, "--model", str(model), "--out", str(out), *flags]
+    assert main(argv) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_the_users_folder_leaves_what_is_theirs(model: Path, tmp_path: Path, capsys: Any):
+    argv = ["iterate", *TASK, "--model", model, "--out", tmp_path]
+    for name in ("settings.json", "report.json"):
+        (tmp_path / name).write_text('{"mine": 1}')
+        assert f"{name}: exists, but was not made by this command" in error_of(capsys, *argv)
+        assert (tmp_path / name).read_text() == '{"mine": 1}'
+        (tmp_path / name).unlink()

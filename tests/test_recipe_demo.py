@@ -177,6 +177,31 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
         assert read_records(tmp_path / name) == read_records(whole / name)
 
 
+def test_a_resumed_training_deletes_nothing_of_the_users(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_json = demo.write_json
+
+    def interrupted(path: Path, value: Any) -> None:
+        if path.name == "history.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(demo, "write_json", interrupted)
+    assert run(model, tmp_path) == 130
+    monkeypatch.undo()
+    mine = ["model/notes.txt", "checkpoints/checkpoint-best/notes.txt", "checkpoint-3/notes.txt"]
+    for file in mine:
+        (tmp_path / "topr" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "topr" / file).write_text("mine")
+    assert run(model, tmp_path) == 0
+    assert all((tmp_path / "topr" / file).read_text() == "mine" for file in mine)
+    assert figures(tmp_path) == figures(whole)
+    # And not half of another model.
+    names = {path.name for path in (whole / "topr" / "model").iterdir()}
+    assert {p.name for p in (tmp_path / "topr" / "model").iterdir()} == names | {"notes.txt"}
+
+
 def test_a_killed_run_resumes_to_the_same_records(model: Path, whole: Path, tmp_path: Path):
     """kill -9 at whatever it is doing once the first result is there."""
     command = [sys.executable, "-m", "topr_kernels.recipe.cli", "demo", "--model", str(model)]

@@ -114,7 +114,7 @@ def run_generate(
 
     def compute(partial: Path) -> dict[str, Any]:
         records = sample(partial)
-        write_records(out, records)
+        write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         return dataclasses.asdict(found)
@@ -177,7 +177,7 @@ def run_score(
 
     def compute(partial: Path) -> dict[str, Any]:
         scored = scored_records(partial)
-        write_records(out, scored)
+        write_records(step.draft(out), scored)
         tokens = sum(len(record.completion_token_ids) for record in scored)
         total = sum(sum(record.behavior_log_prob or ()) for record in scored)
         found = {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
@@ -210,12 +210,13 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
         RecordError, SettingsError: as ``curate``; RecordError if mu comes from several sources.
         FileError: if a file is damaged.
     """
+    step = curate_step(settings, records, out)
 
     def compute(partial: Path) -> dict[str, Any]:
         found = read_nonempty(records)
         check_sources(found)
         chosen = curate(found, settings, seed=settings.seed)
-        write_records(out, chosen.records)
+        write_records(step.draft(out), chosen.records)
         print(as_text(chosen.before, chosen.after))
         return {
             "baseline": chosen.baseline,
@@ -223,7 +224,7 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
             "after": dataclasses.asdict(chosen.after),
         }
 
-    return run_step(curate_step(settings, records, out), compute)
+    return run_step(step, compute)
 
 
 def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
@@ -283,9 +284,9 @@ def run_train(
 
     def compute(partial: Path) -> dict[str, Any]:
         loaded, trained_on, history = trained(partial)
-        # A run that was killed between the model and its manifest left a model.
-        shutil.rmtree(out, ignore_errors=True)
-        with atomic_folder(out) as temporary:
+        # A run that was killed after it had saved the model left it there.
+        shutil.rmtree(step.draft(out), ignore_errors=True)
+        with atomic_folder(step.draft(out)) as temporary:
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, trained_on, settings.model)
@@ -337,7 +338,7 @@ def run_evaluate(
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
         records = sample(partial)
-        write_records(answers, records)
+        write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
             task,

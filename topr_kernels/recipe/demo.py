@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from topr_kernels import (
 from topr_kernels.recipe import report
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
-from topr_kernels.recipe.files import FileError, atomic_folder, write_json
+from topr_kernels.recipe.files import FileError, merged_folder, write_json
 from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
@@ -29,7 +30,7 @@ from topr_kernels.recipe.score import max_log_ratio, score
 from topr_kernels.recipe.settings import MOST_SEED
 from topr_kernels.recipe.steps import SettingsError, claim, model_key, read_mapping
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
-from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on
 
 #: Scored batches whose log-ratios are measured before the first update.
@@ -160,7 +161,10 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
             partial(run.train, name, limits, baseline),
         )
         # Only now: until the history was written, a killed run still needed them.
-        shutil.rmtree(out / folder / "checkpoints", ignore_errors=True)
+        for checkpoint in checkpoints_in(out / folder / "checkpoints"):
+            shutil.rmtree(checkpoint)
+        with suppress(OSError):
+            (out / folder / "checkpoints").rmdir()
         histories[name] = trained["history"]
         evaluated = step(
             f"evaluate {name}",
@@ -335,8 +339,8 @@ class _Run:
             checkpoints=folder / "checkpoints",
             label=name,
         )
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        with atomic_folder(folder / "model") as temporary:
+        # Onto what a killed run has saved; what else lies there is the user's.
+        with merged_folder(folder / "model") as temporary:
             model.save_pretrained(temporary)
             self.base.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, self.records, self.settings.model)

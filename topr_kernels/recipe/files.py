@@ -36,6 +36,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Gives a whole file or folder another name on the same file system, and waits for the disk."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically. NaN is refused: it is not JSON.
 
@@ -75,6 +81,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(file)
         os.replace(temporary, path)
         _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def merged_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder whose files go into ``path`` when the block succeeds, one by one.
+
+    Files of other names stay. A process killed inside the block leaves ``path`` as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in list(temporary.rglob("*")):
+            target = path / file.relative_to(temporary)
+            if not file.is_dir():
+                _sync(file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                move(file, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

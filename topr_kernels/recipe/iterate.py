@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from topr_kernels.recipe.commands import (
     run_train,
     with_backend,
 )
-from topr_kernels.recipe.files import FileError, checksum, write_json
+from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.settings import (
     CurateSettings,
@@ -30,7 +30,16 @@ from topr_kernels.recipe.settings import (
     ScoreSettings,
     TrainCommandSettings,
 )
-from topr_kernels.recipe.steps import check_claim, claim, locked, pick, read_mapping
+from topr_kernels.recipe.steps import (
+    check_claim,
+    claim,
+    foreign,
+    is_there,
+    locked,
+    on_refusal,
+    pick,
+    read_mapping,
+)
 from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
 
 
@@ -77,12 +86,43 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
 
 def _take_on(held: ExitStack, settings: IterateSettings, out: Path) -> None:
     """Locks and claims the folder of the run."""
-    held.enter_context(locked(out))
     wanted = _wanted(settings)
+    _refuse_foreign(out)
+    held.enter_context(locked(out))
+    claimed = out / "settings.json"
     # Settings under which nothing was done bind nobody.
     if not _begun(out):
+        claimed.unlink(missing_ok=True)
+    on_refusal(held, lambda: _withdraw(out))
+    claim(claimed, wanted, out)
+
+
+def _withdraw(out: Path) -> None:
+    """Takes back the claim of a run that failed before it had done anything."""
+    if not _begun(out):
         (out / "settings.json").unlink(missing_ok=True)
-    claim(out / "settings.json", wanted, out)
+        with suppress(OSError):
+            (out / "iteration-0").rmdir()
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuses a folder in which files of the user have the names of ours.
+
+    Raises:
+        SettingsError: naming such a file.
+    """
+    claimed = out / "settings.json"
+    try:
+        found = read_json(claimed)
+        ours = isinstance(found, Mapping) and found.get("step") == "iterate"
+    except FileNotFoundError:
+        ours = False
+    except FileError:
+        # Damaged; the claim says so. Where nothing was done it may be anybody's.
+        ours = _begun(out)
+    for path in () if ours else (claimed, out / "report.json"):
+        if is_there(path):
+            raise foreign(path)
 
 
 def check_folder(settings: IterateSettings, out: Path) -> None:
@@ -91,6 +131,7 @@ def check_folder(settings: IterateSettings, out: Path) -> None:
     Raises:
         SettingsError: naming what differs.
     """
+    _refuse_foreign(out)
     if _begun(out) and (out / "settings.json").exists():
         check_claim(out / "settings.json", _wanted(settings), out)
 

@@ -1,30 +1,35 @@
 """Steps of the pipeline that resume: settings claimed first, outputs whole or absent, manifest last.
 
 A step leaves its outputs and one manifest (JSON: settings, checksums of inputs and outputs, figures).
-While it runs, a folder ``.NAME.partial`` beside the manifest holds its settings and finished parts.
+While it runs, a folder ``.NAME.partial`` beside the manifest holds its settings, finished parts and the
+drafts of its outputs. A finished draft is moved to its place and never onto anything: what lies there is
+the user's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from topr_kernels import __version__
-from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
+from topr_kernels.recipe.files import FileError, checksum, move, read_json, write_json
 from topr_kernels.recipe.processes import current
 
 if sys.platform != "win32":
     import fcntl
-    import os
 
 S = TypeVar("S")
+
+#: The manifest to be, in the folder of an unfinished step.
+_DRAFT = "manifest.json"
 
 
 class SettingsError(ValueError):
@@ -169,6 +174,10 @@ class Step(NamedTuple):
     inputs: Mapping[str, Path]
     outputs: Sequence[Path]
 
+    def draft(self, output: Path) -> Path:
+        """Where the run writes an output; once all are there they take their places."""
+        return partial_path(self.manifest) / "outputs" / output.name
+
     def wanted(self) -> dict[str, Any]:
         """The head of its manifest, of checked inputs.
 
@@ -194,14 +203,14 @@ def state_of(step: Step) -> str:
     wanted = step.wanted()
     if _finished(step.manifest, wanted, step.outputs) is not None:
         return "finished"
-    _refuse_foreign(step.manifest, step.outputs)
+    _refuse_foreign(step)
     claimed = partial_path(step.manifest) / "settings.json"
     if not claimed.exists():
         return "new"
     try:
         check_claim(claimed, wanted, step.manifest)
     except SettingsError:
-        if not _nothing_done(claimed, step.outputs):
+        if not _nothing_done(claimed):
             raise
         return "new"
     return "interrupted"
@@ -220,7 +229,7 @@ def run_step(
     but ``share``, and the others wait for it.
 
     Args:
-        step: what is run; ``compute`` writes its outputs.
+        step: what is run; ``compute`` writes the drafts of its outputs (``Step.draft``).
         compute: is given the folder for its parts, where it finds those of a killed run; returns the
             figures.
         share: what several processes do together before ``compute``, which finds the parts they leave;
@@ -241,7 +250,7 @@ def run_step(
         wanted = step.wanted()
         found = _finished(manifest, wanted, outputs)
         if found is None:
-            found = _take_on(held, manifest, wanted, outputs)
+            found = _take_on(held, step, wanted)
         if found is not None:
             # A kill after the manifest was written leaves the parts behind.
             shutil.rmtree(partial, ignore_errors=True)
@@ -251,11 +260,13 @@ def run_step(
         figures = compute(partial)
         result = {
             **wanted,
-            "outputs": {path.name: checksum(path) for path in outputs},
+            "outputs": {path.name: checksum(step.draft(path)) for path in outputs},
             "figures": figures,
             "seconds": round(time.perf_counter() - start, 1),
         }
-        write_json(manifest, result)
+        # Before any move: after a kill it tells which of what lies there is ours.
+        write_json(partial / _DRAFT, result)
+        _put_in_place(step, result)
         shutil.rmtree(partial)
         return result
 
@@ -283,20 +294,18 @@ def _finished(
         return None
     found = read_manifest(manifest)
     if found is None:
-        raise _foreign(manifest)
+        raise foreign(manifest)
     refuse_other(found, wanted, manifest)
     _check_outputs(found, manifest, outputs)
     return found
 
 
-def _take_on(
-    held: ExitStack, manifest: Path, wanted: Mapping[str, Any], outputs: Sequence[Path]
-) -> dict[str, Any] | None:
-    """Locks and claims an unfinished step; the manifest, if another process has just finished it."""
-    partial = partial_path(manifest)
-    _refuse_foreign(manifest, outputs)
+def _take_on(held: ExitStack, step: Step, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Locks and claims an unfinished step; the manifest, if all that is left is to move its drafts."""
+    manifest, partial = step.manifest, partial_path(step.manifest)
+    _refuse_foreign(step)
     held.enter_context(locked(partial))
-    found = _finished(manifest, wanted, outputs)
+    found = _finished(manifest, wanted, step.outputs)
     if found is not None:
         return found
     claimed = partial / "settings.json"
@@ -305,25 +314,94 @@ def _take_on(
         with _held(claimed):
             pass
     # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
-    if claimed.exists() and _nothing_done(claimed, outputs):
+    if claimed.exists() and _nothing_done(claimed):
         claimed.unlink()
+    on_refusal(held, lambda: _withdraw(claimed))
     claim(claimed, wanted, manifest)
-    return None
+    drafted = partial / _DRAFT
+    if drafted.exists():
+        found = read_mapping(drafted)
+        refuse_other(found, wanted, manifest)
+        _put_in_place(step, found)
+    return found
 
 
-def _nothing_done(claimed: Path, outputs: Sequence[Path]) -> bool:
-    return list(claimed.parent.iterdir()) == [claimed] and not any(p.exists() for p in outputs)
+def _nothing_done(claimed: Path) -> bool:
+    return [path for path in claimed.parent.rglob("*") if not path.is_dir()] == [claimed]
 
 
-def _refuse_foreign(manifest: Path, outputs: Sequence[Path]) -> None:
-    """Refuses outputs that neither a finished nor an unfinished run of ours tells of."""
-    foreign = [path for path in outputs if path.exists()]
-    # The outputs first: a process that finishes meanwhile has the manifest before it lets go of parts.
-    if foreign and not partial_path(manifest).exists() and not manifest.exists():
-        raise _foreign(foreign[0])
+def on_refusal(held: ExitStack, work: Callable[[], object]) -> None:
+    """Has work done if the block of ``held`` fails, but not if it is interrupted, which may go on."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            work()
+
+    held.push(leave)
 
 
-def _foreign(path: Path) -> SettingsError:
+def _withdraw(claimed: Path) -> None:
+    """Takes back the claim of a run that failed before it had done anything."""
+    # Another process of the run may still be at work: then it stays.
+    with suppress(SettingsError, OSError):
+        if _nothing_done(claimed):
+            with _held(claimed):
+                shutil.rmtree(claimed.parent)
+
+
+def _put_in_place(step: Step, drafted: Mapping[str, Any]) -> None:
+    """Moves the drafts of a step to their places and writes its manifest.
+
+    Raises:
+        SettingsError: if something else lies in such a place.
+        FileError: if a draft is damaged.
+    """
+    for path in step.outputs:
+        draft = step.draft(path)
+        # A killed run has moved the others.
+        if draft.exists() and is_there(path):
+            raise foreign(path)
+        found = draft if draft.exists() else path
+        if not found.exists() or checksum(found) != _noted(drafted, path):
+            raise FileError(
+                f"{found}: not as it was written; delete the folder {partial_path(step.manifest)} and "
+                "run again"
+            )
+        if found is draft:
+            move(draft, path)
+    if is_there(step.manifest):
+        raise foreign(step.manifest)
+    write_json(step.manifest, drafted)
+
+
+def _refuse_foreign(step: Step) -> None:
+    """Refuses what lies in the place of an output and is not what an unfinished run put there."""
+    # The outputs first: a process that finishes meanwhile has written the draft of its manifest
+    # before it moved them, and the manifest before it deletes that draft.
+    there = [path for path in step.outputs if is_there(path)]
+    try:
+        drafted = read_mapping(partial_path(step.manifest) / _DRAFT)
+    except FileNotFoundError:
+        drafted = {}
+    for path in there:
+        ours = path.exists() and checksum(path) == _noted(drafted, path)
+        if not ours and not step.manifest.exists():
+            raise foreign(path)
+
+
+def _noted(manifest: Mapping[str, Any], output: Path) -> Any:
+    """The checksum of an output that a manifest tells; None if it tells none."""
+    known = manifest.get("outputs")
+    return known.get(output.name) if isinstance(known, Mapping) else None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name, a link to nothing included."""
+    return os.path.lexists(path)
+
+
+def foreign(path: Path) -> SettingsError:
+    """The refusal of what lies in the place of a result and is not ours."""
     return SettingsError(
         f"{path}: exists, but was not made by this command; move it, or choose another --out"
     )
@@ -384,17 +462,17 @@ def _differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> Ite
 
 
 def _check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[Path]) -> None:
-    known = found.get("outputs")
     for path in outputs:
+        known = _noted(found, path)
         # As after a renaming of both.
-        if not isinstance(known, Mapping) or path.name not in known:
+        if known is None:
             raise FileError(
                 f"{manifest}: does not tell the checksum of {path.name}; give both the names they had, "
                 f"or move {manifest.name} away"
             )
         if not path.exists():
             raise FileError(f"{path}: missing, though {manifest.name} tells of it; delete that too")
-        if checksum(path) != known[path.name]:
+        if checksum(path) != known:
             raise FileError(
                 f"{path}: not as it was written (its checksum is not the one in {manifest.name}); "
                 "delete both and make it anew"
@@ -405,12 +483,20 @@ def _check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[P
 def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and holds it against other processes while the block runs.
 
+    The folder, and those above it, are deleted again if they were made here and stayed empty.
+
     Raises:
         SettingsError: if another process holds it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder):
-        yield
+        try:
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 @contextmanager
@@ -424,7 +510,10 @@ def _held(path: Path, *, shared: bool = False) -> Iterator[None]:
             # The system lets go of it when the process ends, however it ends.
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Whoever held it may have deleted it, and a third made it anew.
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError) as error:
             folder = path if path.is_dir() else path.parent
             raise SettingsError(
                 f"{folder}: another process is working there; wait for it, or choose another --out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,14 +173,20 @@ class _ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in a folder, first to last; what else lies there is not ours."""
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
+    return [path for _, path in sorted((int(m[1]), p) for m, p in named if m and p.is_dir())]
+
+
 def _last_checkpoint(folder: Path) -> str | None:
-    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return str(steps[-1]) if steps else None
+    found = checkpoints_in(folder)
+    return str(found[-1]) if found else None
 
 
 def _drop_damaged(folder: Path) -> None:
     """Deletes checkpoints that a kill left half-written: the Trainer writes its state last."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in checkpoints_in(folder):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

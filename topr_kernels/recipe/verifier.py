@@ -358,7 +358,7 @@ def run_verify(
 
     def compute(partial: Path) -> dict[str, Any]:
         judgements = sample(partial)
-        write_records(out, judgements)
+        write_records(step.draft(out), judgements)
         found = verifier_figures(judgements)
         print(found)
         return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
@@ -410,7 +410,7 @@ def run_vote(
     def compute(partial: Path) -> dict[str, Any]:
         answers, questions, _ = read_answers(settings, records)
         judgements = sample(partial)
-        write_records(written, judgements)
+        write_records(step.draft(written), judgements)
         accuracy = weighted_accuracy(
             answers,
             verifier_scores(judgements, len(answers)),
