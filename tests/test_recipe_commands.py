@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -715,3 +716,80 @@ def test_a_run_in_the_users_folder_leaves_what_is_theirs(model: Path, tmp_path: 
         assert f"{name}: exists, but was not made by this command" in error_of(capsys, *argv)
         assert (tmp_path / name).read_text() == '{"mine": 1}'
         (tmp_path / name).unlink()
+
+
+# --- what would otherwise pass in silence ----------------------------------------------------
+
+
+def test_answers_that_are_all_wrong_are_warned_of_once(whole: Path, tmp_path: Path, capsys: Any):
+    silly = save(random_model(), tmp_path / "silly")
+    with pytest.warns(
+        UserWarning, match=r"none of the 96 answers in samples\.parquet is right"
+    ) as w:
+        assert run("generate", tmp_path, silly) == 0
+    said = [str(x.message) for x in w if "is right" in str(x.message)]
+    assert len(said) == 1 and "% unreadable, " in said[0] and "--max-new-tokens" in said[0]
+    with pytest.warns(UserWarning, match=r"none of the 20 answers in evaluation\.parquet is right"):
+        assert run("evaluate", tmp_path, silly) == 0
+    argv = ["curate", "--records", str(tmp_path / "samples.parquet")]
+    with pytest.warns(UserWarning, match=r"none of the 96 answers in samples\.parquet is right"):
+        assert main([*argv, "--out", str(tmp_path / "curated.parquet")]) == 0
+
+
+def test_right_answers_are_not_warned_of(whole: Path, tmp_path: Path, model: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run("generate", tmp_path, model) == 0
+
+
+def chatty(model: Path, folder: Path, template: str) -> Path:
+    """A copy of a model whose tokenizer has a chat template."""
+    copied = Path(shutil.copytree(model, folder))
+    (copied / "chat_template.jinja").write_text(template)
+    return copied
+
+
+ASK = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ strftime_now('%d %b %Y') }} " + ASK, True),
+        ("{{ strftime_now('%d %b %Y').split()[1] }} " + ASK, True),
+        (
+            "{% if strftime_now is defined %}{{ strftime_now('%Y') | int + 1 }}{% endif %}" + ASK,
+            True,
+        ),
+        ("{% set date = 'x' if strftime_now is defined else 'y' %}" + ASK, False),
+        ("{% if messages | length > 9 %}{{ strftime_now('%Y') }}{% endif %}" + ASK, False),
+        (ASK, False),
+    ],
+)
+def test_a_chat_template_that_tells_the_date_is_warned_of(
+    template: str, told: bool, model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    folder = chatty(model, tmp_path / "chatty", template)
+    for flags in (["--dry-run"], []):
+        recwarn.clear()
+        assert run("generate", tmp_path, folder, "--chat", *flags) == 0
+        said = [str(w.message) for w in recwarn if "writes the date" in str(w.message)]
+        assert len(said) == told and all(
+            "put a date in the place of strftime_now" in x for x in said
+        )
+    recwarn.clear()
+    assert run("generate", tmp_path, folder, "--dry-run", out="plain.parquet") == 0
+    assert not any("writes the date" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no user here') }}", "{% if", "{{ a.b.c }}"]
+)
+def test_a_chat_template_that_fails_is_named(
+    template: str, model: Path, tmp_path: Path, capsys: Any
+):
+    folder = chatty(model, tmp_path / "chatty", template)
+    argv = ["generate", *TASK, "--model", folder, "--chat", "--out", tmp_path / "s.jsonl"]
+    error = error_of(capsys, *argv)
+    assert "chat: the chat template of the model 'chatty' fails: " in error
+    assert error.count("\n") == 1 and "leave --chat out" in error

@@ -7,13 +7,14 @@ import functools
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from topr_kernels.recipe.curate import as_text, curate, figures
+from topr_kernels.recipe.curate import as_text, curate, figures, warn_if_none_right
 from topr_kernels.recipe.files import atomic_folder
 from topr_kernels.recipe.generate import Completion, generate
 from topr_kernels.recipe.models import LoadedModel, load_model, weights_fingerprint
@@ -44,6 +45,7 @@ from topr_kernels.recipe.steps import (
     manifest_of,
     manifest_path,
     model_key,
+    one_line,
     run_step,
 )
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
@@ -117,6 +119,7 @@ def run_generate(
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
+        warn_if_none_right(records, out.name)
         return dataclasses.asdict(found)
 
     share = functools.partial(sample, **own_share())
@@ -215,6 +218,7 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
     def compute(partial: Path) -> dict[str, Any]:
         found = read_nonempty(records)
         check_sources(found)
+        warn_if_none_right(found, records.name)
         chosen = curate(found, settings, seed=settings.seed)
         write_records(step.draft(out), chosen.records)
         print(as_text(chosen.before, chosen.after))
@@ -348,6 +352,7 @@ def run_evaluate(
             seed=settings.seed,
         )
         print(accuracy)
+        warn_if_none_right(records, answers.name)
         return dataclasses.asdict(accuracy)
 
     share = functools.partial(sample, **own_share())
@@ -556,16 +561,51 @@ def sample_task(
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
-    """Refuses to ask through a chat template where there is none.
+    """Refuses to ask through a chat template that is not there or fails, and warns of one with a clock.
 
     Raises:
-        SettingsError: if it is asked for, and the tokenizer has none.
+        SettingsError: if it is asked for, and the tokenizer has none, or it cannot be filled in.
     """
-    if settings.chat and not tokenizer.chat_template:
+    if not settings.chat:
+        return
+    name = model_key(settings.model)
+    if not tokenizer.chat_template:
         raise SettingsError(
-            f"chat: the tokenizer of the model {model_key(settings.model)!r} has no chat template; "
-            "leave it out, or give a model that has one"
+            f"chat: the tokenizer of the model {name!r} has no chat template; leave it out, or give a "
+            "model that has one"
         )
+    try:
+        template = tokenizer.get_chat_template()
+        _asked(tokenizer, template)
+    except Exception as error:
+        raise SettingsError(
+            f"chat: the chat template of the model {name!r} fails: {one_line(error)}; mend it, or leave "
+            "--chat out"
+        ) from error
+    if current().rank == 0 and _reads_the_clock(tokenizer, template):
+        warnings.warn(
+            f"chat: the chat template of the model {name!r} writes the date into every prompt, so the "
+            "same command asks other prompts tomorrow, and a run continued then is of both; put a date "
+            "in the place of strftime_now(...) in the template in the model's folder",
+            stacklevel=2,
+        )
+
+
+def _reads_the_clock(tokenizer: Any, template: str) -> bool:
+    """Whether a template that can be filled in asks its only clock, ``strftime_now``, for a prompt."""
+    stopped = "{% macro strftime_now(format) %}{{ raise_exception('clock') }}{% endmacro %}"
+    try:
+        _asked(tokenizer, stopped + template)
+    except Exception:
+        return True
+    return False
+
+
+def _asked(tokenizer: Any, template: str) -> None:
+    message = [{"role": "user", "content": "1 + 1 ="}]
+    tokenizer.apply_chat_template(
+        message, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,27 @@ def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
         invalid_share=sum(not r.valid for r in records) / count if known else None,
         truncated_share=sum(r.finish_reason == "length" for r in records) / count,
         mean_length=sum(len(r.completion_token_ids) for r in records) / count,
+    )
+
+
+def warn_if_none_right(records: Sequence[Record], name: str) -> None:
+    """Warns of answers that are all wrong: more often a fault of the settings than of the model.
+
+    Args:
+        records: N records, at least one.
+        name: of their file.
+    """
+    found = figures(records)
+    if found.positive_share:
+        return
+    unread = (
+        "" if found.invalid_share is None else f"{100 * found.invalid_share:.0f} % unreadable, "
+    )
+    warnings.warn(
+        f"none of the {found.records} answers in {name} is right ({unread}"
+        f"{100 * found.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
+        "--chat missing or out of place, or --task not one for this model",
+        stacklevel=2,
     )
 
 

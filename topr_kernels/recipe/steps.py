@@ -36,6 +36,16 @@ class SettingsError(ValueError):
     """Settings that cannot be run, or that are not those of the results in the folder."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that is not too long; its kind where that says more."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 300 else f"{said[:297]}..."
+    # What these say makes sense to those who read their message, not so a KeyError's.
+    if isinstance(error, (OSError, ValueError)) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that is also a flag: its default, its help, and what values it takes.
 
