@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tiny import random_model, save, tiny_config, tiny_model, tiny_tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
@@ -188,6 +190,61 @@ def test_missing_unknown_and_half_written_are_refused(tmp_path: Path):
         read_records(damaged)
     with pytest.raises(ValueError, match=r"path: got 'data.csv'"):
         read_records(tmp_path / "data.csv")
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "polars": {"prompt": pa.large_string(), "prompt_token_ids": pa.large_list(pa.int64())},
+    "views": {"prompt": pa.string_view(), "completion_token_ids": pa.large_list(pa.uint16())},
+    "duckdb": {"group": pa.float64(), "reward": pa.decimal128(2, 1)},
+    "categories": {"finish_reason": pa.dictionary(pa.int8(), pa.string()), "group": pa.int8()},
+    "half": {"reward": pa.float32(), "behavior_log_prob": pa.list_(pa.float64())},
+}
+
+
+@pytest.mark.parametrize("tool", list(FOREIGN))
+def test_records_that_another_tool_has_written(tool: str, tmp_path: Path):
+    # A folder of this name is no column.
+    path = tmp_path / "seed=3" / "records.parquet"
+    records = [record(), record(behavior_log_prob=None, reward=-1.0, finish_reason="length")]
+    write_records(path, records)
+    table = pq.read_table(path, partitioning=None)
+    for name, kind in FOREIGN[tool].items():
+        i = table.schema.get_field_index(name)
+        table = table.set_column(i, name, table[i].cast(kind))
+    index = pa.array([7, 3])
+    pq.write_table(table.append_column("__index_level_0__", index), path)
+    assert read_records(path) == records
+    pq.write_table(table.append_column("extra", index), path)
+    with pytest.raises(RecordError, match="record 0, field 'extra': unknown"):
+        read_records(path)
+
+
+def test_records_that_pandas_and_datasets_have_written(tmp_path: Path):
+    pandas = pytest.importorskip("pandas")
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "records.parquet"
+    records = [record(), record(group=4, reward=-1.0), record(behavior_log_prob=None)]
+    write_records(path, records)
+    frame = pandas.read_parquet(path)
+    for changed in (
+        frame,
+        frame.astype({"finish_reason": "category", "group": "float32", "reward": "int8"}),
+        frame.iloc[[2, 0, 1]].sort_values("group", kind="stable"),
+        frame.set_index("group"),
+        frame.set_index(pandas.Index(["a", "b", "c"], name="mine")),
+    ):
+        changed.to_parquet(path)
+        assert sorted(map(repr, read_records(path))) == sorted(map(repr, records))
+    datasets.Dataset.from_list([r.to_dict() for r in records]).to_parquet(path)
+    assert read_records(path) == records
+
+
+def test_a_gap_of_a_column_is_a_field_that_is_not_there(tmp_path: Path):
+    """Columns have every field in every row, also those that a record leaves out."""
+    row = {**record().to_dict(), "behavior_source": None, "judged": None}
+    row["sampling"] = {**row["sampling"], "weights": None}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    assert read_records(tmp_path / "data.jsonl") == [record()]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from topr_kernels.recipe.files import atomic_path
 
 FinishReason = Literal["stop", "length"]
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 class RecordError(ValueError):
@@ -115,10 +117,12 @@ class Record:
             RecordError: if a field is missing, unknown, of the wrong type, NaN or of the wrong
                 length.
         """
+        raw = _present(raw, Record)
         _check_names(raw, Record, where)
         sampling = raw["sampling"]
         if not isinstance(sampling, Mapping):
             raise _error(where, "sampling", sampling, "a mapping of the sampler's settings")
+        sampling = _present(sampling, Sampling)
         _check_names(sampling, Sampling, f"{where}, field 'sampling'")
         checked = {name: _CHECKS[name](raw[name], where, name) for name in _CHECKS if name in raw}
         checked["sampling"] = Sampling(
@@ -169,7 +173,7 @@ def read_records(path: Path) -> list[Record]:
     check_suffix(path)
     if path.suffix == ".parquet":
         try:
-            rows = pq.read_table(path).to_pylist()
+            rows = _parquet_rows(path)
         except (FileNotFoundError, PermissionError):
             raise
         # A file whose ends are whole and whose middle is not raises the other two.
@@ -181,6 +185,24 @@ def read_records(path: Path) -> list[Record]:
             return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(lines)]
     except UnicodeDecodeError as error:
         raise RecordError(f"{path.name}: not UTF-8 text ({error}); make it anew") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, without the index that pandas adds."""
+    # Not read_table, which takes a folder above that is named "seed=3" for a column.
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+    fields = {field.name for field in dataclasses.fields(Record)}
+    told = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    for name in table.column_names:
+        # The second: a file of pandas that another tool has written again.
+        if (name in told and name not in fields) or _PANDAS_INDEX.fullmatch(name):
+            table = table.drop_columns([name])
+    for i, column in enumerate(table.schema):
+        # DuckDB writes 1.0 as a decimal.
+        if pa.types.is_decimal(column.type):
+            table = table.set_column(i, column.name, table[i].cast(pa.float64()))
+    return list(table.to_pylist())
 
 
 def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -306,6 +328,12 @@ def check_suffix(path: Path, name: str = "path") -> None:
         )
 
 
+def _present(raw: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The values without those that are nothing, where that is what an absent one is in a column."""
+    optional = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    return {n: v for n, v in raw.items() if v is not None or n not in optional}
+
+
 def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
     fields = dataclasses.fields(kind)
     required = {f.name for f in fields if f.default is dataclasses.MISSING}
@@ -339,6 +367,9 @@ def _text(value: Any, where: str, name: str) -> str:
 
 
 def _integer(value: Any, where: str, name: str) -> int:
+    # A column of whole numbers that once had a gap, or a sum, is one of floats.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _error(where, name, value, "a whole number >= 0")
     return value
