@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import topr_kernels
 
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
 from pipeline import contents
+from safetensors import SafetensorError
 from tiny import random_model, save, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import read_records, write_records
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings, IterateSettings
 from topr_kernels.recipe.trained_on import digest
 
@@ -253,7 +258,21 @@ def test_another_input_is_refused(copy: Path, model: Path, capsys: Any):
         path.unlink()
     assert run("generate", copy, model, "--seed", "9") == 0
     assert run("score", copy, model) == 2
-    assert "inputs.sha256" in capsys.readouterr().err
+    old = manifest(copy, "score")["inputs"]["records"]["sha256"][:12]
+    new = checksum(records)[:12]
+    changed = f"--records: 'samples.parquet' has changed since: sha256 {old}... there, {new}... now"
+    error = capsys.readouterr().err
+    assert changed in error and "--model" not in error
+    forget(copy, "score")
+    assert run("score", copy, model) == 0
+    other = chatty(model, copy / "other" / "tiny", ASK)
+    assert run("score", copy, other) == 2
+    error = capsys.readouterr().err
+    assert "--model: 'tiny' has changed since: sha256 " in error and "--records" not in error
+    (copy / "moved.parquet").write_bytes(records.read_bytes())
+    assert run("score", copy, model, "--records", str(copy / "moved.parquet")) == 2
+    error = capsys.readouterr().err
+    assert "--records: 'samples.parquet' there, 'moved.parquet' now" in error
 
 
 def test_a_file_of_somebody_else_is_not_overwritten(model: Path, tmp_path: Path, capsys: Any):
@@ -548,7 +567,7 @@ def test_a_dry_run_refuses_what_the_command_refuses(copy: Path, model: Path, cap
     (copy / "precious.parquet").write_text("precious")
     base = ["--model", model, "--records", copy / "samples.parquet"]
     error = error_of(capsys, "score", *base, *FLAGS["score"], "--out", copy / "scored.jsonl")
-    assert "inputs.sha256" in error
+    assert "--records: 'samples.parquet' has changed since" in error
     error = error_of(capsys, "score", *base, "--out", copy / "precious.parquet")
     assert "was not made by this command" in error
     error = error_of(capsys, "evaluate", "--model", model, "--out", copy / "figures")
@@ -793,3 +812,257 @@ def test_a_chat_template_that_fails_is_named(
     error = error_of(capsys, *argv)
     assert "chat: the chat template of the model 'chatty' fails: " in error
     assert error.count("\n") == 1 and "leave --chat out" in error
+
+
+# --- paths and inputs ------------------------------------------------------------------------
+
+
+def test_the_home_folder_is_meant_by_every_path(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    """Also after an equals sign and in a file of settings, where no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "models" / "tiny")
+    (tmp_path / "c.yaml").write_text("model: ~/models/tiny\n")
+    argv = ["generate", *FLAGS["generate"], "--config=~/c.yaml", "--out=~/s.parquet"]
+    assert main(argv) == 0
+    assert len(read_records(tmp_path / "s.parquet")) == 96
+    argv = ["score", "--model=~/models/tiny", "--records=~/s.parquet", "--out", "~/scored.jsonl"]
+    assert main(argv) == 0 and (tmp_path / "scored.jsonl").exists()
+    lines = [{"question": f"What is {i}?", "answer": str(i)} for i in range(9)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    task = ["--task=gsm8k:~/q.jsonl", "--questions", "4", "--held-out", "2", "--dry-run"]
+    assert main(["generate", "--config=~/c.yaml", *task, "--out=~/g.jsonl"]) == 0
+    task[0] = "--test-task=gsm8k:~/q.jsonl"
+    assert main(["generate", "--config=~/c.yaml", *task, "--out=~/g.jsonl"]) == 0
+    assert main(["demo", "--model=~/none", "--out=~/demo"]) == 2
+    assert f"no folder '{tmp_path / 'none'}'" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("what", ["records", "weights", "model", "task", "config"])
+def test_a_link_to_nothing_is_named(
+    what: str, whole: Path, model: Path, tmp_path: Path, capsys: Any
+):
+    link = tmp_path / {"records": "x.parquet", "task": "x.jsonl"}.get(what, "x")
+    if what == "weights":
+        link = Path(shutil.copytree(model, tmp_path / "linked")) / "model.safetensors"
+        link.unlink()
+    link.symlink_to(tmp_path / "gone")
+    out = tmp_path / "new" / "out.parquet"
+    argv = {
+        "records": ["curate", "--records", link],
+        "weights": ["generate", *TASK, "--model", link.parent],
+        "model": ["generate", *TASK, "--model", link],
+        "task": ["generate", "--model", model, "--task", f"gsm8k:{link}"],
+        "config": ["generate", "--config", link],
+    }[what]
+    error = error_of(capsys, *argv, "--out", out)
+    assert f"{link}: a link to {tmp_path / 'gone'}, which is not there" in error
+    assert error.count("\n") == 1 and not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nlr: 2\nseed: 3", "c.yaml, line 3: seed is there twice; keep one"),
+        ("task_config: {a: 1, a: 2}", "c.yaml, line 1: a is there twice"),
+        ("max-length: 1\nmax_length: 2", "c.yaml, max_length: there twice"),
+        ("config: other.yaml", "c.yaml, config: a file names no other"),
+        *(
+            (f"size: 1\nseed: {value}", f"c.yaml, line 2: got {value}; expected a decimal number")
+            for value in ("010", "09", "-007", "0x10", "0b1", "1_000", "1:30", "00.5")
+        ),
+    ],
+)
+def test_settings_that_say_something_else_than_they_look_like_are_refused(
+    text: str, message: str, whole: Path, tmp_path: Path, capsys: Any
+):
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    argv = ["curate", "--config", tmp_path / "c.yaml", "--records", whole / "samples.parquet"]
+    assert message in error_of(capsys, *argv, "--out", tmp_path / "out.parquet")
+
+
+def test_numbers_and_texts_of_a_file_of_settings(whole: Path, tmp_path: Path):
+    text = "seed: 10\nsize: 20\npositive-share: 0.5\nmethod: 'uniform'\nmax_length: '0'\n"
+    (tmp_path / "c.yaml").write_text(text)
+    argv = ["curate", "--config", tmp_path / "c.yaml", "--records", whole / "samples.parquet"]
+    assert main([*map(str, argv), "--out", str(tmp_path / "out.parquet")]) == 0
+    found = json.loads((tmp_path / "out.parquet.json").read_text())["settings"]
+    assert (found["seed"], found["size"], found["positive_share"]) == (10, 20, 0.5)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "Thumbs.db", "._config.json", "__MACOSX/x", "desktop.ini"]
+)
+def test_what_a_file_manager_leaves_in_a_folder_changes_nothing(
+    name: str, copy: Path, model: Path, capsys: Any
+):
+    mine = Path(shutil.copytree(model, copy / "mine" / "tiny"))
+    for folder in (mine, copy / "trained"):
+        before = checksum(folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+        assert checksum(folder) == before
+        (folder / "other").write_text("x")
+        assert checksum(folder) != before
+        (folder / "other").unlink()
+    for command in ("generate", "train", "evaluate"):
+        assert run(command, copy, mine) == 0
+
+
+# --- failures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "error", "said"),
+    [
+        (
+            *("generate", "commands.generate", RuntimeError("CUDA error:\n  misaligned")),
+            "--model {model}, --backend hf: sampling failed: RuntimeError: CUDA error: misaligned",
+        ),
+        (
+            *("evaluate", "commands.generate", torch.OutOfMemoryError("CUDA out of memory.\nTry")),
+            "out of memory. Try; a smaller --sample-batch takes less memory",
+        ),
+        (
+            *("score", "commands.score", MemoryError()),
+            "--model {model}: scoring failed: MemoryError; a smaller --batch-size takes less memory",
+        ),
+        (
+            *("train", "commands.train", ValueError("model: head of a kind\nunheard of")),
+            "--model {model}: training failed: model: head of a kind unheard of",
+        ),
+        (
+            *("train", "commands.write_trained_on", SafetensorError("No space left")),
+            "{out}: saving failed: SafetensorError: No space left",
+        ),
+        (
+            *("curate", "records.pq.write_table", OSError(28, "No space left on device")),
+            "outputs/curated.parquet: cannot be written ([Errno 28] No space left on device)",
+        ),
+        (
+            *("generate", "files._sync", OSError(28, "No space left on device")),
+            "settings.json: cannot be written ([Errno 28] No space left on device)",
+        ),
+        (
+            *("score", "records.pq.ParquetFile", PermissionError(13, "Permission denied", "x.pq")),
+            "topr: x.pq: Permission denied",
+        ),
+    ],
+)
+def test_a_failure_is_one_line_that_names_what_failed(
+    command: str, target: str, error: Exception, said: str, copy: Path, model: Path, capsys: Any
+):
+    forget(copy, command)
+    module, _, name = target.partition(".")
+    owner: Any = importlib.import_module(f"topr_kernels.recipe.{module}")
+    *inner, name = name.split(".")
+    for part in inner:
+        owner = getattr(owner, part)
+    before = contents(copy)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    wanted = said.format(
+        model=copy / "trained" if command == "evaluate" else model, out=copy / OUT[command]
+    )
+    for flags in ([], ["--debug"]):
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            assert run(command, copy, model, *flags) == 2
+        told = capsys.readouterr().err
+        # But for the bars of progress.
+        lines = [line for line in told.splitlines() if "%|" not in line and line.strip()]
+        assert wanted in lines[-1] and lines[-1].startswith("topr: ")
+        assert (len(lines) == 1) != bool(flags) and ("Traceback" in told) == bool(flags)
+        # A model that was trained and could not be saved need not be trained again.
+        kept = {path.name for path in copy.glob(".*")}
+        assert contents(copy) == before and not kept or "saving" in said
+    assert run(command, copy, model) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": "unheard-of"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("model.safetensors", "not weights"),
+        ("model.safetensors", None),
+        ("model.gguf", "GGUF"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_one_line(
+    file: str, text: str | None, model: Path, tmp_path: Path, capsys: Any
+):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    if file.endswith("gguf"):
+        (broken / "config.json").unlink()
+    if text is None:
+        (broken / file).unlink()
+    else:
+        (broken / file).write_text(text)
+    assert run("generate", tmp_path, broken) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"topr: --model {broken}: ") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/none", "no folder 'runs/none', though there is a folder 'runs'"),
+        ("runs/a/none", "no folder 'runs/a/none', and a hub id is"),
+        ("./none", "no folder './none', and a hub id is"),
+        ("../none", "no folder '../none', and a hub id is"),
+        ("none/", "no folder 'none/', and a hub id is"),
+        ("/none/none", "no folder '/none/none', and a hub id is"),
+        ("~/none", "/none', and a hub id is"),
+        ("runs/begun", "no folder 'runs/begun': its training is unfinished"),
+        ("runs/x.gguf", "'runs/x.gguf' is a file; give the folder"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_model_that_is_no_folder_is_not_asked_of_the_hub(
+    name: str, message: str, dry: bool, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / ".begun.json.partial").mkdir(parents=True)
+    (tmp_path / "runs" / "x.gguf").touch()
+    argv = ["generate", *TASK, "--model", name, "--out", "s.jsonl", *["--dry-run"][: int(dry)]]
+    with pytest.MonkeyPatch.context() as patch:
+        models = importlib.import_module("topr_kernels.recipe.models")
+        for kind in (models.AutoTokenizer, models.AutoConfig, models.AutoModelForCausalLM):
+            patch.setattr(kind, "from_pretrained", None)
+        assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_model_of_the_hub_is_said_to_be_one(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    models = importlib.import_module("topr_kernels.recipe.models")
+
+    def offline(**options: Any) -> Any:
+        assert "Owner/unheard-of: no such folder; asking the hub" in capsys.readouterr().err
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", offline)
+    argv = ["generate", *TASK, "--model", "Owner/unheard-of", "--out", "s.jsonl"]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said == "topr: --model Owner/unheard-of: We couldn't connect to the hub\n"
+
+
+def test_the_version_is_told(capsys: Any):
+    with pytest.raises(SystemExit) as status:
+        main(["--version"])
+    assert status.value.code == 0
+    assert capsys.readouterr().out == f"topr_kernels {topr_kernels.__version__}\n"

@@ -220,7 +220,7 @@ def test_questions_of_a_file_run_through_the_commands(model: Path, tmp_path: Pat
     # The file is an input: another one of the same name is another run.
     gsm8k(test, 5)
     assert main([*argv, "--test-task", f"gsm8k:{test}", "--out", str(figures)]) == 2
-    assert "inputs.sha256" in capsys.readouterr().err
+    assert "--test-task: 'test.jsonl' has changed since" in capsys.readouterr().err
 
 
 def test_held_out_questions_do_not_train(model: Path, tmp_path: Path, capsys: Any):

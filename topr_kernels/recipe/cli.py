@@ -10,6 +10,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from topr_kernels import __version__
+from topr_kernels.recipe.files import user_path
+
 _DEMO = """\
 Trains a small language model to do arithmetic with TOPR, from its own right and wrong answers, and
 shows what came of it. Steps: measure the base model on held-out questions; sample answers to the
@@ -30,7 +33,8 @@ exit status: 0 if TOPR ended at least as accurate as the base model, 1 if it got
 settings or files are not usable, 130 if interrupted.
 """
 
-
+#: What the flag of that name does.
+DEBUG = "show the traceback of a failure as well"
 #: Command to the line that ``topr --help`` shows, and how it is used.
 _STEPS = {
     "generate": (
@@ -124,8 +128,10 @@ def _step(argv: Sequence[str]) -> int:
     from topr_kernels.recipe.step_cli import config_flags, run_command
     from topr_kernels.recipe.steps import SettingsError
 
+    debug = "--debug" in argv
     try:
         args = _parser(argv[0]).parse_args(config_flags(argv))
+        debug = args.debug
         _quieten()
         if not args.dry_run:
             with joined():
@@ -134,12 +140,20 @@ def _step(argv: Sequence[str]) -> int:
             run_command(argv[0], args)
         return 0
     except ProcessError as error:
-        print(f"topr: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, debug, 1)
     # Only what the user can mend: any other error is a bug and shows its traceback.
     except (SettingsError, RecordError, FileError, OSError) as error:
-        print(f"topr: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, debug)
+
+
+def _fail(error: Exception, debug: bool, status: int = 2) -> int:
+    if debug:
+        traceback.print_exception(error)
+    said = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"
+    print(f"topr: {said}", file=sys.stderr)
+    return status
 
 
 def _quieten() -> None:
@@ -179,8 +193,7 @@ def _demo(args: argparse.Namespace) -> int:
         return 0 if run_demo(settings, args.out) else 1
     # Only what the user can mend: any other error is a bug and shows its traceback.
     except (SettingsError, RecordError, FileError, OSError) as error:
-        print(f"topr: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, args.debug)
 
 
 def _parser(step: str = "") -> argparse.ArgumentParser:
@@ -191,6 +204,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         # --conf would not be found by what reads --config first.
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"topr_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
@@ -201,8 +215,15 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     run = demo.add_argument_group("the run")
-    run.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results")
-    run.add_argument("--model", default="smollm2", help="smollm2, a local folder, or a hub id")
+    run.add_argument(
+        "--out", type=user_path, default=Path("runs/demo"), help="folder of the results"
+    )
+    run.add_argument(
+        "--model",
+        type=os.path.expanduser,
+        default="smollm2",
+        help="smollm2, a local folder, or a hub id",
+    )
     run.add_argument("--seed", type=int, default=0, help="of questions, sampling and order")
     run.add_argument(
         "--quick",
@@ -211,6 +232,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         "It shows that everything works, not that anything improves",
     )
     run.add_argument("--restart", action="store_true", help="delete the run in OUT first")
+    run.add_argument("--debug", action="store_true", help=DEBUG)
     data = demo.add_argument_group("data")
     data.add_argument("--questions", type=int, default=128, help="training questions")
     data.add_argument("--samples", type=int, default=8, help="answers sampled per question")
@@ -258,7 +280,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         if name == step:
             from topr_kernels.recipe.step_cli import add_flags
 
-            add_flags(command, name)
+            add_flags(command, name, DEBUG)
     return parser
 
 

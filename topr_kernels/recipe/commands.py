@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from topr_kernels.recipe.curate import as_text, curate, figures, warn_if_none_right
-from topr_kernels.recipe.files import atomic_folder
+from topr_kernels.recipe.files import atomic_folder, one_line
 from topr_kernels.recipe.generate import Completion, generate
 from topr_kernels.recipe.models import LoadedModel, load_model, weights_fingerprint
 from topr_kernels.recipe.processes import current
@@ -45,7 +45,7 @@ from topr_kernels.recipe.steps import (
     manifest_of,
     manifest_path,
     model_key,
-    one_line,
+    naming,
     run_step,
 )
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
@@ -55,6 +55,21 @@ from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
 from topr_kernels.recipe.voting import sampled_accuracy
 
 AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
+
+
+Made = TypeVar("Made")
+
+
+def named_model(source: str, load: Callable[[str], Made]) -> Made:
+    """What is loaded of a model; what libraries raise about its files is theirs, and of any kind.
+
+    Raises:
+        SettingsError: naming the flag, if it cannot be loaded.
+    """
+    try:
+        return load(source)
+    except Exception as error:
+        raise SettingsError(f"--model {source}: {one_line(error)}") from error
 
 
 class Models:
@@ -73,10 +88,7 @@ class Models:
         if self._loaded is None or self._source != source:
             # Before the next is loaded: two at a time may be more than the memory holds.
             self._loaded = None
-            try:
-                self._loaded = load_model(source)
-            except (ValueError, OSError, ModuleNotFoundError) as error:
-                raise SettingsError(f"--model {source}: {error}") from error
+            self._loaded = named_model(source, load_model)
             self._source = source
         return self._loaded
 
@@ -169,14 +181,15 @@ def run_score(
                     f"{record.sampling.weights!r} ({record.sampling.model}), but --model has "
                     f"{weights!r}: mu is the policy that sampled; give the model that did"
                 )
-        return score(
-            loaded.model,
-            found,
-            pad_token_id=loaded.tokenizer.pad_token_id,
-            batch_size=settings.batch_size,
-            shards=partial / "parts",
-            **share,
-        )
+        with naming(f"--model {settings.model}: scoring failed", "--batch-size"):
+            return score(
+                loaded.model,
+                found,
+                pad_token_id=loaded.tokenizer.pad_token_id,
+                batch_size=settings.batch_size,
+                shards=partial / "parts",
+                **share,
+            )
 
     def compute(partial: Path) -> dict[str, Any]:
         scored = scored_records(partial)
@@ -268,29 +281,30 @@ def run_train(
         if current().rank == 0:
             print(f"train on {len(found)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
-        history = train(
-            loaded.model,
-            loaded.tokenizer,
-            found,
-            TrainSettings(
-                limits=settings.limits,
-                ratio=settings.ratio,
-                baseline=settings.baseline or 0.0,
-                learning_rate=settings.lr,
-                batch_size=settings.batch_size,
-                epochs=settings.epochs,
-                seed=settings.seed,
-                save_steps=settings.save_steps,
-            ),
-            checkpoints=partial / "checkpoints",
-        )
+        with naming(f"--model {settings.model}: training failed", "--batch-size"):
+            history = train(
+                loaded.model,
+                loaded.tokenizer,
+                found,
+                TrainSettings(
+                    limits=settings.limits,
+                    ratio=settings.ratio,
+                    baseline=settings.baseline or 0.0,
+                    learning_rate=settings.lr,
+                    batch_size=settings.batch_size,
+                    epochs=settings.epochs,
+                    seed=settings.seed,
+                    save_steps=settings.save_steps,
+                ),
+                checkpoints=partial / "checkpoints",
+            )
         return loaded, found, history
 
     def compute(partial: Path) -> dict[str, Any]:
         loaded, trained_on, history = trained(partial)
         # A run that was killed after it had saved the model left it there.
         shutil.rmtree(step.draft(out), ignore_errors=True)
-        with atomic_folder(step.draft(out)) as temporary:
+        with naming(f"{out}: saving failed"), atomic_folder(step.draft(out)) as temporary:
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, trained_on, settings.model)
@@ -529,35 +543,38 @@ def sample_task(
         take: as in ``generate``.
         progress: as in ``generate``.
     """
+    what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
         loaded = models.take(settings.model)
         check_chat(settings, loaded.tokenizer)
         # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
         loaded.model.to("cpu")
-        sampler = vllm_sampler(settings.model)
+        with naming(what):
+            sampler = vllm_sampler(settings.model)
     else:
         loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
-    return generate(
-        loaded.model,
-        loaded.tokenizer,
-        task,
-        questions,
-        model_name=loaded.name,
-        samples=samples,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.sample_batch,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        shards=partial / "parts",
-        chat=settings.chat,
-        weights=weights_fingerprint(loaded.model),
-        sampler=sampler,
-        label=label,
-        take=take,
-        progress=progress,
-    )
+    with naming(what, "--sample-batch"):
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            task,
+            questions,
+            model_name=loaded.name,
+            samples=samples,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.sample_batch,
+            seed=settings.seed,
+            temperature=settings.temperature,
+            shards=partial / "parts",
+            chat=settings.chat,
+            weights=weights_fingerprint(loaded.model),
+            sampler=sampler,
+            label=label,
+            take=take,
+            progress=progress,
+        )
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from topr_kernels import (
     effective_positive_share,
 )
 from topr_kernels.recipe import report
+from topr_kernels.recipe.commands import named_model
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
 from topr_kernels.recipe.files import FileError, merged_folder, write_json
@@ -28,7 +29,7 @@ from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
 from topr_kernels.recipe.settings import MOST_SEED
-from topr_kernels.recipe.steps import SettingsError, claim, model_key, read_mapping
+from topr_kernels.recipe.steps import SettingsError, claim, model_key, naming, read_mapping
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on
@@ -130,7 +131,8 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
         found = path.exists()
         if not found:
             start, cpu_start = time.perf_counter(), time.process_time()
-            result = compute()
+            with naming(f"--model {settings.model}: {name} failed"):
+                result = compute()
             write_json(
                 path,
                 {
@@ -229,10 +231,7 @@ class _Run:
 
     @cached_property
     def base(self) -> LoadedModel:
-        try:
-            return load_model(self.settings.model)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            raise SettingsError(f"--model {self.settings.model}: {error}") from error
+        return named_model(self.settings.model, load_model)
 
     @cached_property
     def records(self) -> list[Record]:

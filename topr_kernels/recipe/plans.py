@@ -13,6 +13,7 @@ from topr_kernels.recipe.commands import (
     evaluate_step,
     find_baseline,
     generate_step,
+    named_model,
     read_nonempty,
     score_step,
     train_step,
@@ -35,7 +36,6 @@ from topr_kernels.recipe.settings import (
     VoteSettings,
 )
 from topr_kernels.recipe.steps import (
-    SettingsError,
     Step,
     partial_path,
     pick,
@@ -220,17 +220,11 @@ def _tokens(records: list[Record]) -> tuple[int, int]:
 
 
 def _tokenizer(model: str) -> Any:
-    try:
-        return load_tokenizer(model)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SettingsError(f"--model {model}: {error}") from error
+    return named_model(model, load_tokenizer)
 
 
 def _parameters(model: str) -> int:
-    try:
-        return count_parameters(model)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SettingsError(f"--model {model}: {error}") from error
+    return named_model(model, count_parameters)
 
 
 def _bytes(size: float) -> str:

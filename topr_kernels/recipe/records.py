@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topr_kernels.recipe.files import atomic_path
+from topr_kernels.recipe.files import atomic_path, one_line
 
 FinishReason = Literal["stop", "length"]
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -178,7 +178,9 @@ def read_records(path: Path) -> list[Record]:
             raise
         # A file whose ends are whole and whose middle is not raises the other two.
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise RecordError(f"{path.name}: not a Parquet file ({error}); make it anew") from error
+            raise RecordError(
+                f"{path.name}: not a Parquet file ({one_line(error)}); make it anew"
+            ) from error
         return [Record.from_dict(row, f"{path.name}, record {i}") for i, row in enumerate(rows)]
     try:
         with path.open(encoding="utf-8") as lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from topr_kernels.limits import PRESETS
@@ -14,11 +15,17 @@ MOST_SEED = 2**32 - 1
 _SHORT, _LONG = 6, 512
 
 
+def _task(text: str) -> str:
+    """A task as a flag gives it; ``~`` of its file is the home folder."""
+    kind, colon, file = text.partition(":")
+    return f"{kind}:{os.path.expanduser(file)}" if colon else text
+
+
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """Which model, and the seed of everything drawn."""
 
-    model: str = option("smollm2", "smollm2, a local folder, or a hub id")
+    model: str = option("smollm2", "smollm2, a local folder, or a hub id", type=os.path.expanduser)
     seed: int = option(
         0, "of whatever is drawn: questions, samples, order", least=0, most=MOST_SEED
     )
@@ -32,12 +39,15 @@ class QuestionOptions(Options):
         "arithmetic",
         "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
         "a JSONL file of question and answer",
+        type=_task,
     )
     task_config: str = option(
         "{}", "settings of the reasoning-gym data set of --task, as JSON; no other task takes any"
     )
     test_task: str = option(
-        "", "task of the held-out questions, if not that of the others; --task-config is not for it"
+        "",
+        "task of the held-out questions, if not that of the others; --task-config is not for it",
+        type=_task,
     )
     questions: int = option(192, "training questions", least=1)
     held_out: int = option(200, "held-out questions; no training question is one of them", least=1)

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from topr_kernels.recipe import settings as kinds
+from topr_kernels.recipe.files import check_link, one_line, user_path
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.steps import Options, SettingsError
 
@@ -30,20 +32,27 @@ _COMMANDS: dict[str, tuple[type[Options], bool, str]] = {
 _MODULES = {"iterate": "iterate", "verify": "verifier", "vote": "verifier"}
 
 
-def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """Gives a parser the flags of a command: one for every field of its settings."""
+def add_flags(parser: argparse.ArgumentParser, command: str, debug: str) -> None:
+    """Gives a parser the flags of a command: one for every field of its settings.
+
+    Args:
+        parser: of the command.
+        command: its name.
+        debug: help of ``--debug``.
+    """
     kind, reads, out = _COMMANDS[command]
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, required=True, help=out)
+    run.add_argument("--out", type=user_path, required=True, help=out)
     if reads:
-        run.add_argument("--records", type=Path, required=True, help="records to read")
-    run.add_argument("--config", type=Path, help="YAML file of flags; those given here win")
+        run.add_argument("--records", type=user_path, required=True, help="records to read")
+    run.add_argument("--config", type=user_path, help="YAML file of flags; those given here win")
     run.add_argument(
         "--dry-run",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="say what would be done and cost; write nothing",
     )
+    run.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help=debug)
     owners: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(kind):
         owner = _owner(kind, field.name)
@@ -90,21 +99,27 @@ def config_flags(argv: Sequence[str]) -> list[str]:
         FileNotFoundError: if there is no such file.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
+    finder.add_argument("--config", type=user_path)
     path = finder.parse_known_args(argv[1:])[0].config
     if path is None:
         return list(argv)
-    # PyYAML comes with transformers.
-    yaml: Any = importlib.import_module("yaml")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not YAML ({error})") from error
+    found = read_yaml(path)
     if not isinstance(found, Mapping):
         raise SettingsError(f"{path}: got a {type(found).__name__}; expected a mapping of flags")
     flags: list[str] = []
+    names: set[str] = set()
     for name, value in found.items():
         flag = f"--{str(name).replace('_', '-')}"
+        if flag in names or flag == "--config":
+            raise SettingsError(
+                f"{path}, {name}: "
+                + (
+                    "there twice; keep one"
+                    if flag in names
+                    else "a file names no other; put it here"
+                )
+            )
+        names.add(flag)
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, Mapping):
@@ -116,6 +131,49 @@ def config_flags(argv: Sequence[str]) -> list[str]:
                 f"{path}, {name}: got {value!r}; expected a text, a number, true or false"
             )
     return [argv[0], *flags, *argv[1:]]
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a YAML file in which every number is what it looks like, and no key is there twice.
+
+    Raises:
+        SettingsError: naming the file, and the line, if it is not such a file.
+    """
+    # PyYAML comes with transformers.
+    yaml: Any = importlib.import_module("yaml")
+    check_link(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(yaml, yaml.compose(text, Loader=yaml.SafeLoader), path)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not YAML ({one_line(error)})") from error
+
+
+def _check_yaml(yaml: Any, node: Any, path: Path) -> None:
+    """Refuses what YAML 1.1 takes for another value than it looks like."""
+    if isinstance(node, yaml.ScalarNode):
+        plain = node.style is None
+        # 010 is 8 there, 1:30 is 90, and 09 a text.
+        octal = re.fullmatch(r"[-+]?0[\d_]+(\.\d*)?", node.value)
+        number = node.tag.endswith((":int", ":float")) and set(node.value) & set("_:xb")
+        if plain and (octal or number):
+            raise SettingsError(
+                f"{path}, line {node.start_mark.line + 1}: got {node.value}; expected a decimal number "
+                "without leading zeros, or a text in quotes"
+            )
+        return
+    if isinstance(node, yaml.MappingNode):
+        known: set[str] = set()
+        for key, _ in node.value:
+            if key.value in known:
+                raise SettingsError(
+                    f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice; keep one"
+                )
+            known.add(key.value)
+    for part in getattr(node, "value", ()):
+        for child in part if isinstance(part, tuple) else (part,):
+            _check_yaml(yaml, child, path)
 
 
 def _owner(kind: type[Options], name: str) -> type:

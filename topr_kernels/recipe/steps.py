@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from topr_kernels import __version__
-from topr_kernels.recipe.files import FileError, checksum, move, read_json, write_json
-from topr_kernels.recipe.processes import current
+from topr_kernels.recipe.files import (
+    FileError,
+    check_link,
+    checksum,
+    move,
+    one_line,
+    read_json,
+    write_json,
+)
+from topr_kernels.recipe.processes import ProcessError, current
+from topr_kernels.recipe.records import RecordError
 
 if sys.platform != "win32":
     import fcntl
@@ -36,14 +45,28 @@ class SettingsError(ValueError):
     """Settings that cannot be run, or that are not those of the results in the folder."""
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long; its kind where that says more."""
-    said = " ".join(str(error).split())
-    said = said if len(said) <= 300 else f"{said[:297]}..."
-    # What these say makes sense to those who read their message, not so a KeyError's.
-    if isinstance(error, (OSError, ValueError)) and said:
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+@contextmanager
+def naming(what: str, memory: str = "") -> Iterator[None]:
+    """Has a failure of a library in the block tell, in one line, what flag or file it is of.
+
+    Args:
+        what: the flag or file, and what was done with it.
+        memory: the flag to lower where memory does not suffice.
+
+    Raises:
+        SettingsError: for any error but those that name their file or field themselves.
+    """
+    try:
+        yield
+    except (SettingsError, FileError, RecordError, ProcessError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        said = one_line(error)
+        short = isinstance(error, MemoryError) or "memory" in said
+        remedy = f"; a smaller {memory} takes less memory" if memory and short else ""
+        raise SettingsError(f"{what}: {said}{remedy}") from error
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -163,6 +186,7 @@ def check_input(path: Path) -> None:
         raise FileError(
             f"{path}: unfinished; run the command that makes it again, and it continues"
         )
+    check_link(path)
     if not path.exists():
         raise FileError(f"{path}: no such file")
 
@@ -461,14 +485,42 @@ def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], shown: Pat
         )
 
 
-def _differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
     for name, value in wanted.items():
         there = found.get(name) if isinstance(found, Mapping) else None
-        if isinstance(value, Mapping) and isinstance(there, Mapping):
-            yield from _differences(there, value, f"{name}." if name == "inputs" else prefix)
-        elif there != value:
-            shown = f"--{name.replace('_', '-')}" if not prefix else f"{prefix}{name}"
+        if there == value:
+            continue
+        if name == "inputs" and isinstance(value, Mapping):
+            yield from _other_inputs(there if isinstance(there, Mapping) else {}, value)
+        elif isinstance(value, Mapping) and isinstance(there, Mapping):
+            yield from _differences(there, value)
+        else:
+            shown = "topr_kernels" if name == "version" else flag(name)
             yield f"\n  {shown}: {there!r} there, {value!r} now"
+
+
+def _other_inputs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in wanted.items():
+        there = found.get(name)
+        if there == value:
+            continue
+        # That of topr iterate is the checksum alone.
+        one, other = (
+            x if isinstance(x, Mapping) else {"file": name, "sha256": x} for x in (there, value)
+        )
+        before, after = (one.get("file") if there else None), other["file"]
+        if before != after:
+            yield f"\n  {flag(name)}: {before!r} there, {after!r} now"
+        else:
+            old, new = (f"{str(x.get('sha256'))[:12]}..." for x in (one, other))
+            yield f"\n  {flag(name)}: {after!r} has changed since: sha256 {old} there, {new} now"
+    for name in sorted(found.keys() - wanted.keys()):
+        yield f"\n  {flag(name)}: a file there, none now"
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[Path]) -> None:
