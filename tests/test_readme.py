@@ -129,18 +129,20 @@ def test_other_loops() -> None:
         torch.testing.assert_close(moved, gradient, rtol=1e-8, atol=1e-12)
 
 
-def test_the_commands_of_the_pipeline_are_known() -> None:
-    from topr_kernels.recipe.cli import _parser
+def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    from pipeline import run_shown, shown_commands
+    from tiny import save, tiny_model
 
-    section = README.split("## The whole pipeline\n")[1].split("\n## ")[0].replace("\\\n", " ")
-    lines = map(str.strip, section.splitlines())
-    commands = [line.split()[1:] for line in lines if line.startswith("topr ")]
+    commands = shown_commands(README.split("## The whole pipeline\n")[1].split("\n## ")[0])
     assert [command[0] for command in commands] == [
-        *("iterate", "generate", "score", "curate", "train", "evaluate", "verify", "vote")
+        *("iterate", "generate", "score", "curate", "train", "evaluate"),
+        *("verify", "score", "train", "vote"),
     ]
-    for command in commands:
-        # Raises SystemExit for a flag or a value that it does not know.
-        _parser(command[0]).parse_args(command)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    run_shown(commands, save(tiny_model(), tmp_path / "tiny"), folder, monkeypatch)
+    assert (folder / "run" / "vote.json").exists() and (folder / "run" / "report.json").exists()
 
 
 def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:

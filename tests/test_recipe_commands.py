@@ -19,7 +19,7 @@ import topr_kernels
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from pipeline import contents
+from pipeline import contents, run_shown, shown_commands
 from safetensors import SafetensorError
 from tiny import random_model, save, tiny_model, tiny_tokenizer
 
@@ -981,7 +981,7 @@ def test_a_failure_is_one_line_that_names_what_failed(
         assert (len(lines) == 1) != bool(flags) and ("Traceback" in told) == bool(flags)
         # A model that was trained and could not be saved need not be trained again.
         kept = {path.name for path in copy.glob(".*")}
-        assert contents(copy) == before and not kept or "saving" in said
+        assert (contents(copy) == before and not kept) or "saving" in said
     assert run(command, copy, model) == 0
 
 
@@ -1066,3 +1066,17 @@ def test_the_version_is_told(capsys: Any):
         main(["--version"])
     assert status.value.code == 0
     assert capsys.readouterr().out == f"topr_kernels {topr_kernels.__version__}\n"
+
+
+def test_the_examples_of_the_help_run_one_after_the_other(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    commands = []
+    order = ["generate", "score", "curate", "train", "evaluate", "iterate", "verify", "vote"]
+    for command in order:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        commands += shown_commands(capsys.readouterr().out)
+    assert [c[0] for c in commands] == [*order[:-1], "score", "train", "vote"]
+    run_shown(commands, model, tmp_path, monkeypatch)
+    assert (tmp_path / "run" / "vote.json").exists()

@@ -60,11 +60,13 @@ _STEPS = {
     ),
     "iterate": (
         "all of these, several times, each iteration from the model of the last",
-        "topr iterate --config recipe.yaml --iterations 3 --out run",
+        "topr iterate --model smollm2 --questions 192 --iterations 3 --out run/rounds",
     ),
     "verify": (
         "sample judgements of answers and reward them, to train a verifier on",
-        "topr verify --model smollm2 --records run/samples.parquet --out run/judgements.parquet",
+        "topr verify --model smollm2 --records run/samples.parquet --out run/judgements.parquet\n"
+        "then:    topr score --model smollm2 --records run/judgements.parquet --out run/judged.parquet\n"
+        "         topr train --model smollm2 --records run/judged.parquet --out run/verifier",
     ),
     "vote": (
         "weighted self-consistency: a verifier's judgements weigh the answers of topr evaluate",
