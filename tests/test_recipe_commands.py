@@ -1080,3 +1080,13 @@ def test_the_examples_of_the_help_run_one_after_the_other(
     assert [c[0] for c in commands] == [*order[:-1], "score", "train", "vote"]
     run_shown(commands, model, tmp_path, monkeypatch)
     assert (tmp_path / "run" / "vote.json").exists()
+
+
+def test_a_bug_shows_its_traceback(model: Path, tmp_path: Path, monkeypatch: Any):
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(commands, "generate", mistaken)
+    with pytest.raises(ZeroDivisionError):
+        run("generate", tmp_path, model)
+    assert not list(tmp_path.iterdir())

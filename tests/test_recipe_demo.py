@@ -248,6 +248,31 @@ def test_restart_deletes_nothing_in_a_folder_of_another_kind(
     assert (tmp_path / "base" / "precious.txt").exists()
 
 
+def test_restart_keeps_the_users_files(whole: Path, model: Path, tmp_path: Path):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    mine = ["topr/notes.txt", "topr/model/notes.txt", "generated/mine.parquet", "sub/settings.json"]
+    for file in mine:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("mine")
+    demo.restart(out)
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == sorted(
+        mine
+    )
+    assert run(model, out) == 0
+    assert all((out / file).read_text() == "mine" for file in mine)
+
+
+@pytest.mark.parametrize("name", ["samples.parquet", "report.json", "topr/model/config.json"])
+def test_a_demo_overwrites_no_file_of_the_users(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert run(model, tmp_path) == 2
+    assert f"{tmp_path / name}: exists, but was not made" in capsys.readouterr().err
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
+
+
 def test_restart_tells_another_tools_settings_from_its_own(tmp_path: Path):
     (tmp_path / "settings.json").write_text('{"seed": 0}')
     with pytest.raises(demo.SettingsError, match="nothing was deleted"):
@@ -362,7 +387,8 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, capsys: pytest.C
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out") == 2
     message = capsys.readouterr().err
-    assert "--model" in message and "no config.json" in message
+    assert "--model" in message and "no config.json" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]):

@@ -386,9 +386,11 @@ def test_a_process_that_fails_ends_the_others(
     assert own == {"kill": -signal.SIGKILL, "bug": 71, "full": 2, "interrupt": 130}[what]
     assert other == 1, done["output"]
     text = done["output"][1 - rank]
-    said = {"bug": "a bug", "full": "disk is full"}.get(what)
+    failed = {"score": "scoring"}.get(command, "sampling")
+    said = {"bug": "a bug", "full": "--model "}.get(what)
     if said is not None:
         assert f"topr: process {rank} of 2 failed: {said}" in text
+        assert what == "bug" or f": {failed} failed: disk is full" in text
     else:
         assert f"process {rank} of 2 failed" in text or "lost another one" in text
     assert "the same command continues" in text and "Traceback" not in text

@@ -543,18 +543,17 @@ def sample_task(
         take: as in ``generate``.
         progress: as in ``generate``.
     """
-    what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
         loaded = models.take(settings.model)
         check_chat(settings, loaded.tokenizer)
         # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
         loaded.model.to("cpu")
-        with naming(what):
-            sampler = vllm_sampler(settings.model)
+        sampler = named_model(settings.model, vllm_sampler)
     else:
         loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
+    what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     with naming(what, "--sample-batch"):
         return generate(
             loaded.model,

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,13 +29,41 @@ from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
 from topr_kernels.recipe.settings import MOST_SEED
-from topr_kernels.recipe.steps import SettingsError, claim, model_key, naming, read_mapping
+from topr_kernels.recipe.steps import (
+    SettingsError,
+    claim,
+    foreign,
+    model_key,
+    naming,
+    on_refusal,
+    read_mapping,
+)
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on
 
 #: Scored batches whose log-ratios are measured before the first update.
 _CHECKED_BATCHES = 2
+#: What transformers and ``write_trained_on`` put into the folder of a model.
+_SAVED = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "trained_on.txt",
+)
+#: What a demo leaves in its folder, as patterns of paths.
+_RESULTS = (
+    *("base/evaluation.json", "generated/batch-*.parquet", "samples.parquet", "records.parquet"),
+    *("samples.json", "records.json", "report.json", "report.png"),
+    *(
+        f"{run}/{name}"
+        for run in ("topr", "sft")
+        for name in ("history.json", "evaluation.json", *(f"model/{kind}" for kind in _SAVED))
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +147,16 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
     """
     # Questions first: settings that cannot be met must not claim the folder.
     run = _Run(settings, out, task)
-    _claim(out, settings)
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with ExitStack() as held:
+        if not (out / "settings.json").exists():
+            on_refusal(held, lambda: _withdraw(out, made))
+        _claim(out, settings)
+        return _run_steps(run)
+
+
+def _run_steps(run: _Run) -> bool:
+    settings, out = run.settings, run.out
     seconds: dict[str, float] = {}
     cpu_seconds: dict[str, float] = {}
     # Of earlier processes, whose finished steps this one only reads.
@@ -163,10 +200,7 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
             partial(run.train, name, limits, baseline),
         )
         # Only now: until the history was written, a killed run still needed them.
-        for checkpoint in checkpoints_in(out / folder / "checkpoints"):
-            shutil.rmtree(checkpoint)
-        with suppress(OSError):
-            (out / folder / "checkpoints").rmdir()
+        _drop_checkpoints(out / folder / "checkpoints")
         histories[name] = trained["history"]
         evaluated = step(
             f"evaluate {name}",
@@ -199,19 +233,38 @@ def restart(out: Path) -> None:
             f"--restart: {out} does not hold a demo's settings.json, so it is not a demo's folder; "
             "nothing was deleted. Choose another --out"
         )
-    for name in ("base", "generated", "topr", "sft"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (
-        "samples.parquet",
-        "records.parquet",
-        "samples.json",
-        "records.json",
-        "report.json",
-    ):
-        (out / name).unlink(missing_ok=True)
-    (out / "report.png").unlink(missing_ok=True)
+    for file in _results(out):
+        file.unlink()
+    for name in ("topr", "sft"):
+        _drop_checkpoints(out / name / "checkpoints")
+        _remove_empty(out / name / "model", out / name)
+    _remove_empty(out / "base", out / "generated")
     # Last: whatever is left after a kill in here is still recognised as a demo's.
     path.unlink()
+
+
+def _results(out: Path) -> list[Path]:
+    """The files in ``out`` that have the names of a demo's, checkpoints apart."""
+    return [path for name in _RESULTS for path in sorted(out.glob(name)) if path.is_file()]
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    for checkpoint in checkpoints_in(folder):
+        shutil.rmtree(checkpoint)
+    _remove_empty(folder)
+
+
+def _remove_empty(*folders: Path) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _withdraw(out: Path, made: list[Path]) -> None:
+    """Takes back the claim of a run that failed before it had done anything."""
+    if not _results(out):
+        (out / "settings.json").unlink(missing_ok=True)
+        _remove_empty(*made)
 
 
 class _Run:
@@ -356,7 +409,14 @@ class _Run:
 
 
 def _claim(out: Path, settings: DemoSettings) -> None:
-    """Writes the settings into a new folder, or checks that the folder's are the same."""
+    """Writes the settings into a new folder, or checks that the folder's are the same.
+
+    Raises:
+        SettingsError: if they differ, or the folder has files that a run would overwrite.
+    """
+    if not (out / "settings.json").exists():
+        for path in _results(out):
+            raise foreign(path)
     wanted = {**dataclasses.asdict(settings), "model": model_key(settings.model)}
     claim(out / "settings.json", {**wanted, "version": __version__}, out)
 

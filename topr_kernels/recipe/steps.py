@@ -37,6 +37,8 @@ if sys.platform != "win32":
 
 S = TypeVar("S")
 
+#: What a mistake in code raises, which shows its traceback.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
 #: The manifest to be, in the folder of an unfinished step.
 _DRAFT = "manifest.json"
 
@@ -54,11 +56,11 @@ def naming(what: str, memory: str = "") -> Iterator[None]:
         memory: the flag to lower where memory does not suffice.
 
     Raises:
-        SettingsError: for any error but those that name their file or field themselves.
+        SettingsError: for any error but a bug's, and those that name their file or field themselves.
     """
     try:
         yield
-    except (SettingsError, FileError, RecordError, ProcessError):
+    except (SettingsError, FileError, RecordError, ProcessError, *_BUGS):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
