@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import sys
 import types
@@ -17,20 +18,15 @@ pytest.importorskip("reasoning_gym")
 from tiny import save, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import FileTask, SettingsError, generate, read_records, score
+from topr_kernels.recipe.answers import last_boxed
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.equality import plain_latex
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.generate import prompt_token_ids, stop_token_ids
-from topr_kernels.recipe.task_files import last_boxed, plain_latex
 from topr_kernels.recipe.tasks import Question
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
 
 task_files = importlib.import_module("topr_kernels.recipe.task_files")
-
-
-@pytest.fixture(autouse=True)
-def without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same on every machine; the test of math-verify puts a stand-in there."""
-    monkeypatch.setattr(task_files, "math_verify_installed", lambda: False)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -128,7 +124,8 @@ def test_gsm8k_answers_follow_the_phrase(completion: str, answer: str | None):
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [
-        (r"Thus $\boxed{\frac{1}{2}}$ and \boxed{\sqrt{3}}.", r"\sqrt{3}"),
+        (r"Thus $\boxed{\frac{1}{2}}$ and \boxed{\sqrt{3}}.", r"\frac{1}{2}, \sqrt{3}"),
+        (r"Thus $\boxed{\frac{1}{2}}$, so it is \boxed{\sqrt{3}}.", r"\sqrt{3}"),
         (r"Thus \boxed{\frac{\pi}{2}", None),
         (r"First \boxed{4}, then \boxed{5", "4"),
         (r"\boxed{ }", None),
@@ -155,7 +152,7 @@ def test_boxes_close_where_their_braces_do():
         (r"\left( 1, 2 \right)", "(1,2)", True),
         (r"\text{east}", "east", True),
         (r"(2,1)", "(1,2)", False),
-        (r"\frac{2}{4}", r"\frac{1}{2}", False),  # for math-verify to say
+        (r"\frac{2}{4}", r"\frac{1}{2}", True),
     ],
 )
 def test_answers_are_compared_as_numbers_and_as_plain_latex(answer: str, gold: str, right: bool):
@@ -166,24 +163,22 @@ def test_answers_are_compared_as_numbers_and_as_plain_latex(answer: str, gold: s
     assert plain_latex(r"x \, y") == "xy"
 
 
-def test_math_verify_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    asked = []
-    stand_in = types.ModuleType("math_verify")
-    stand_in.parse = lambda text: [text]  # type: ignore[attr-defined]
+def test_math_verify_decides_on_algebra(monkeypatch: pytest.MonkeyPatch):
+    math_verify = importlib.import_module("math_verify")
+    verify, asked = math_verify.verify, []
 
-    def verify(gold: list[str], answer: list[str]) -> bool:
-        asked.append((gold, answer))
-        return "2" in answer[0]
+    def spy(gold: Any, answer: Any, **options: Any) -> bool:
+        asked.append((str(gold), str(answer), options["timeout_seconds"]))
+        return bool(verify(gold, answer, **options))
 
-    stand_in.verify = verify  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "math_verify", stand_in)
-    monkeypatch.setattr(task_files, "math_verify_installed", lambda: True)
+    monkeypatch.setattr(math_verify, "verify", spy)
     task = FileTask("math", Path("none"))
-    assert task.reward(r"\frac{2}{4}", question(r"\frac{1}{2}")) == 1.0
-    assert task.reward(r"\frac{3}{4}", question(r"\frac{1}{2}")) == -1.0
-    # The right answer comes first: math-verify is not symmetric. Equal ones need not be asked.
-    assert asked[0] == ([r"$\frac{1}{2}$"], [r"$\frac{2}{4}$"]) and len(asked) == 2
-    assert task.reward(r"\frac{1}{2}", question(r"\frac{1}{2}")) == 1.0 and len(asked) == 2
+    assert task.reward(r"x(x+2)", question(r"x^2+2x")) == 1.0
+    assert task.reward(r"x(x-2)", question(r"x^2+2x")) == -1.0
+    # The right answer comes first: math-verify is not symmetric. Its timeouts need a main thread.
+    assert asked[0] == ("x**2 + 2*x", "x*(x + 2)", None) and len(asked) == 2
+    # Equal ones need not be asked.
+    assert task.reward(r"x^2 + 2x", question(r"x^2+2x")) == 1.0 and len(asked) == 2
 
 
 # --- through the commands --------------------------------------------------------------------
@@ -215,7 +210,7 @@ def test_questions_of_a_file_run_through_the_commands(model: Path, tmp_path: Pat
     assert len(answered) == 3
     manifest = json.loads(figures.read_text())
     assert manifest["settings"]["task"] == "gsm8k:train.jsonl"
-    assert manifest["settings"]["math_verify"] is False
+    assert manifest["settings"]["math_verify"] == importlib.metadata.version("math-verify")
     assert set(manifest["inputs"]) == {"model", "task", "test_task"}
     # The file is an input: another one of the same name is another run.
     gsm8k(test, 5)

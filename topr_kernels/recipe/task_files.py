@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import importlib.metadata
 import json
 import random
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from topr_kernels.recipe.answers import final_answer, gold_answer
+from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.steps import SettingsError
@@ -21,7 +22,6 @@ from topr_kernels.recipe.tasks import (
     AnyTask,
     Question,
     Task,
-    canonical_number,
     held_out_split,
 )
 
@@ -33,8 +33,6 @@ _PROMPTS = {
     ),
     "math": ("{question}\n\nLet's think step by step. Put the final answer within \\boxed{{}}.\n"),
 }
-_ANSWER = re.compile(r"the (?:final )?answer is:?\s*([^\s:].*)", re.IGNORECASE)
-_BOX = "\\boxed{"
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,17 @@ class FileTask:
     r"""Questions of a JSONL file, answered in free text that ends with the answer.
 
     Each line is an object with ``question`` (or ``problem``) and ``answer`` (or ``solution``). The
-    right answer is what follows ``####`` (GSM8K), else the last ``\boxed{}`` (MATH), else all of it.
+    right answer is what follows ``####`` (GSM8K), else the last ``\boxed{}`` or ``\fbox{}`` (MATH), else
+    all of it. The last answer that a completion states counts, as ``final_answer`` says; it is right
+    if it has the same value, as ``same_answer`` says.
 
     Args:
-        kind: "gsm8k" reads "The answer is: ..." of a completion, "math" its last ``\boxed{}``, and
-            "The answer is" where there is none.
+        kind: "gsm8k" reads "The answer is: ..." of a completion, "math" its ``\boxed{}`` too.
         path: the file.
 
     Raises:
-        FileError: on first use, if a line is not such an object; names file, line and field.
+        FileError: on first use, if a line is not such an object, or has no right answer, or two lines
+            have one question and different answers; names file, line and field.
         ValueError: if ``kind`` is another.
     """
 
@@ -91,37 +91,38 @@ class FileTask:
         """The answer that a completion gives, or None if it gives none, or was cut."""
         if finish_reason != "stop":
             return None
-        boxed = last_boxed(completion) if self.kind == "math" else None
-        if boxed is not None:
-            return boxed.strip() or None
-        said = _ANSWER.findall(completion)
-        return (clean(said[-1]) or None) if said else None
+        return final_answer(completion, boxed=self.kind == "math")
 
     def canonical(self, answer: str) -> str:
-        """The answer as a number where it is one, else without spaces and what only sets it."""
-        return canonical_number(clean(answer)) or plain_latex(answer)
+        """The answer as a number and a unit where it is one, else without what only sets it."""
+        return canonical(answer)
 
     def reward(self, answer: str | None, question: Question) -> float:
-        """+1 for a right answer, -1 for a wrong one or none.
-
-        Equal as numbers or as text is right; otherwise math-verify decides, if it is installed.
-        """
+        """+1 for an answer of the right value, -1 for a wrong one or none."""
         if answer is None:
             return -1.0
-        gold = str(question.entry["answer"])
-        if self.canonical(answer) == self.canonical(gold):
-            return 1.0
-        return 1.0 if math_verify_installed() and _verify(gold, answer) else -1.0
+        return 1.0 if same_answer(str(question.entry["answer"]), answer) else -1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process it goes without the questions of its file.
+        return {"kind": self.kind, "path": self.path}
 
     @cached_property
     def _entries(self) -> list[dict[str, str]]:
         try:
-            with self.path.open(encoding="utf-8") as lines:
-                return [_entry(x, f"{self.path.name}, line {i}") for i, x in enumerate(lines, 1)]
+            # utf-8-sig: some editors write a byte order mark.
+            with self.path.open(encoding="utf-8-sig") as lines:
+                read = [
+                    (i, _entry(line, f"{self.path.name}, line {i}"))
+                    for i, line in enumerate(lines, 1)
+                    if line.strip()
+                ]
         except UnicodeDecodeError as error:
             raise FileError(
                 f"{self.path.name}: not UTF-8 text ({error}); expected JSONL"
             ) from error
+        _check_duplicates(read, self.path.name)
+        return [entry for _, entry in read]
 
 
 def find_task(name: str, config: str) -> AnyTask:
@@ -144,7 +145,7 @@ def find_task(name: str, config: str) -> AnyTask:
         )
     try:
         if colon:
-            return FileTask(kind, Path(file))
+            return FileTask(kind, Path(file).expanduser())
         return ARITHMETIC if name == "arithmetic" else Task(name, settings)
     except ValueError as error:
         raise SettingsError(f"--task {name}: {error}") from error
@@ -170,61 +171,58 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
     seed = options.question_seed
     try:
         if not options.test_task:
-            return held_out_split(task, train, options.held_out, seed)
-        held_out = test.questions(options.held_out, seed=seed)
-        return task.questions(train, seed=seed, exclude=[q.text for q in held_out]), held_out
+            drawn, held_out = held_out_split(task, train, options.held_out, seed)
+        else:
+            held_out = test.questions(options.held_out, seed=seed)
+            drawn = task.questions(train, seed=seed, exclude=[q.text for q in held_out])
     except FileError:
         raise
     except ValueError as error:
         raise SettingsError(f"questions and held_out: {error}") from error
+    if task_inputs(options):
+        _warn_of_near_duplicates(drawn, held_out)
+    return drawn, held_out
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: whether math-verify judged the answers of files, which changes rewards."""
-    return {"math_verify": math_verify_installed()} if task_inputs(options) else {}
+    """For the manifest: the math-verify that judges the answers of files, which changes rewards."""
+    return (
+        {"math_verify": importlib.metadata.version("math-verify")} if task_inputs(options) else {}
+    )
 
 
 def task_inputs(options: QuestionOptions) -> dict[str, Path]:
     """The files that the questions come from, by flag."""
     names = {"task": options.task, "test_task": options.test_task}
-    return {flag: Path(n.partition(":")[2]) for flag, n in names.items() if ":" in n}
+    return {
+        flag: Path(name.partition(":")[2]).expanduser()
+        for flag, name in names.items()
+        if ":" in name
+    }
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Contents of the last ``\boxed{...}`` whose braces close, or None."""
-    start = text.rfind(_BOX)
-    while start >= 0:
-        depth = 1
-        for end in range(start + len(_BOX), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                return text[start + len(_BOX) : end]
-        start = text.rfind(_BOX, 0, start)
-    return None
+def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:
+    first: dict[str, tuple[int, str]] = {}
+    for line, entry in entries:
+        earlier, answer = first.setdefault(entry["question"], (line, entry["answer"]))
+        other = entry["answer"]
+        if answer != other and not (same_answer(answer, other) or same_answer(other, answer)):
+            raise FileError(
+                f"{file}, lines {earlier} and {line}: one question with two right answers, {answer!r} and "
+                f"{other!r}; remove one of them"
+            )
 
 
-def clean(answer: str) -> str:
-    """An answer without what a sentence puts around it: $, %, units of money, a last full stop."""
-    text = answer.strip().strip("*").strip().removesuffix(".").strip("$ ")
-    return text.removesuffix("%").removesuffix("\\").strip()
-
-
-def plain_latex(answer: str) -> str:
-    r"""LaTeX without spaces, \left, \right, $ and the like; \dfrac and \tfrac as \frac."""
-    text = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |\$|\s", "", clean(answer))
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-
-
-def math_verify_installed() -> bool:
-    """Whether the optional package math-verify is there."""
-    return importlib.util.find_spec("math_verify") is not None
-
-
-def _verify(gold: str, answer: str) -> bool:
-    math_verify: Any = importlib.import_module("math_verify")
-    parsed = [math_verify.parse(f"${text}$") for text in (gold, answer)]
-    return bool(math_verify.verify(*parsed))
+def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Question]) -> None:
+    """Warns of training questions that are held-out ones but for case and spaces."""
+    held = {" ".join(q.text.casefold().split()) for q in held_out}
+    alike = [q.text for q in train if " ".join(q.text.casefold().split()) in held]
+    if alike:
+        warnings.warn(
+            f"{len(alike)} training questions are held-out ones but for case and spaces, for instance "
+            f"{alike[0][:80]!r}; remove them from the file, or accuracy is measured on what was trained",
+            stacklevel=3,
+        )
 
 
 def _entry(line: str, where: str) -> dict[str, str]:
@@ -232,17 +230,29 @@ def _entry(line: str, where: str) -> dict[str, str]:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
         raise FileError(f"{where}: not a line of JSON ({error}); half-written?") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: JSON that cannot be read ({error})") from error
     if not isinstance(raw, Mapping):
         raise FileError(f"{where}: expected a JSON object, got {type(raw).__name__}")
-    texts = []
-    for names in (("question", "problem"), ("answer", "solution")):
-        text = next((raw[name] for name in names if raw.get(name) is not None), None)
-        if isinstance(text, (int, float)) and not isinstance(text, bool):
-            text = str(text)
-        if not isinstance(text, str) or not text.strip():
-            raise FileError(
-                f"{where}, field {names[0]!r}: expected a text there or in {names[1]!r}, got {text!r}"
-            )
-        texts.append(text.strip())
-    answer = texts[1].rpartition("####")[2].strip()
-    return {"question": texts[0], "answer": last_boxed(answer) or answer}
+    _, question = _text(raw, ("question", "problem"), where)
+    field, answer = _text(raw, ("answer", "solution"), where)
+    try:
+        return {"question": question, "answer": gold_answer(answer)}
+    except ValueError as error:
+        raise FileError(
+            f"{where}, field {field!r}: {error} in {answer[-80:]!r}; expected the right answer after "
+            "####, in \\boxed{}, or alone"
+        ) from error
+
+
+def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, str]:
+    """The first of two fields that is there: its name and its text."""
+    name = next((name for name in names if raw.get(name) is not None), names[0])
+    text = raw.get(name)
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = str(text)
+    if not isinstance(text, str) or not text.strip():
+        raise FileError(
+            f"{where}, field {names[0]!r}: expected a text there or in {names[1]!r}, got {text!r}"
+        )
+    return name, text.strip()
