@@ -4,6 +4,8 @@ r"""Right answers and given ones, judged by hand: the kinds that graders get wro
 whole completions. Each line: kind, right answer, given answer, whether it is right.
 """
 
+ECHO = 'end with a line of the form "The answer is: " and the number.'
+
 SAID = [
     ("number", "96", "96", True),
     ("number", "96", "069", False),
@@ -144,6 +146,9 @@ SAID = [
     ("date", "5 May", "5 June", False),
     ("date", "5", "5 May", False),
     ("unit", "24", "24n", False),
+    ("unit", "20", "20 feet 3 inches", False),
+    ("layout", "24", "24<|im_end|>", True),
+    ("layout", "18", "18 (eighteen)", True),
     ("unit", "24", "24m", True),
     ("hedge", "60", "probably 60", True),
     ("clause", "60", "60 and she keeps 3 of them", True),
@@ -379,8 +384,8 @@ WHOLE = [
     ("later words", "gsm8k", "9", "The answer is: 9. I hope the answer is correct.", True),
     ("later words", "gsm8k", "9", "The answer is: 9\nIs there anything else?", True),
     ("later words", "math", "9", r"So \boxed{9}. The answer is in simplest form.", True),
-    ("echo", "gsm8k", "9", 'I end with a line of the form "The answer is: " and the number.\nThe answer is: 9', True),
-    ("echo", "gsm8k", "9", 'The answer is: 9\n(End with a line of the form "The answer is: " and the number.)', True),
+    ("echo", "gsm8k", "9", f"I {ECHO}\nThe answer is: 9", True),
+    ("echo", "gsm8k", "9", f"The answer is: 9\n({ECHO})", True),
     ("echo", "gsm8k", "9", 'Lines of the form "The answer is: " are asked for.', False),
     ("echo", "math", "9", r"Put the final answer within \boxed{}. It is \boxed{9}.", True),
     ("echo", "math", "9", r"It is \boxed{9}. I put the final answer within \boxed{}.", True),

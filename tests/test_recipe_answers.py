@@ -23,7 +23,7 @@ from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.task_files import find_task, questions_of, task_inputs
-from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.tasks import Question, canonical_number
 
 CASES = [
     *(
@@ -55,6 +55,11 @@ def test_a_right_answer_is_its_own_equal():
     golds = sorted({(task, gold) for _, task, gold, _, _ in CASES})
     assert [g for _, g in golds if not same_answer(g, g)] == []
     assert [g for t, g in golds if t == "math" and reward(t, g, rf"\boxed{{{g}}}") < 0] == []
+
+
+def test_commas_of_lists_are_not_those_of_thousands():
+    assert canonical_number("1,234.5") == "2469/2" and canonical_number("-1,234,567") == "-1234567"
+    assert canonical_number("1,2,3") is canonical_number("12,34") is None
 
 
 def test_forms_group_equal_answers():

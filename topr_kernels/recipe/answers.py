@@ -20,7 +20,8 @@ _LONGEST_TAIL = 2000
 _LATEST = 20
 #: What stands between two boxes that are one answer: "\boxed{2} and x = \boxed{3}".
 _BETWEEN = re.compile(
-    r"(?:\s|\$|\\[()\[\],; ]|\\q?quad)*(?:,|;|&|and|or|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,\s*(?:and|or))"
+    r"(?:\s|\$|\\[()\[\],; ]|\\q?quad)*(?:,|;|&|and|or|\\text\s*\{\s*,?\s*(?:and|or)\s*\}"
+    r"|,\s*(?:and|or))"
     r"(?:\s|\$|\\[()\[\],; ]|\\q?quad)*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?\$?\s*"
 )
 _PHRASE = re.compile(
@@ -50,7 +51,8 @@ _FILLER = re.compile(
 )
 # A later sentence that takes the answer back.
 _RETRACTED = re.compile(
-    r"(?:^|[.,;!?\n—–-])\s*(?:no,? )?(?:wait|oops|hold on|sorry|apologies|hmm)\b|\b(?:wait|oops|hold on)[,.!:]"
+    r"(?:^|[.,;!?\n—–-])\s*(?:no,? )?(?:wait|oops|hold on|sorry|apologies|hmm)\b"
+    r"|\b(?:wait|oops|hold on)(?:[,!:]|\.\.)"
     r"|\b(?:scratch that|correction|my mistake)\b"
     r"|\bi\s+(?:\w+\s+)?(?:made|have made|see|found)\s+(?:an?|my|the)\s+(?:\w+\s+)?(?:mistake|error)"
     r"|\bi\s+(?:was|am)\s+(?:wrong|mistaken)"
@@ -66,7 +68,7 @@ _ABBREVIATED = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?P<stop>[.?]|(?<!\d)!)(?=\s|$)"
-    r"|</"
+    r"|</|<\|"
     r"|,\s+(?!and\b|or\b)(?=[a-z]{2,})"
     r"|;\s+(?=[a-zA-Z]{2,})"
     r"|\s+(?:because|since|so that|so|as|which|where|when|after|if|given that|but|due to)\s+(?=\S)"

@@ -72,8 +72,8 @@ _WORDS_IN = re.compile(
 )
 _HEDGES = re.compile(
     r"(?:(?:approximately|approx\.?|about|around|roughly|nearly|exactly|simply|just|only|equal to|"
-    r"equals|a total of|found to be|given by|probably|likely|still|the|number|therefore|thus|hence|so|indeed|actually|then|clearly|now|"
-    r"\\approx|\\boldsymbol|=|is|i\.e\.)(?![a-zA-Z])[\s,:]*)+",
+    r"equals|a total of|found to be|given by|probably|likely|still|the|number|therefore|thus|hence|so|"
+    r"indeed|actually|then|clearly|now|\\approx|\\boldsymbol|=|is|i\.e\.)(?![a-zA-Z])[\s,:]*)+",
     re.IGNORECASE,
 )
 
@@ -142,9 +142,16 @@ class Quantity(NamedTuple):
     digits: int
 
 
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)"
+# 1234, 1,234, 1,00,000 (of India) and 1 234.
+_WHOLE = (
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])"
+    r"|\d{1,3}(?: \d{3})+(?!\d)|\d+)"
+)
 _DECIMAL = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
-_POWER = r"(?:\s*(?:\\times|\\cdot|\*|x|X)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(-?\d{1,3})\s*\}|\(?(-?\d{1,3})\)?)|[eE]([+-]?\d{1,3}))"
+_POWER = (
+    r"(?:\s*(?:\\times|\\cdot|\*|x|X)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*-?\d{1,3}\s*\}|\(?-?\d{1,3}\)?)"
+    r"|[eE][+-]?\d{1,3})"
+)
 _NUMBER = re.compile(
     r"(?P<sign>(?:[+-]|minus |negative )?)\s*(?P<money>[¤£€¥₹₽₩₺]|(?:US|A|C)?¤|Rs\.?|USD|EUR|GBP)?\s*"
     r"(?P<inner>[+-]?)\s*(?:"
@@ -157,7 +164,7 @@ _NUMBER = re.compile(
     r")(?P<rest>.*)",
     re.DOTALL,
 )
-_SCALES = {
+_SCALES: dict[str, int | Fraction] = {
     **{"hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "mn": 10**6},
     **{"billion": 10**9, "bn": 10**9, "trillion": 10**12, "dozen": 12, "lakh": 10**5},
     **{"crore": 10**7, "hundredth": Fraction(1, 100), "tenth": Fraction(1, 10)},
@@ -168,22 +175,22 @@ _SCALES = {
 _SCALE = re.compile(
     rf"\s*-?({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-zA-Z])", re.I
 )
+# Each line has the names of some units, each unit's one name first.
+_UNIT_NAMES = (
+    "m meter metre,cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre",
+    "in inch inche,ft foot feet,yd yard,mi mile,g gram gm,kg kilogram kilo,mg milligram",
+    "lb,oz ounce,t ton tonne,l liter litre,ml milliliter millilitre,gal gallon",
+    "s second sec,min minute,h hour hr,day,week wk,month mo,year yr,ms millisecond",
+    "dollar usd ¤ us¤ buck,euro eur €,pound gbp £,cent ¢ penny pence,yen jpy ¥,rupee inr ₹ rs",
+    "ruble rouble ₽,won ₩,lira ₺,yuan rmb cny,peso,franc chf",
+    "° degree deg,°c celsius,°f fahrenheit,rad radian,% percent pct percentage",
+    "newton,joule,watt,volt,hz hertz,acre,hectare ha,mph,kph kmh kmph,cal calorie",
+)
 _UNITS = {
-    name: words[0]
-    for words in (
-        line.split()
-        for line in (
-            "m meter metre,cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre,"
-            "in inch inche,ft foot feet,yd yard,mi mile,g gram gm,kg kilogram kilo,mg milligram,"
-            "lb pound-weight,oz ounce,t ton tonne,l liter litre,ml milliliter millilitre,gal gallon,"
-            "s second sec,min minute,h hour hr,day,week wk,month mo,year yr,ms millisecond,"
-            "dollar usd ¤ us¤ buck,euro eur €,pound gbp £,cent ¢ penny pence,yen jpy ¥,rupee inr ₹ rs,"
-            "ruble rouble ₽,won ₩,lira ₺,yuan rmb cny,peso,franc chf,"
-            "° degree deg,°c celsius,°f fahrenheit,rad radian,% percent pct percentage,"
-            "newton,joule,watt,volt,hz hertz,acre,hectare ha,mph,kph kmh kmph,cal calorie"
-        ).split(",")
-    )
-    for name in words
+    name: unit.split()[0]
+    for line in _UNIT_NAMES
+    for unit in line.split(",")
+    for name in unit.split()
 }
 # Words that make another value of the number before them, or another number beside it.
 _NO_UNIT = re.compile(
@@ -194,17 +201,13 @@ _NO_UNIT = re.compile(
 )
 _SHORTEST_NOUN = 3
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_NUMERALS = {
-    **{w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())},
-    **{
-        w: i
-        for i, w in enumerate(
-            "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split(),
-            11,
-        )
-    },
-    **{w: 10 * i for i, w in enumerate("twenty thirty forty fifty".split(), 2)},
-    **{w: 10 * i for i, w in enumerate("sixty seventy eighty ninety".split(), 6)},
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMERALS = {word: i for i, word in enumerate(_ONES.split())} | {
+    word: 10 * i for i, word in enumerate(_TENS.split(), 2)
 }
 _CENTS = re.compile(r"(\d+) dollars?,? (?:and )?(\d{1,2}) cents?$")
 
@@ -274,8 +277,11 @@ def _unit(rest: str) -> str | None:
     if re.fullmatch(r"\^?\s*\{?\s*(?:st|nd|rd|th)\s*\}?( place| term| grade| floor| day)?", rest):
         return ""
     words = re.sub(r"\((?:[a-zA-Z -]*)\)", "", rest).strip()
+    if not words:
+        return ""
     if _NO_UNIT.search(words) or not re.fullmatch(
-        r"(?:[^\W\d_]|[ '/%°¤£€¥₹₽₩₺¢.-])+(?:\^?\{?[23]\}?)?(?:[^\W\d_]|[ '/%°.-])*", words
+        r"(?:[^\W\d_]|[ '/%°¤£€¥₹₽₩₺¢.-])+(?:\^\{?[23]\}?|(?<=[a-zA-Z])[23])?(?:[^\W\d_]|[ '/%°.-])*",
+        words,
     ):
         return None
     first = re.split(r"[^a-zA-Z]", words)[0]
@@ -342,7 +348,8 @@ def _in_digits(text: str) -> str:
 _OPENING, _CLOSES = ("(", "[", r"\{"), (")", "]", r"\}")
 _TOKEN = re.compile(r"\\[{}]|[(){}\[\]]|[,;]?\s+(?:and|or)\s+|[,;]", re.IGNORECASE)
 _LABEL = re.compile(
-    r"\s*((?:\([A-Za-z](?:,\s*[A-Za-z])+\)|\\?[A-Za-z][A-Za-z0-9_{}\\()' ,|]*|\|[A-Za-z]+\|))\s*(?:=(?!=)|\\in(?![a-z]))\s*"
+    r"\s*((?:\([A-Za-z](?:,\s*[A-Za-z])+\)|\\?[A-Za-z][A-Za-z0-9_{}\\()' ,|]*|\|[A-Za-z]+\|))\s*"
+    r"(?:=(?!=)|\\in(?![a-z]))\s*"
 )
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2})()()\s*([ap])\.?\s*m\.?", re.IGNORECASE)
@@ -446,7 +453,7 @@ def _labelled(text: str) -> tuple[str, str]:
     if len(split_top(text)) > 1:
         return "", text
     sides = re.split(r"(?<![<>!\\])=(?!=)", text)
-    if len(sides) > 2 or len(sides) == 2 and not re.search(r"[A-Za-z]", sides[0]):
+    if len(sides) > 2 or (len(sides) == 2 and not re.search(r"[A-Za-z]", sides[0])):
         # "x = 10/2 = 5", "5 + 5 = 10"
         label = _LABEL.fullmatch(sides[0] + "=")
         return (label.group(1).strip() if label else ""), sides[-1].strip()
@@ -555,7 +562,7 @@ def _same_quantity(gold: str, answer: str, depth: int) -> bool | None:
 def _near(right: Fraction, given: Fraction, digits: int) -> bool:
     if digits < _ROUNDED_DIGITS or right.denominator == given.denominator == 1:
         return right == given
-    return abs(right - given) <= TOLERANCE * min(abs(right), 1)
+    return abs(right - given) <= min(TOLERANCE, TOLERANCE * abs(right))
 
 
 def _same_parts(gold: str, answer: str, depth: int) -> bool | None:
@@ -563,7 +570,7 @@ def _same_parts(gold: str, answer: str, depth: int) -> bool | None:
     if max(map(len, unions)) > 1:
         # "x < 1 or x > 2"
         unions = [u if len(u) > 1 else split_top(u[0]) for u in unions]
-        return _match(*unions, depth)
+        return _match(unions[0], unions[1], depth)
     right, given = parts(gold), parts(answer)
     if right is None and given is None:
         return None
@@ -678,13 +685,14 @@ def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:
 # --- algebra, by math-verify -----------------------------------------------------------------
 
 # Macros whose value is quick to find. Sums, limits and integrals are no final answers.
-_KNOWN = frozenset(
-    "frac sqrt pi infty cdot times div pm le ge lt gt ne in cup cap setminus mathbb sin cos tan cot sec csc "
-    "arcsin arccos arctan log ln exp alpha beta gamma delta epsilon theta lambda mu phi rho sigma tau omega "
-    "binom lfloor rfloor lceil rceil vert lvert rvert overline bar circ angle mid land wedge vec hat".split()
+_MACROS_READ = (
+    "frac sqrt pi infty cdot times div pm le ge lt gt ne in cup cap setminus mathbb binom overline bar",
+    "sin cos tan cot sec csc arcsin arccos arctan log ln exp lfloor rfloor lceil rceil vert lvert rvert",
+    "alpha beta gamma delta epsilon theta lambda mu phi rho sigma tau omega angle mid land wedge vec hat",
 )
-# Bounds of what math-verify is asked: parts of an expression, decimal digits of a number, and the degree of
-# a polynomial, roughly doubled.
+_KNOWN = frozenset(" ".join(_MACROS_READ).split())
+# Bounds of what math-verify is asked: parts of an expression, decimal digits of a number, and the
+# degree of a polynomial, roughly doubled.
 _NODES = 240
 _DIGITS = 10_000
 _DEGREE = 50
@@ -714,7 +722,8 @@ def _same_algebra(gold: str, answer: str) -> bool:
 def _without_unit(text: str) -> tuple[str, str]:
     """An expression without the words behind it, and its unit of measure."""
     match = re.fullmatch(
-        r"(.*?[\d})!a-zA-Z])(?<![a-zA-Z\\](?=\S))(\s*(?:[a-zA-Z]{2,}|°|%|[mgls]\b)[a-zA-Z /]*(?:\^\{?[23]\}?)?)",
+        r"(.*?[\d})!a-zA-Z])(?<![a-zA-Z\\](?=\S))"
+        r"(\s*(?:[a-zA-Z]{2,}|°|%|[mgls]\b)[a-zA-Z /]*(?:\^\{?[23]\}?)?)",
         text,
     )
     if match is None or not re.search(r"[\d\\]", match.group(1)):

@@ -208,8 +208,8 @@ def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) 
         other = entry["answer"]
         if answer != other and not (same_answer(answer, other) or same_answer(other, answer)):
             raise FileError(
-                f"{file}, lines {earlier} and {line}: one question with two right answers, {answer!r} and "
-                f"{other!r}; remove one of them"
+                f"{file}, lines {earlier} and {line}: one question with two right answers, {answer!r} "
+                f"and {other!r}; remove one of them"
             )
 
 

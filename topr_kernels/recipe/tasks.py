@@ -162,6 +162,7 @@ class Task:
 
 
 _LONGEST_NUMBER = 100
+_GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 _RECKONED = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
 
 #: Sums and differences of two two-digit numbers, after three worked lines.
@@ -174,7 +175,11 @@ ARITHMETIC = Task(
 
 def canonical_number(text: str) -> str | None:
     """A number (commas, decimals, fractions a/b) in one form; None for anything else."""
-    plain = text.strip().replace(",", "")
+    plain = text.strip()
+    # "1,2,3" is no 123.
+    if "," in plain and not _GROUPED.fullmatch(plain[:_LONGEST_NUMBER]):
+        return None
+    plain = plain.replace(",", "")
     # A power such as 1e9999999, or a text of digits alone, would take minutes to reckon.
     if len(plain) > _LONGEST_NUMBER or not _RECKONED.fullmatch(plain):
         return None
