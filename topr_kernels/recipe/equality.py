@@ -688,7 +688,7 @@ def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:
 _MACROS_READ = (
     "frac sqrt pi infty cdot times div pm le ge lt gt ne in cup cap setminus mathbb binom overline bar",
     "sin cos tan cot sec csc arcsin arccos arctan log ln exp lfloor rfloor lceil rceil vert lvert rvert",
-    "alpha beta gamma delta epsilon theta lambda mu phi rho sigma tau omega angle mid land wedge vec hat",
+    "alpha beta gamma delta epsilon theta lambda mu phi rho sigma tau omega angle mid land wedge vec",
 )
 _KNOWN = frozenset(" ".join(_MACROS_READ).split())
 # Bounds of what math-verify is asked: parts of an expression, decimal digits of a number, and the
