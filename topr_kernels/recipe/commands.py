@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,11 +114,12 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        records = sample(partial)
+        problems: Counter[str] = Counter()
+        records = sample(partial, problems=problems)
         write_records(out, records)
         found = figures(records)
         print(found)
-        return dataclasses.asdict(found)
+        return dataclasses.asdict(found) | said_problems(problems)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -336,7 +338,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        records = sample(partial)
+        problems: Counter[str] = Counter()
+        records = sample(partial, problems=problems)
         write_records(answers, records)
         accuracy = sampled_accuracy(
             records,
@@ -347,7 +350,7 @@ def run_evaluate(
             seed=settings.seed,
         )
         print(accuracy)
-        return dataclasses.asdict(accuracy)
+        return dataclasses.asdict(accuracy) | said_problems(problems)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -445,6 +448,9 @@ def model_input(model: str) -> dict[str, Path]:
 def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
+    if not values.get("trust_scorer", "-"):
+        # Manifests of runs that trust nothing stay as they were.
+        del values["trust_scorer"]
     if "model" in values:
         values["model"] = model_key(values["model"])
     for name in ("task", "test_task"):
@@ -509,6 +515,7 @@ def sample_task(
     label: str,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
+    problems: Counter[str] | None = None,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -522,6 +529,7 @@ def sample_task(
         label: named on the progress bar.
         take: as in ``generate``.
         progress: as in ``generate``.
+        problems: as in ``generate``.
     """
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
@@ -551,7 +559,16 @@ def sample_task(
         label=label,
         take=take,
         progress=progress,
+        problems=problems,
     )
+
+
+def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+    if problems:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        print(f"answers whose scorer failed, rewarded -1: {causes}")
+    return {"scorer_problems": dict(sorted(problems.items()))}
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from topr_kernels.recipe.generate import complete, stop_token_ids
+from topr_kernels.recipe.scoring import verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -89,6 +90,7 @@ def evaluate(
 
     Raises:
         ValueError: if there are no questions.
+        ScoringError: if the answers cannot be judged.
     """
     if not questions:
         raise ValueError("questions: got none; expected at least one held-out question")
@@ -109,11 +111,13 @@ def evaluate(
                     seed=seed * 1_000_003 + start,
                     stop_ids=stop_ids,
                 )
-                for question, completion in zip(part, completions, strict=True):
-                    answer = task.parse(completion.text, completion.finish_reason, question)
-                    invalid += answer is None
-                    correct += task.reward(answer, question) > 0
-                    tokens += len(completion.token_ids)
+                judged = verdicts(
+                    task,
+                    [(c.text, c.finish_reason, q) for q, c in zip(part, completions, strict=True)],
+                )
+                invalid += sum(verdict.answer is None for verdict in judged)
+                correct += sum(verdict.reward > 0 for verdict in judged)
+                tokens += sum(len(completion.token_ids) for completion in completions)
                 bar.update(len(part))
             count = len(questions)
             low, high = wilson_interval(correct, count)

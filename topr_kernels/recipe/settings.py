@@ -40,6 +40,11 @@ class QuestionOptions(Options):
         "", "task of the held-out questions, if not that of the others; --task-config is not for it"
     )
     questions: int = option(192, "training questions", least=1)
+    trust_scorer: str = option(
+        "",
+        "reasoning-gym data sets, by commas, to take although they are refused: their scorers execute "
+        "answers, or reward wrong ones",
+    )
     held_out: int = option(200, "held-out questions; no training question is one of them", least=1)
     question_seed: int = option(0, "of the choice of questions", least=0, most=MOST_SEED)
 

@@ -124,11 +124,16 @@ class FileTask:
             ) from error
 
 
-def find_task(name: str, config: str) -> AnyTask:
+def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
     """The task of a ``--task``: arithmetic, gsm8k:FILE, math:FILE, or a reasoning-gym data set.
 
+    Args:
+        name: of the task.
+        config: settings of a data set, as JSON.
+        trust_scorer: names of ``tasks.REFUSED``, by commas, that may be had.
+
     Raises:
-        SettingsError: if there is no such task, or it refuses the configuration.
+        SettingsError: if there is no such task, it refuses the configuration, or it is refused for its scorer.
     """
     kind, colon, file = name.partition(":")
     try:
@@ -145,15 +150,18 @@ def find_task(name: str, config: str) -> AnyTask:
     try:
         if colon:
             return FileTask(kind, Path(file))
-        return ARITHMETIC if name == "arithmetic" else Task(name, settings)
+        if name == "arithmetic":
+            return ARITHMETIC
+        return Task(name, settings, trusted=tuple(filter(None, trust_scorer.split(","))))
     except ValueError as error:
         raise SettingsError(f"--task {name}: {error}") from error
 
 
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
     """The tasks of the training and of the held-out questions."""
-    task = find_task(options.task, options.task_config)
-    return task, find_task(options.test_task, "{}") if options.test_task else task
+    trusted = options.trust_scorer
+    task = find_task(options.task, options.task_config, trusted)
+    return task, find_task(options.test_task, "{}", trusted) if options.test_task else task
 
 
 def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], list[Question]]:
