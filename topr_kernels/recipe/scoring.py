@@ -1,13 +1,13 @@
-"""What answers are worth, found out in worker processes: an answer can hang a scorer, or be executed by it.
+"""What answers are worth, found out in worker processes: answers can hang a scorer, or be executed.
 
 ``verdicts`` starts a server process (``scoring_server``), which forks workers. They give up what judging
-does not need (``confine``), have a limit of processor time and of memory for each answer, and are killed and
+does not need (``confine``), have a limit of processor time and of memory for each answer, and are
 replaced when they are over it. An answer whose scorer fails is rewarded -1 and counted by cause.
 
-This is defence in depth, not a jail. An answer that is read as data can at worst waste its limits. One that
-is executed (``Task.trusted``) can read what this user may read, and can give itself any reward; it has a
-worker to itself, so that it changes no other. On Linux the kernel keeps it from writing files, from the
-network and from other processes; elsewhere only Python's audit hook does, which hostile code gets around.
+This is defence in depth, not a jail. An answer that is read as data can at worst waste its limits. One
+that is executed (``Task.trusted``) can read what this user may read, and can give itself any reward; it
+has a worker to itself, so that it changes no other. On Linux the kernel keeps it from writing files, from
+the network and from other processes; elsewhere only Python's audit hook does, which hostile code passes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def verdicts(
 ) -> list[Verdict]:
     """Judges a batch of answers, several at a time.
 
-    Task and questions are pickled for the workers. A task with ``in_process = True`` is asked here instead,
+    Task and questions are pickled for the workers. A task with ``in_process = True`` is asked here,
     without any limit, and what it raises is raised: for one that cannot be pickled, or whose judging
     cannot go wrong.
 
@@ -191,9 +191,9 @@ class _Server:
 
 def _not_had(task: Judge, error: object) -> ScoringError:
     return ScoringError(
-        f"task: worker processes cannot have {type(task).__name__} or its questions ({error}); expected a "
-        "class of a module that they can import, of picklable parts; or give it in_process = True, which "
-        "judges answers in this process, without limits"
+        f"task: workers cannot have {type(task).__name__} or its questions ({error}); expected a class "
+        "of a module that they can import, of picklable parts; or give it in_process = True, which judges "
+        "answers in this process, without limits"
     )
 
 

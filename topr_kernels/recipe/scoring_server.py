@@ -1,7 +1,7 @@
-"""The process behind ``scoring``: it forks confined workers, deals answers out to them and minds the time.
+"""The process behind ``scoring``: forks confined workers, deals answers out to them, minds the time.
 
-Started by its path, so that it begins without torch and transformers. It reads no answer itself: an answer
-is bytes to it, and the verdict of a worker is JSON that it checks.
+Started by its path, so that it begins without torch and transformers. It reads no answer itself: an
+answer is bytes to it, and the verdict of a worker is JSON that it checks.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Server:
                 # What does not use the processor (it sleeps) gets more of the clock.
                 worker.give(given, items[given], time.monotonic() + 4 * seconds)
                 given += 1
-            streams = [self._requests, *(worker.verdicts for worker in self._busy)]
+            streams: list[Any] = [self._requests, *(worker.verdicts for worker in self._busy)]
             ready = select.select(streams, [], [], 0.2)[0]
             if self._requests in ready or os.getppid() != self._parent:
                 # Nothing is due from there: the parent is gone.

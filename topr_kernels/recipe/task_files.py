@@ -133,7 +133,7 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
         trust_scorer: names of ``tasks.REFUSED``, by commas, that may be had.
 
     Raises:
-        SettingsError: if there is no such task, it refuses the configuration, or it is refused for its scorer.
+        SettingsError: if there is no such task, it refuses the configuration, or its scorer is refused.
     """
     kind, colon, file = name.partition(":")
     try:

@@ -94,12 +94,12 @@ class Task:
         examples: worked (question, answer) pairs in front of every question, the same for every
             seed; None draws three from the data set.
 
-        trusted: data sets of ``REFUSED`` to take all the same. ``scoring.verdicts`` gives each of their answers
-            a worker of its own; ``reward`` itself confines nothing.
+        trusted: data sets of ``REFUSED`` to take all the same. ``scoring.verdicts`` gives each of their
+            answers a worker of its own; ``reward`` itself confines nothing.
 
     Raises:
-        ValueError: if reasoning-gym has no such data set or refuses the settings, or if the data set is one of
-            ``REFUSED`` and not ``trusted``, or ``trusted`` names another.
+        ValueError: if reasoning-gym has no such data set or refuses the settings, if the data set is one
+            of ``REFUSED`` and not ``trusted``, or if ``trusted`` names one that is not refused.
     """
 
     one_line: ClassVar[bool] = True
@@ -113,13 +113,13 @@ class Task:
         for name in self.trusted:
             if name not in REFUSED:
                 raise ValueError(
-                    f"trust_scorer: got {name!r}; expected one of {', '.join(REFUSED)}: the others need no trust"
+                    f"trust_scorer: got {name!r}; expected one of {', '.join(REFUSED)}; no other needs it"
                 )
         for name in self._refused():
             if name not in self.trusted:
                 raise ValueError(
-                    f"the data set {name!r} is refused: {REFUSED[name]}; choose another, or, if you trust the "
-                    f"model, give --trust-scorer {name} (in Python trusted=({name!r},))"
+                    f"the data set {name!r} is refused: {REFUSED[name]}; choose another, or take it "
+                    f"as it is with --trust-scorer {name} (in Python trusted=({name!r},))"
                 )
         self._dataset(size=1, seed=0)
 
