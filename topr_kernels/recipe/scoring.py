@@ -6,8 +6,8 @@ replaced when they are over it. An answer whose scorer fails is rewarded -1 and 
 
 This is defence in depth, not a jail. An answer that is read as data can at worst waste its limits. One
 that is executed (``Task.trusted``) can read what this user may read, and can give itself any reward; it
-has a worker to itself, so that it changes no other. On Linux the kernel keeps it from writing files, from
-the network and from other processes; elsewhere only Python's audit hook does, which hostile code passes.
+has a worker to itself, so that it changes no other. On Linux the kernel keeps it from writing files,
+from the network and from other processes; elsewhere only Python's audit hook, which hostile code passes.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ class _Server:
 def _not_had(task: Judge, error: object) -> ScoringError:
     return ScoringError(
         f"task: workers cannot have {type(task).__name__} or its questions ({error}); expected a class "
-        "of a module that they can import, of picklable parts; or give it in_process = True, which judges "
-        "answers in this process, without limits"
+        "of a module that they can import, of picklable parts; or give it in_process = True, which "
+        "judges answers in this process, without limits"
     )
 
 

@@ -113,7 +113,7 @@ class Task:
         for name in self.trusted:
             if name not in REFUSED:
                 raise ValueError(
-                    f"trust_scorer: got {name!r}; expected one of {', '.join(REFUSED)}; no other needs it"
+                    f"trust_scorer: got {name!r}; expected some of {', '.join(REFUSED)}"
                 )
         for name in self._refused():
             if name not in self.trusted:
@@ -198,7 +198,7 @@ class Task:
     def _refused(self) -> list[str]:
         """Names of ``REFUSED`` whose scorers judge: a composite data set asks those it is made of."""
         parts = self.config.get("datasets", ()) if self.name == "composite" else ()
-        names = [self.name, *(p.get("name") for p in parts if isinstance(p, Mapping))]
+        names = [self.name, *(getattr(part, "name", None) for part in parts)]
         return [str(name) for name in names if name in REFUSED]
 
     def _drawn_examples(self) -> tuple[tuple[str, str], ...]:
@@ -219,7 +219,7 @@ class Task:
     def _dataset(self, size: int, seed: int) -> Any:
         try:
             return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.config)
-        except (ValueError, TypeError, AssertionError) as error:
+        except (ValueError, TypeError, AssertionError, AttributeError) as error:
             raise ValueError(
                 f"task: reasoning-gym refused {self.name!r} with {dict(self.config)}: {error}"
             ) from error
