@@ -47,6 +47,13 @@ class InProcess(Executes):
     in_process = True
 
 
+def count_a(question: str, completion: str, entry: object) -> float | None:
+    """A reward: how many a's; "-" is no answer, and "boom" more than it bears."""
+    if completion == "boom":
+        raise ValueError(question)
+    return None if completion == "-" else float(completion.count("a"))
+
+
 def pid() -> int:
     """For answers: which worker executes them."""
     return os.getpid()

@@ -25,11 +25,14 @@ from reasoning_gym.factory import DATASETS
 from scorers import Executes, InProcess
 
 from topr_kernels.recipe import scoring
+from topr_kernels.recipe.commands import plain
+from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.generate import generate
+from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import ScoringError, Verdict, count_problems, verdicts
 from topr_kernels.recipe.settings import GenerateSettings
 from topr_kernels.recipe.steps import SettingsError
-from topr_kernels.recipe.task_files import find_task, find_tasks
+from topr_kernels.recipe.task_files import find_task, find_tasks, scorer
 from topr_kernels.recipe.tasks import ARITHMETIC, REFUSED, Question, Task
 
 QUESTION = Question(0, "", "", {})
@@ -300,6 +303,45 @@ def test_a_task_that_workers_cannot_have_is_refused_with_the_remedy():
         with pytest.raises(ScoringError, match=r"workers cannot have .*in_process = True"):
             judged("True", task=task)
     assert judged("True")[0].reward == 1.0
+
+
+# --- a reward of one's own -------------------------------------------------------------------
+
+
+def test_a_function_of_ones_own_rewards_in_a_worker():
+    options = GenerateSettings(task="countdown", reward="scorers:count_a")
+    task, test = find_tasks(options)
+    assert task == test == RewardTask(Task("countdown", trusted=tuple(REFUSED)), "scorers:count_a")
+    (question,) = task.questions(1, seed=0)
+    texts = [" banana\n", "none", "-", "boom"]
+    found = verdicts(task, [(text, "stop", question) for text in texts])
+    assert found == [
+        Verdict("banana", "banana", 3.0),
+        Verdict("none", "none", 0.0),
+        Verdict(None, None, -1.0),
+        Verdict(None, None, -1.0, "raised"),
+    ]
+    assert verdicts(task, [("banana", "length", question)])[0].answer is None
+
+
+def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "mine.py").write_text("def f(question, completion, entry): return 1.0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = GenerateSettings(reward="mine:f", model="m")
+    assert plain(options)["reward"] == "mine:f" and "trust_scorer" not in plain(options)
+    known = scorer(options)
+    assert known == {"reward": "mine:f", "reward_sha256": checksum(tmp_path / "mine.py")}
+    # Without one a manifest is what it was.
+    assert scorer(GenerateSettings()) == {} and not {"reward"} & set(plain(GenerateSettings()))
+
+
+@pytest.mark.parametrize("function", ["scorers", "scorers:none", "nowhere:f", ":f", "math:sqrt"])
+def test_a_function_that_is_not_there_is_refused(function: str):
+    with pytest.raises(
+        SettingsError, match=f"--reward {function}: reward: got '{function}'; expected"
+    ):
+        find_tasks(GenerateSettings(reward=function))
 
 
 # --- reasoning-gym's scorers -----------------------------------------------------------------

@@ -448,9 +448,10 @@ def model_input(model: str) -> dict[str, Path]:
 def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
-    if not values.get("trust_scorer", "-"):
-        # Manifests of runs that trust nothing stay as they were.
-        del values["trust_scorer"]
+    for name in ("trust_scorer", "reward"):
+        # Manifests of runs without them stay as they were.
+        if not values.get(name, "-"):
+            del values[name]
     if "model" in values:
         values["model"] = model_key(values["model"])
     for name in ("task", "test_task"):

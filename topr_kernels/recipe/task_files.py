@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.rewards import RewardTask, reward_key
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import (
     ARITHMETIC,
+    REFUSED,
     AnyTask,
     Question,
     Task,
@@ -159,9 +161,16 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
 
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
     """The tasks of the training and of the held-out questions."""
-    trusted = options.trust_scorer
+    # A scorer that is not asked needs no trust.
+    trusted = ",".join(REFUSED) if options.reward else options.trust_scorer
     task = find_task(options.task, options.task_config, trusted)
-    return task, find_task(options.test_task, "{}", trusted) if options.test_task else task
+    test = find_task(options.test_task, "{}", trusted) if options.test_task else task
+    if not options.reward:
+        return task, test
+    try:
+        return RewardTask(task, options.reward), RewardTask(test, options.reward)
+    except ValueError as error:
+        raise SettingsError(f"--reward {options.reward}: {error}") from error
 
 
 def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], list[Question]]:
@@ -188,7 +197,9 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: whether math-verify judged the answers of files, which changes rewards."""
+    """For the manifest: what changes rewards, a function of one's own or whether math-verify judged."""
+    if options.reward:
+        return reward_key(options.reward)
     return {"math_verify": math_verify_installed()} if task_inputs(options) else {}
 
 

@@ -118,8 +118,9 @@ class Task:
         for name in self._refused():
             if name not in self.trusted:
                 raise ValueError(
-                    f"the data set {name!r} is refused: {REFUSED[name]}; choose another, or take it "
-                    f"as it is with --trust-scorer {name} (in Python trusted=({name!r},))"
+                    f"the data set {name!r} is refused: {REFUSED[name]}; choose another, give a "
+                    f"--reward of your own, or take it as it is with --trust-scorer {name} (in Python "
+                    f"trusted=({name!r},))"
                 )
         self._dataset(size=1, seed=0)
 
