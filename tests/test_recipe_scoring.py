@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -24,13 +25,15 @@ from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 from scorers import Executes, InProcess
 
-from topr_kernels.recipe import scoring
+from topr_kernels.recipe import commands, scoring
+from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.commands import plain
 from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.generate import generate
+from topr_kernels.recipe.records import Record, Sampling
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import ScoringError, Verdict, count_problems, verdicts
-from topr_kernels.recipe.settings import GenerateSettings
+from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings
 from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.task_files import find_task, find_tasks, scorer
 from topr_kernels.recipe.tasks import ARITHMETIC, REFUSED, Question, Task
@@ -344,6 +347,28 @@ def test_a_function_that_is_not_there_is_refused(function: str):
         find_tasks(GenerateSettings(reward=function))
 
 
+def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
+    pairs = tmp_path / "pairs.jsonl"
+    texts = ("banana", "none", "-", "boom")
+    pairs.write_text("".join(json.dumps({"question": "q", "completion": t}) + "\n" for t in texts))
+    argv = ["reward", "--reward", "scorers:count_a", "--try", str(pairs)]
+    assert main(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:4] == [
+        "1: +3  'banana'",
+        "2: +0  'none'",
+        "3: no answer  '-'",
+        "4: raised  'boom'",
+    ]
+    assert said[4] == "4 completions: 1 rewarded above 0, 1 no answer, 1 raised"
+    for line in ('{"question": "q"}', "[1]", "{", '{"question": "q", "completion": 1}'):
+        pairs.write_text(line)
+        assert main(argv) == 2
+        assert "pairs.jsonl, line 1: " in capsys.readouterr().err
+    assert main([*argv[:2], "scorers:none", *argv[3:]]) == 2
+    assert "--reward scorers:none" in capsys.readouterr().err
+
+
 # --- reasoning-gym's scorers -----------------------------------------------------------------
 
 #: They evaluate their own question and right answer, never the answer that is judged.
@@ -533,3 +558,22 @@ def test_generate_counts_problems_and_a_resumed_run_counts_them_again(
     assert noted == ["batch-00000.problems.json", "batch-00001.problems.json"]
     (tmp_path / "batch-00001.parquet").unlink()
     assert run() == (records, problems) and sampled == [0, 1, 2, 3, 4, 5, 2, 3]
+
+
+def test_manifests_count_problems_by_cause(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    sampling = Sampling("m", 1.0, 0, 1.0, 6, 0, "", "")
+    answer = Record(0, "", "1", [1], [2], -1.0, "stop", sampling, None, "", False)
+
+    def sample(*_: Any, problems: Counter[str], **__: Any) -> list[Record]:
+        problems.update({"timed out": 2, "died": 1})
+        return [answer]
+
+    monkeypatch.setattr(commands, "sample_task", sample)
+    shared = {"model": "m", "backend": "hf", "questions": 1, "held_out": 1}
+    commands.run_generate(GenerateSettings(**shared), tmp_path / "samples.jsonl")
+    settings = EvaluateSettings(**shared, eval_samples=1, votes=1)
+    commands.run_evaluate(settings, tmp_path / "evaluation.json")
+    for name in ("samples.jsonl.json", "evaluation.json"):
+        figures = json.loads((tmp_path / name).read_text())["figures"]
+        assert figures["scorer_problems"] == {"died": 1, "timed out": 2}
+    assert capsys.readouterr().out.count("rewarded -1: 1 died, 2 timed out") == 2

@@ -48,7 +48,7 @@ class QuestionOptions(Options):
     reward: str = option(
         "",
         "module:function of your own that rewards in place of the task: given question, completion and "
-        "entry, it gives a number, or None where there is no answer",
+        "entry, it gives a number, or nothing where there is no answer",
     )
     held_out: int = option(200, "held-out questions; no training question is one of them", least=1)
     question_seed: int = option(0, "of the choice of questions", least=0, most=MOST_SEED)
