@@ -116,6 +116,8 @@ def _main(given: Sequence[str]) -> int:
     try:
         if given and given[0] in _STEPS:
             return _step(given)
+        if given and given[0] == "reward":
+            return _reward(_parser().parse_args(given))
         return _demo(_parser().parse_args(given))
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes after the last finished step.")
@@ -156,6 +158,19 @@ def _fail(error: Exception, debug: bool, status: int = 2) -> int:
         said = f"{error.filename}: {error.strerror}"
     print(f"topr: {said}", file=sys.stderr)
     return status
+
+
+def _reward(args: argparse.Namespace) -> int:
+    from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.steps import SettingsError
+    from topr_kernels.recipe.try_reward import try_reward
+
+    try:
+        print("\n".join(try_reward(args.reward, args.file)))
+        return 0
+    except (SettingsError, FileError, OSError) as error:
+        print(f"topr: {error}", file=sys.stderr)
+        return 2
 
 
 def _quieten() -> None:
@@ -269,6 +284,23 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         choices=("sequence", "geometric", "token"),
         default="sequence",
         help="level of the ratio in the TOPR run",
+    )
+    reward = commands.add_parser(
+        "reward",
+        help="try a reward of your own on completions in a file",
+        description="Prints what a function says of completions.\n\nexample: topr reward --reward "
+        "mine:reward --try pairs.jsonl",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    reward.add_argument("--reward", required=True, help="module:function, as of the other commands")
+    reward.add_argument(
+        "--try",
+        dest="file",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help='JSONL of {"question": text, "completion": text, ...}; all of it is the entry',
     )
     for name, (text, example) in _STEPS.items():
         command = commands.add_parser(

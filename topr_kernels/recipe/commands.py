@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,12 +128,13 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        records = sample(partial)
+        problems: Counter[str] = Counter()
+        records = sample(partial, problems=problems)
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found)
+        return dataclasses.asdict(found) | said_problems(problems)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -355,7 +357,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        records = sample(partial)
+        problems: Counter[str] = Counter()
+        records = sample(partial, problems=problems)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -367,7 +370,7 @@ def run_evaluate(
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy)
+        return dataclasses.asdict(accuracy) | said_problems(problems)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -465,6 +468,10 @@ def model_input(model: str) -> dict[str, Path]:
 def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
+    for name in ("trust_scorer", "reward"):
+        # Manifests of runs without them stay as they were.
+        if not values.get(name, "-"):
+            del values[name]
     if "model" in values:
         values["model"] = model_key(values["model"])
     for name in ("task", "test_task"):
@@ -529,6 +536,7 @@ def sample_task(
     label: str,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
+    problems: Counter[str] | None = None,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -542,6 +550,7 @@ def sample_task(
         label: named on the progress bar.
         take: as in ``generate``.
         progress: as in ``generate``.
+        problems: as in ``generate``.
     """
     sampler: Callable[..., list[Completion]] | None = None
     if settings.backend == "vllm":
@@ -573,7 +582,16 @@ def sample_task(
             label=label,
             take=take,
             progress=progress,
+            problems=problems,
         )
+
+
+def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+    if problems:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        print(f"answers whose scorer failed, rewarded -1: {causes}")
+    return {"scorer_problems": dict(sorted(problems.items()))}
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from topr_kernels.recipe.generate import Completion, complete, read_prompts, stop_token_ids
+from topr_kernels.recipe.scoring import verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -89,6 +90,7 @@ def evaluate(
 
     Raises:
         ValueError: if there are no questions.
+        ScoringError: if the answers cannot be judged.
     """
     if not questions:
         raise ValueError("questions: got none; expected at least one held-out question")
@@ -117,12 +119,11 @@ def evaluate(
 def _accuracy(
     task: AnyTask, questions: Sequence[Question], completions: Sequence[Completion]
 ) -> Accuracy:
-    correct = invalid = tokens = 0
-    for question, completion in zip(questions, completions, strict=True):
-        answer = task.parse(completion.text, completion.finish_reason, question)
-        invalid += answer is None
-        correct += task.reward(answer, question) > 0
-        tokens += len(completion.token_ids)
+    pairs = zip(questions, completions, strict=True)
+    judged = verdicts(task, [(c.text, c.finish_reason, question) for question, c in pairs])
+    invalid = sum(verdict.answer is None for verdict in judged)
+    correct = sum(verdict.reward > 0 for verdict in judged)
+    tokens = sum(len(completion.token_ids) for completion in completions)
     count = len(questions)
     low, high = wilson_interval(correct, count)
     return Accuracy(correct, count, low, high, invalid / count, tokens / count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from topr_kernels.hf.collator import (
     shares_prefix,
 )
 from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
+from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
@@ -30,6 +32,7 @@ from topr_kernels.recipe.records import (
     tokenizer_fingerprint,
     write_records,
 )
+from topr_kernels.recipe.scoring import Verdict, count_problems, verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -256,6 +259,7 @@ def generate(
     label: str = "generate",
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
+    problems: Counter[str] | None = None,
 ) -> list[Record]:
     """Samples completions of every question and rewards them.
 
@@ -281,6 +285,8 @@ def generate(
         take: given the number of batches, gives those to do, in rising order: for one of several
             processes, which leaves its share in ``shards``.
         progress: whether to show a bar.
+        problems: counts the answers whose scorer failed, by cause (``scoring.CAUSES``); also those of
+            batches that were found.
 
     Returns:
         Q * samples records in the order of the questions (of the batches taken, if not all); without
@@ -288,6 +294,7 @@ def generate(
 
     Raises:
         RecordError: if a shard is damaged; delete it and run again.
+        ScoringError: if the answers cannot be judged.
     """
     sample = complete if sampler is None else sampler
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -300,12 +307,17 @@ def generate(
             start = starts[i]
             part = work[start : start + batch_size]
             shard = None if shards is None else shards / f"batch-{i:05d}.parquet"
+            # Beside the batch, if there are any: the records do not tell why an answer has no verdict.
+            noted = None if shard is None else shard.with_suffix(".problems.json")
+            found: Counter[str] = Counter()
             if shard is not None and shard.exists():
                 batch = read_records(shard)
                 if [record.group for record in batch] != [question.group for question in part]:
                     raise RecordError(
                         f"{shard}: holds other questions than its batch; delete it and run again"
                     )
+                if noted is not None and noted.exists():
+                    found = Counter(read_json(noted))
             else:
                 batch_seed = seed * 1_000_003 + i
                 completions = sample(
@@ -322,12 +334,24 @@ def generate(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
                     *(fingerprint, weights),
                 )
+                judged = verdicts(
+                    task,
+                    [(c.text, c.finish_reason, q) for q, c in zip(part, completions, strict=True)],
+                )
                 batch = [
-                    _record(task, question, completion, sampling)
-                    for question, completion in zip(part, completions, strict=True)
+                    _record(question, completion, verdict, sampling)
+                    for question, completion, verdict in zip(part, completions, judged, strict=True)
                 ]
-                if shard is not None:
+                found = count_problems(judged)
+                if shard is not None and noted is not None:
+                    # First: a batch that is there is not judged again.
+                    if found:
+                        write_json(noted, found)
+                    else:
+                        noted.unlink(missing_ok=True)
                     write_records(shard, batch)
+            if problems is not None:
+                problems.update(found)
             records += batch
             # Those of others in between are done, or being done.
             bar.update(start + len(batch) - bar.n)
@@ -335,19 +359,18 @@ def generate(
 
 
 def _record(
-    task: AnyTask, question: Question, completion: Completion, sampling: Sampling
+    question: Question, completion: Completion, verdict: Verdict, sampling: Sampling
 ) -> Record:
-    answer = task.parse(completion.text, completion.finish_reason, question)
     return Record(
         group=question.group,
         prompt=question.prompt,
         completion=completion.text,
         prompt_token_ids=completion.prompt_token_ids,
         completion_token_ids=completion.token_ids,
-        reward=task.reward(answer, question),
+        reward=verdict.reward,
         finish_reason=completion.finish_reason,
         sampling=sampling,
         behavior_log_prob=completion.log_prob,
         behavior_source="" if completion.log_prob is None else "sampler",
-        valid=answer is not None,
+        valid=verdict.answer is not None,
     )

@@ -50,6 +50,16 @@ class QuestionOptions(Options):
         type=_task,
     )
     questions: int = option(192, "training questions", least=1)
+    trust_scorer: str = option(
+        "",
+        "reasoning-gym data sets, by commas, to take although they are refused: their scorers execute "
+        "answers, or reward wrong ones",
+    )
+    reward: str = option(
+        "",
+        "module:function of your own that rewards in place of the task: given question, completion and "
+        "entry, it gives a number, or nothing where there is no answer",
+    )
     held_out: int = option(200, "held-out questions; no training question is one of them", least=1)
     question_seed: int = option(0, "of the choice of questions", least=0, most=MOST_SEED)
 

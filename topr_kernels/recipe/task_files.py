@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.rewards import RewardTask, reward_key
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import (
     ARITHMETIC,
+    REFUSED,
     AnyTask,
     Question,
     Task,
@@ -125,11 +127,16 @@ class FileTask:
         return [entry for _, entry in read]
 
 
-def find_task(name: str, config: str) -> AnyTask:
+def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
     """The task of a ``--task``: arithmetic, gsm8k:FILE, math:FILE, or a reasoning-gym data set.
 
+    Args:
+        name: of the task.
+        config: settings of a data set, as JSON.
+        trust_scorer: names of ``tasks.REFUSED``, by commas, that may be had.
+
     Raises:
-        SettingsError: if there is no such task, or it refuses the configuration.
+        SettingsError: if there is no such task, it refuses the configuration, or its scorer is refused.
     """
     kind, colon, file = name.partition(":")
     try:
@@ -146,15 +153,25 @@ def find_task(name: str, config: str) -> AnyTask:
     try:
         if colon:
             return FileTask(kind, Path(file).expanduser())
-        return ARITHMETIC if name == "arithmetic" else Task(name, settings)
+        if name == "arithmetic":
+            return ARITHMETIC
+        return Task(name, settings, trusted=tuple(filter(None, trust_scorer.split(","))))
     except ValueError as error:
         raise SettingsError(f"--task {name}: {error}") from error
 
 
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
     """The tasks of the training and of the held-out questions."""
-    task = find_task(options.task, options.task_config)
-    return task, find_task(options.test_task, "{}") if options.test_task else task
+    # A scorer that is not asked needs no trust.
+    trusted = ",".join(REFUSED) if options.reward else options.trust_scorer
+    task = find_task(options.task, options.task_config, trusted)
+    test = find_task(options.test_task, "{}", trusted) if options.test_task else task
+    if not options.reward:
+        return task, test
+    try:
+        return RewardTask(task, options.reward), RewardTask(test, options.reward)
+    except ValueError as error:
+        raise SettingsError(f"--reward {options.reward}: {error}") from error
 
 
 def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], list[Question]]:
@@ -185,10 +202,12 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: the math-verify that judges the answers of files, which changes rewards."""
-    return (
-        {"math_verify": importlib.metadata.version("math-verify")} if task_inputs(options) else {}
-    )
+    """For the manifest: what changes rewards, a function of one's own or the math-verify that judged."""
+    if options.reward:
+        return reward_key(options.reward)
+    if not task_inputs(options):
+        return {}
+    return {"math_verify": importlib.metadata.version("math-verify")}
 
 
 def task_inputs(options: QuestionOptions) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import reasoning_gym
@@ -19,6 +20,24 @@ _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d*)?")
 # data set's plus its index), so that asking for more questions of one leaves the others alone.
 _EXAMPLE_SEED = 1_000_000_000
 _SEED_STRIDE = 1_000_000
+
+_EVAL = "its scorer evaluates the answer as Python (eval)"
+_SYMPY = "its scorer evaluates the answer as Python (sympy's parse_expr)"
+#: reasoning-gym's data sets that are not served unless asked for by name, and why.
+REFUSED: dict[str, str] = {
+    "binary_matrix": _EVAL,
+    "coin_flip": "its scorer rewards a beginning of the right answer, as 0 of 0.3125",
+    "complex_arithmetic": "its scorer rewards nan",
+    "countdown": _SYMPY,
+    "game_of_life_halting": "its scorer rewards any text where the right answer is True, and none else",
+    "intermediate_integration": _SYMPY,
+    "n_queens": _EVAL,
+    "polynomial_multiplication": _SYMPY,
+    "puzzle24": _SYMPY,
+    "simple_integration": _SYMPY,
+    "spiral_matrix": _EVAL,
+    "string_insertion": _EVAL,
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +57,11 @@ class Question:
     entry: Mapping[str, Any]
 
 
-class AnyTask(Protocol):
-    """What the pipeline asks of a task: questions, and what a completion is worth."""
+class Judge(Protocol):
+    """What judging an answer asks of a task; ``scoring.verdicts`` does so in worker processes.
 
-    @property
-    def one_line(self) -> bool:
-        """Whether a completion ends with its line."""
-
-    def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
-        """Draws distinct questions whose texts are not in ``exclude``."""
+    A task may say ``in_process = True``: then it is asked in the caller's process.
+    """
 
     def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
         """The answer that a completion gives, or None if it gives none."""
@@ -56,6 +71,17 @@ class AnyTask(Protocol):
 
     def reward(self, answer: str | None, question: Question) -> float:
         """+1 for a right answer, -1 for a wrong one or none."""
+
+
+class AnyTask(Judge, Protocol):
+    """What the pipeline asks of a task: questions, and what a completion is worth."""
+
+    @property
+    def one_line(self) -> bool:
+        """Whether a completion ends with its line."""
+
+    def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
+        """Draws distinct questions whose texts are not in ``exclude``."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +94,12 @@ class Task:
         examples: worked (question, answer) pairs in front of every question, the same for every
             seed; None draws three from the data set.
 
+        trusted: data sets of ``REFUSED`` to take all the same. ``scoring.verdicts`` gives each of their
+            answers a worker of its own; ``reward`` itself confines nothing.
+
     Raises:
-        ValueError: if reasoning-gym has no such data set or refuses the settings.
+        ValueError: if reasoning-gym has no such data set or refuses the settings, if the data set is one
+            of ``REFUSED`` and not ``trusted``, or if ``trusted`` names one that is not refused.
     """
 
     one_line: ClassVar[bool] = True
@@ -77,9 +107,35 @@ class Task:
     name: str = "chain_sum"
     config: Mapping[str, Any] = field(default_factory=dict)
     examples: tuple[tuple[str, str], ...] | None = None
+    trusted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.trusted:
+            if name not in REFUSED:
+                raise ValueError(
+                    f"trust_scorer: got {name!r}; expected some of {', '.join(REFUSED)}"
+                )
+        for name in self._refused():
+            if name not in self.trusted:
+                raise ValueError(
+                    f"the data set {name!r} is refused: {REFUSED[name]}; choose another, give a "
+                    f"--reward of your own, or take it as it is with --trust-scorer {name} (in Python "
+                    f"trusted=({name!r},))"
+                )
         self._dataset(size=1, seed=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the data set that ``prepare`` made.
+        return Task, (self.name, self.config, self.examples, self.trusted)
+
+    @property
+    def one_worker_each(self) -> bool:
+        """Whether an answer could change what others are worth: it may be executed."""
+        return bool(self._refused())
+
+    def prepare(self) -> None:
+        """Makes what ``reward`` needs, which takes some data sets a second."""
+        _ = self._scorer
 
     def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
         """Draws distinct questions, also distinct from the worked examples.
@@ -130,12 +186,21 @@ class Task:
         """+1 for a right answer by the data set's own scorer, -1 for a wrong one or none."""
         if answer is None:
             return -1.0
-        dataset = self._dataset(size=1, seed=0)
-        return 1.0 if dataset.score_answer(answer, dict(question.entry)) >= 1.0 else -1.0
+        return 1.0 if self._scorer.score_answer(answer, dict(question.entry)) >= 1.0 else -1.0
 
     def canonical(self, answer: str) -> str:
         """The answer as a number where it is one, else as it stands."""
         return canonical_number(answer) or answer.strip()
+
+    @cached_property
+    def _scorer(self) -> Any:
+        return self._dataset(size=1, seed=0)
+
+    def _refused(self) -> list[str]:
+        """Names of ``REFUSED`` whose scorers judge: a composite data set asks those it is made of."""
+        parts = self.config.get("datasets", ()) if self.name == "composite" else ()
+        names = [self.name, *(getattr(part, "name", None) for part in parts)]
+        return [str(name) for name in names if name in REFUSED]
 
     def _drawn_examples(self) -> tuple[tuple[str, str], ...]:
         drawn: dict[str, str] = {}
@@ -155,7 +220,7 @@ class Task:
     def _dataset(self, size: int, seed: int) -> Any:
         try:
             return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.config)
-        except (ValueError, TypeError, AssertionError) as error:
+        except (ValueError, TypeError, AssertionError, AttributeError) as error:
             raise ValueError(
                 f"task: reasoning-gym refused {self.name!r} with {dict(self.config)}: {error}"
             ) from error

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from topr_kernels.recipe.commands import (
     Models,
@@ -29,12 +29,13 @@ from topr_kernels.recipe.commands import (
 )
 from topr_kernels.recipe.curate import figures, to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
+from topr_kernels.recipe.scoring import verdicts
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
 from topr_kernels.recipe.steps import SettingsError, Step, model_key, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
-from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.tasks import Judge, Question
 from topr_kernels.recipe.trained_on import check_unseen, count_seen
-from topr_kernels.recipe.voting import Scorer, judged_answers, weighted_majority
+from topr_kernels.recipe.voting import judged_answers, weighted_majority
 
 _WORDS = {
     **dict.fromkeys(("right", "correct", "yes"), "right"),
@@ -54,6 +55,9 @@ class Verification:
         template: text of a question; {prompt} and {completion} stand for those of the solution.
         one_line: whether a judgement ends with its line.
     """
+
+    #: A judgement is read as text, in one pass: nothing that a worker would have to hold.
+    in_process: ClassVar[bool] = True
 
     template: str
     one_line: bool = False
@@ -203,7 +207,7 @@ def verifier_figures(judgements: Sequence[Record]) -> VerifierFigures:
 def weighted_accuracy(
     records: Sequence[Record],
     scores: Sequence[float],
-    task: Scorer,
+    task: Judge,
     questions: Sequence[Question],
     *,
     votes: int,
@@ -297,7 +301,7 @@ def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> lis
 
 
 def answers_to_judge(
-    records: Sequence[Record], task: Scorer, questions: Sequence[Question], name: str
+    records: Sequence[Record], task: Judge, questions: Sequence[Question], name: str
 ) -> list[Record]:
     """The answers that vote, with their numbers in ``judged``: those that can be parsed.
 
@@ -316,17 +320,22 @@ def answers_to_judge(
             f"{name}: holds {len(records)} answers to {len(questions)} questions; expected equally many "
             "to each, as topr evaluate samples them; give its held_out"
         )
-    parsed = []
-    for i, record in enumerate(_numbered(records)):
+    numbered = _numbered(records)
+    for i, record in enumerate(numbered):
         question = questions[i // samples]
         if (record.group, record.prompt) != (question.group, question.prompt):
             raise RecordError(
                 f"{name}, record {i}, field 'prompt': is not that of held-out question "
                 f"{question.group}; give the task, question_seed and held_out of topr evaluate"
             )
-        if task.parse(record.completion, record.finish_reason, question) is not None:
-            parsed.append(record)
-    return parsed
+    judged = verdicts(
+        task,
+        [
+            (record.completion, record.finish_reason, questions[i // samples])
+            for i, record in enumerate(numbered)
+        ],
+    )
+    return [r for r, verdict in zip(numbered, judged, strict=True) if verdict.answer is not None]
 
 
 def run_verify(

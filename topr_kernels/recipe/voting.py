@@ -7,25 +7,12 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from topr_kernels.recipe.curate import DataFigures, figures
 from topr_kernels.recipe.evaluate import wilson_interval
 from topr_kernels.recipe.records import Record
-from topr_kernels.recipe.tasks import Question
-
-
-class Scorer(Protocol):
-    """What voting asks of a task."""
-
-    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
-        """The answer that a completion gives."""
-
-    def canonical(self, answer: str) -> str:
-        """The form in which equal answers are equal texts."""
-
-    def reward(self, answer: str | None, question: Question) -> float:
-        """Positive for a right answer."""
+from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.tasks import Judge, Question
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class SampledAccuracy:
 
 def sampled_accuracy(
     records: Sequence[Record],
-    task: Scorer,
+    task: Judge,
     questions: Sequence[Question],
     *,
     votes: int,
@@ -96,6 +83,7 @@ def sampled_accuracy(
 
     Raises:
         ValueError: if ``records`` are not N for each question, or ``votes`` is not in 1..N.
+        ScoringError: if the answers cannot be judged.
     """
     answers = judged_answers(records, task, questions, votes)
     samples = len(answers[0])
@@ -121,12 +109,12 @@ def sampled_accuracy(
 
 
 def judged_answers(
-    records: Sequence[Record], task: Scorer, questions: Sequence[Question], votes: int
+    records: Sequence[Record], task: Judge, questions: Sequence[Question], votes: int
 ) -> list[list[tuple[str | None, bool]]]:
     """For each question its N answers: canonical form, None where there is none, and whether right.
 
     Raises:
-        ValueError: as ``sampled_accuracy``.
+        ValueError, ScoringError: as ``sampled_accuracy``.
     """
     samples = len(records) // max(1, len(questions))
     groups = [record.group for record in records]
@@ -137,17 +125,21 @@ def judged_answers(
         )
     if not 1 <= votes <= samples:
         raise ValueError(f"votes: got {votes}; expected 1 to {samples}, the answers per question")
+    judged = verdicts(
+        task,
+        [
+            (record.completion, record.finish_reason, questions[i // samples])
+            for i, record in enumerate(records)
+        ],
+    )
     answers = []
-    for i, question in enumerate(questions):
-        part = records[i * samples : (i + 1) * samples]
-        parsed = [task.parse(r.completion, r.finish_reason, question) for r in part]
-        forms = [None if a is None else task.canonical(a) for a in parsed]
-        # One judgement per form: equal answers must not be judged differently, nor twice.
+    for i in range(len(questions)):
+        part = judged[i * samples : (i + 1) * samples]
+        # One judgement per form: equal answers must not be judged differently.
         scores: dict[str | None, bool] = {}
-        for form, answer in zip(forms, parsed, strict=True):
-            if form not in scores:
-                scores[form] = task.reward(answer, question) > 0
-        answers.append([(form, scores[form]) for form in forms])
+        for verdict in part:
+            scores.setdefault(verdict.form, verdict.reward > 0)
+        answers.append([(verdict.form, scores[verdict.form]) for verdict in part])
     return answers
 
 

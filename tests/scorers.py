@@ -1,0 +1,66 @@
+"""Tasks whose scorers do what they should not; workers import this file, so it imports little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from topr_kernels.recipe.tasks import Question
+
+
+@dataclass(frozen=True)
+class Executes:
+    """An answer is executed, and is right if that gives True; the answer is what it gave."""
+
+    one_line: ClassVar[bool] = True
+
+    one_worker_each: bool = False
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        if completion == "hang":
+            while True:
+                pass
+        if completion == "sleep":
+            time.sleep(600)
+        if completion == "fall":
+            os._exit(3)
+        if completion == "swallow":
+            try:
+                os.open("written", os.O_CREAT)
+            except OSError:
+                return "True"
+        return str(eval(completion))
+
+    def canonical(self, answer: str) -> str:
+        return answer
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        return 1.0 if answer == "True" else float("nan") if answer == "nan" else -1.0
+
+
+class InProcess(Executes):
+    """The same, asked where it is."""
+
+    in_process = True
+
+
+def count_a(question: str, completion: str, entry: object) -> float | None:
+    """A reward: how many a's; "-" is no answer, and "boom" more than it bears."""
+    if completion == "boom":
+        raise ValueError(question)
+    return None if completion == "-" else float(completion.count("a"))
+
+
+def pid() -> int:
+    """For answers: which worker executes them."""
+    return os.getpid()
+
+
+def deaf() -> str:
+    """For answers: does not hear that its time is over."""
+    signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    while True:
+        pass

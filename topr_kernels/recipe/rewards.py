@@ -1,0 +1,110 @@
+"""A reward of one's own: the questions of any task, rewarded by a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from topr_kernels.recipe.files import checksum
+from topr_kernels.recipe.tasks import AnyTask, Question
+
+
+@dataclass(frozen=True)
+class RewardTask:
+    """The questions of a task, and a function that says what a completion is worth.
+
+    The function is called as ``function(question, completion, entry)``, with the question's text, the
+    completion without its surrounding white space, and ``Question.entry``; it gives the reward, or None
+    where the completion has no answer, which is rewarded -1. It runs in the workers of ``scoring``: with
+    their limits, and without files to write, a network or an environment.
+
+    Args:
+        task: where the questions come from; its own scorer is not asked.
+        function: ``module:function``, of a module that can be imported from the working folder.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+
+    task: AnyTask
+    function: str
+
+    def __post_init__(self) -> None:
+        _find(self.function)
+
+    @property
+    def one_line(self) -> bool:
+        """Whether a completion ends with its line."""
+        return self.task.one_line
+
+    def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
+        """Those of the task."""
+        return self.task.questions(count, seed=seed, exclude=exclude)
+
+    def prepare(self) -> None:
+        """Imports the function's module, before workers give up what that may need."""
+        _find(self.function)
+
+    def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
+        """The completion; None if it was cut, or the function finds no answer in it."""
+        answer = completion.strip()
+        if finish_reason != "stop" or self._value(answer, question) is None:
+            return None
+        return answer
+
+    def canonical(self, answer: str) -> str:
+        """The answer as it stands: the function alone knows which are equal."""
+        return answer
+
+    def reward(self, answer: str | None, question: Question) -> float:
+        """What the function gives; -1 for no answer."""
+        value = None if answer is None else self._value(answer, question)
+        return -1.0 if value is None else value
+
+    def _value(self, answer: str, question: Question) -> float | None:
+        # Asked twice for an answer, by parse and by reward; it may take its time.
+        if self._known[:2] != [answer, question]:
+            value = _find(self.function)(question.text, answer, dict(question.entry))
+            self._known[:] = [answer, question, None if value is None else float(value)]
+        known: float | None = self._known[2]
+        return known
+
+    @cached_property
+    def _known(self) -> list[Any]:
+        return [None, None, None]
+
+
+def reward_file(function: str) -> Path:
+    """The file of a function's module.
+
+    Raises:
+        ValueError: as ``RewardTask``.
+    """
+    return Path(_find(function).__code__.co_filename)
+
+
+def reward_key(function: str) -> dict[str, str]:
+    """For a manifest: the function, and the checksum of its file, which changes rewards."""
+    return {"reward": function, "reward_sha256": checksum(reward_file(function))}
+
+
+def _find(function: str) -> Any:
+    module, _, name = function.partition(":")
+    # The console script does not look into the working folder.
+    if module not in sys.modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward: got {function!r}; expected module:function, importable from here ({error})"
+        ) from error
+    if not hasattr(found, "__code__"):
+        raise ValueError(f"reward: got {function!r}; expected a function written in Python")
+    return found

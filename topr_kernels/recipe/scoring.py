@@ -1,0 +1,219 @@
+"""What answers are worth, found out in worker processes: answers can hang a scorer, or be executed.
+
+``verdicts`` starts a server process (``scoring_server``), which forks workers. They give up what judging
+does not need (``confine``), have a limit of processor time and of memory for each answer, and are
+replaced when they are over it. An answer whose scorer fails is rewarded -1 and counted by cause.
+
+This is defence in depth, not a jail. An answer that is read as data can at worst waste its limits. One
+that is executed (``Task.trusted``) can read what this user may read, and can give itself any reward; it
+has a worker to itself, so that it changes no other. On Linux the kernel keeps it from writing files,
+from the network and from other processes; elsewhere only Python's audit hook, which hostile code passes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from topr_kernels.recipe import scoring_server
+from topr_kernels.recipe.scoring_server import CAUSES, read_frame, write_frame
+from topr_kernels.recipe.steps import SettingsError
+from topr_kernels.recipe.tasks import Judge, Question
+
+__all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]
+
+#: Seconds of the processor for one answer; four times as many of the clock.
+SECONDS = 5.0
+#: Bytes that a worker may take for an answer.
+MEMORY = 2**30
+_MOST_WORKERS = 4
+#: What the server gets of the environment: no keys, no tokens.
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
+
+
+class ScoringError(SettingsError):
+    """Answers cannot be judged in worker processes."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer is worth.
+
+    Args:
+        answer: what ``parse`` found; None if nothing, or if ``problem`` says why there is no verdict.
+        form: its ``canonical`` form.
+        reward: -1 where there is a problem.
+        problem: one of ``CAUSES``; "" for none.
+    """
+
+    answer: str | None
+    form: str | None
+    reward: float
+    problem: str = ""
+
+
+def verdicts(
+    task: Judge,
+    answers: Iterable[tuple[str, str, Question]],
+    *,
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
+) -> list[Verdict]:
+    """Judges a batch of answers, several at a time.
+
+    Task and questions are pickled for the workers. A task with ``in_process = True`` is asked here,
+    without any limit, and what it raises is raised: for one that cannot be pickled, or whose judging
+    cannot go wrong.
+
+    Args:
+        task: parses and rewards.
+        answers: completion, finish reason and question of each.
+        seconds: of the processor for one answer; it may take four times as many of the clock.
+        memory: bytes for one answer, on top of what the worker has.
+
+    Returns:
+        One verdict for each answer, in order.
+
+    Raises:
+        ScoringError: if the workers cannot have the task, or this system has no ``os.fork``.
+    """
+    answers = list(answers)
+    if getattr(task, "in_process", False):
+        return [_here(task, *answer) for answer in answers]
+    if not answers:
+        return []
+    found = _server().judge(task, answers, seconds, memory)
+    return [Verdict(**verdict) for verdict in found]
+
+
+def count_problems(found: Sequence[Verdict]) -> Counter[str]:
+    """How many answers have no verdict, by cause."""
+    return Counter(verdict.problem for verdict in found if verdict.problem)
+
+
+def _here(task: Judge, completion: str, finish_reason: str, question: Question) -> Verdict:
+    answer = task.parse(completion, finish_reason, question)
+    form = None if answer is None else task.canonical(answer)
+    return Verdict(answer, form, task.reward(answer, question))
+
+
+class _Server:
+    """The server process, started at the first batch and kept: it ends with this process."""
+
+    def __init__(self) -> None:
+        if not hasattr(os, "fork"):
+            raise ScoringError(
+                "scoring: answers are judged in forked processes, which this system does not have; use "
+                "Linux, macOS or WSL, or a task of your own with in_process = True"
+            )
+        self.owner = os.getpid()
+        self._lock = threading.Lock()
+        self._task: bytes | None = None
+        path = [os.path.abspath(p) for p in sys.path]
+        # Limits of threads: workers could not start any, and each judges one answer.
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        self._process = subprocess.Popen(
+            # -I: nothing of the environment or the working folder is imported.
+            [sys.executable, "-I", scoring_server.__file__, json.dumps(path)],
+            env={**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Ctrl-C is for this process, which ends the server.
+            start_new_session=True,
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self.owner == os.getpid() and self._process.poll() is None
+
+    def judge(
+        self, task: Judge, answers: list[tuple[str, str, Question]], seconds: float, memory: int
+    ) -> list[dict[str, Any]]:
+        with self._lock:
+            try:
+                pickled = pickle.dumps(task)
+                order = {
+                    "task": None if pickled == self._task else pickled,
+                    "path": [os.path.abspath(p) for p in sys.path],
+                    "items": [pickle.dumps(answer) for answer in answers],
+                    "seconds": seconds,
+                    "memory": memory,
+                    "workers": min(_MOST_WORKERS, _processors()),
+                    "each": int(getattr(task, "one_worker_each", False)),
+                }
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise _not_had(task, error) from error
+            try:
+                write_frame(cast(Any, self._process.stdin), pickle.dumps(order))
+                content = read_frame(cast(Any, self._process.stdout))
+            except BaseException as error:
+                # Half a batch is in the pipes: an interrupted server cannot go on.
+                self.stop()
+                if not isinstance(error, BrokenPipeError):
+                    raise
+                content = None
+            if content is None:
+                self.stop()
+                raise ScoringError(
+                    "scoring: the server of the workers ended; its own message tells why. The same "
+                    "command continues"
+                )
+            found = json.loads(content)
+            if isinstance(found, dict):
+                self._task = None
+                raise _not_had(task, found["error"])
+            self._task = pickled
+            return cast(list[dict[str, Any]], found)
+
+    def stop(self) -> None:
+        if self.owner != os.getpid():
+            return
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _not_had(task: Judge, error: object) -> ScoringError:
+    return ScoringError(
+        f"task: workers cannot have {type(task).__name__} or its questions ({error}); expected a class "
+        "of a module that they can import, of picklable parts; or give it in_process = True, which "
+        "judges answers in this process, without limits"
+    )
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_running: _Server | None = None
+
+
+def _server() -> _Server:
+    global _running
+    if _running is None or not _running.alive:
+        _running = _Server()
+    return _running
+
+
+@atexit.register
+def _stop() -> None:
+    if _running is not None:
+        _running.stop()
