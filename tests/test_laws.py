@@ -20,10 +20,14 @@ OUTSIDE = {
     "recipe": {
         "accelerate",
         "gguf",
+        # math-verify, and the two packages that it is made of.
+        "latex2sympy2_extended",
+        "math_verify",
         "matplotlib",
         "numpy",
         "pyarrow",
         "reasoning_gym",
+        "sympy",
         "tqdm",
         "transformers",
     },
