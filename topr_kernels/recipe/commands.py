@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -283,7 +284,9 @@ def run_train(
         if current().rank == 0:
             print(f"train on {len(found)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
-        with naming(f"--model {settings.model}: training failed", "--batch-size"):
+        # Of several processes what fails here may be a consequence: ``share`` tells which.
+        alone = naming(f"--model {settings.model}: training failed", "--batch-size")
+        with alone if processes == 1 else contextlib.nullcontext():
             history = train(
                 loaded.model,
                 loaded.tokenizer,
