@@ -47,7 +47,10 @@ import os, random, signal, sys, time
 import accelerate, torch, transformers
 from pipeline import kill_at_move
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.tasks import Task
 
+# Every killed run would start workers anew, which takes a second of the processor.
+Task.in_process = True
 config, folder = sys.argv[1:3]
 
 def run(argv, seconds=None, moves=None):
