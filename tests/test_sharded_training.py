@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,11 @@ def fsdp_worker(folder: str, tied: bool) -> None:
 
 def without_shared_memory() -> None:
     """DeepSpeed would compile its own collectives for a CPU, most of a minute, instead of gloo."""
-    import deepspeed.comm.torch
-
     torch.set_num_threads(1)
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # As an attribute of its package that name is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    assert callable(backend.build_shm_op)
+    backend.build_shm_op = lambda: None
 
 
 def zero_worker(folder: str, tied: bool) -> None:
