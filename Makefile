@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install hidden-states bench sanitize clean
+.PHONY: demo test test-fast lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
+
+# The mathematics, the operators, and the native and Triton kernels at small sizes.
+FAST := autograd from_log_prob laws linear linear_tolerance loss matmul metrics native packing \
+	pitfalls signature taper triton triton_linear validation
+test-fast: lint
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -169,6 +169,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients_too_large_for_a_cache(dtype: torch.dtype, inplace: bool) -> None:
