@@ -7,13 +7,19 @@ STAMP := $(VENV)/installed
 
 PIP_OLDEST := $(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo test test-oldest lint install hidden-states bench sanitize clean
+.PHONY: demo test test-fast test-oldest lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
+
+# The mathematics, the operators, and the native and Triton kernels at small sizes.
+FAST := autograd from_log_prob laws linear linear_tolerance loss matmul metrics native pitfalls taper \
+	triton triton_linear validation
+test-fast: lint
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)
 
 # What stands on transformers and its kin, with the oldest of them that pyproject.toml promises.
 OLDEST_TESTS := $(wildcard $(addprefix tests/test_,causal_lm.py data.py heads.py integrations.py loops.py \

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what came of it as JSON lines.
 
 Run by ``test_triton_aot.py`` in a process of its own, because the interpreter is chosen at import.
-Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942
+Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942 [each]
+With ``each`` it takes every variant once, in one dtype or another, instead of in all of them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+Case = tuple[str, Any, str, dict[str, Any]]
 FULL = {"SOFTCAP": True, "TEMPERATURE": True, "ENTROPY": True}
 
 
-def cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
+def cases() -> list[Case]:
     """(name, kernel, dtype of the logits, constants), with the constants of real launches."""
     found = []
     for dtype, size in SIZES.items():
@@ -63,7 +65,7 @@ def cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
     return found + linear_cases()
 
 
-def linear_cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
+def linear_cases() -> list[Case]:
     """The same for the fused-linear path; the dtype is that of J."""
     plain = dict(ALIGNED=True, SOFTCAP=False, FACTOR=False)
     capped = dict(SOFTCAP=True, FACTOR=True)
@@ -90,6 +92,14 @@ def linear_cases() -> list[tuple[str, Any, str, dict[str, Any]]]:
                 (f"{name}, all options, narrow", kernel, dtype, every | {"ALIGNED": False}),
             ]
     return found
+
+
+def each(found: list[Case]) -> list[Case]:
+    """Every kernel with every set of options once, the dtypes in turn."""
+    dtypes: dict[str, list[Case]] = {}
+    for case in found:
+        dtypes.setdefault(case[0], []).append(case)
+    return [same[i % len(same)] for i, same in enumerate(dtypes.values())]
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -134,7 +144,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     arch = sys.argv[1]
-    for name, kernel, dtype, constants in cases():
+    for name, kernel, dtype, constants in each(cases()) if "each" in sys.argv else cases():
         asm = compile_case(kernel, dtype, constants, TARGETS[arch]).asm
         report: dict[str, Any] = {"arch": arch, "kernel": name, "dtype": dtype}
         if "ptx" in asm:

@@ -15,6 +15,22 @@ from typing import Any
 from topr_kernels.recipe import files
 from topr_kernels.recipe.cli import main
 
+#: What commands of the recipe import when they come to it, some seconds in every process.
+LATE = (
+    *("datasets", "pyarrow.parquet", "reasoning_gym", "transformers.generation"),
+    *(
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+        "topr_kernels.hf.trainer",
+    ),
+)
+
+
+def import_all() -> None:
+    """Imports it now, in the process that others are forked from."""
+    for name in LATE:
+        importlib.import_module(name)
+
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every file, without the seconds of the manifests."""

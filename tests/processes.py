@@ -1,12 +1,21 @@
-"""Starts a program as several processes of one torch.distributed group on this machine."""
+"""Starts several processes of one torch.distributed group on this machine, by forking."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent
 
@@ -18,32 +27,109 @@ def free_port() -> int:
 
 
 def launch(
-    world: int, code: str, *args: str, timeout: float = 150, env: dict[str, str] | None = None
+    world: int,
+    function: str,
+    *args: Any,
+    timeout: float = 150,
+    env: dict[str, str] | None = None,
+    imports: tuple[str, ...] = (),
 ) -> list[str]:
-    """Runs ``python -c code args`` as ``world`` ranks; returns their output, raises if one fails."""
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    common |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", **(env or {})}
-    common |= {"MASTER_PORT": str(free_port())}
-    common["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
-    # Not by way of the interpreter's end: about once in ten runs (torch 2.13) the last reference to a
-    # process group waits there, with the GIL, for a thread of gloo that wants it.
-    code += "\nimport os, sys\nsys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
-    processes = []
-    try:
-        for rank in range(world):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, *args],
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    """Runs ``function``, "module.name", with ``args`` as ``world`` ranks.
+
+    The ranks are forked from one process for the whole session, which has imported ``module`` and
+    ``imports`` and computes nothing.
+
+    Returns:
+        What each rank has printed.
+
+    Raises:
+        AssertionError: a rank failed, or was not done after ``timeout`` seconds; with what it printed.
+    """
+    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        job = dict(world=world, function=function, args=args, timeout=timeout, env=common)
+        statuses = ask({**job, "imports": imports, "folder": folder})
+        outputs = [(Path(folder) / str(rank)).read_text() for rank in range(world)]
+    for status, output in zip(statuses, outputs, strict=True):
+        assert status == 0, f"status {status} (negative: killed by that signal)\n{output}"
     return outputs
+
+
+def ask(job: dict[str, Any]) -> list[int]:
+    server = started()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, f"the process that forks has ended: {job}"
+    return list(json.loads(answer))
+
+
+@functools.cache
+def started() -> subprocess.Popen[str]:
+    """The process that runs ``serve``, until this one ends."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
+    server = subprocess.Popen(
+        [sys.executable, "-c", "import processes; processes.serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path},
+    )
+    # The end of its input is the end of it; whoever measures this process is told its time as well.
+    atexit.register(server.communicate)
+    return server
+
+
+def serve() -> None:
+    """Runs jobs, one a line of stdin; answers with the exit status of each rank."""
+    answers = os.fdopen(os.dup(1), "w")
+    # What an import prints is no answer.
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
+
+
+def run(
+    *,
+    world: int,
+    function: str,
+    args: list[Any],
+    timeout: float,
+    env: dict[str, str],
+    imports: list[str],
+    folder: str,
+) -> list[int]:
+    module, _, name = function.rpartition(".")
+    for needed in [*imports, module]:
+        importlib.import_module(needed)
+    children = {}
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                output = os.open(Path(folder) / str(rank), os.O_WRONLY | os.O_CREAT)
+                os.dup2(output, 1), os.dup2(output, 2)
+                os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+                getattr(sys.modules[module], name)(*args)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                # Not by way of the interpreter's end: about once in ten runs (torch 2.13) the last
+                # reference to a process group waits there, with the GIL, for a thread of gloo.
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        children[child] = rank
+    statuses, end = [0] * world, time.monotonic() + timeout
+    while children:
+        for child in list(children):
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return statuses

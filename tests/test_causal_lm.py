@@ -311,7 +311,7 @@ def sharded_worker(own_head: bool, trained: bool) -> None:
 @pytest.mark.parametrize(("own_head", "trained"), [(False, True), (True, True), (True, False)])
 def test_fsdp2_shards_take_the_gradients_of_one_process(own_head: bool, trained: bool):
     """PITFALLS 26: inside the wrapped forward the head is whole, and its hooks reduce its gradient."""
-    launch(2, f"import test_causal_lm; test_causal_lm.sharded_worker({own_head}, {trained})")
+    launch(2, "test_causal_lm.sharded_worker", own_head, trained)
 
 
 @pytest.mark.parametrize("fused_head", [False, True])

@@ -6,8 +6,6 @@ step, so the micro-batches add up to the loss of one big batch whatever their sh
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -236,10 +234,9 @@ def test_an_accelerate_loop_learns():
     assert epochs[-1] < epochs[0] - 0.5
 
 
-def worker() -> None:
+def worker(folder: str, reduction: str) -> None:
     """One process of two: an epoch over its share of the data, then the weights."""
     torch.set_num_threads(1)
-    folder, reduction = json.loads(sys.argv[1])
     accelerator = accelerator_of(2)
     model = random_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -258,8 +255,9 @@ def test_accelerate_two_processes_take_the_step_of_one(tmp_path: Path):
     reduction = "sequence_mean"
     launch(
         2,
-        "import test_loops; test_loops.worker()",
-        json.dumps([str(tmp_path), reduction]),
+        "test_loops.worker",
+        str(tmp_path),
+        reduction,
         env={"ACCELERATE_USE_CPU": "1"},
     )
     state = torch.load(tmp_path / "state.pt")

@@ -161,7 +161,7 @@ def vocab_worker() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_vocabulary_in_shards_gives_what_the_whole_gives(world: int):
-    launch(world, "import test_parallel; test_parallel.vocab_worker()")
+    launch(world, "test_parallel.vocab_worker")
 
 
 def tolerance_worker() -> None:
@@ -190,7 +190,7 @@ def tolerance_worker() -> None:
 
 
 def test_a_tolerance_holds_for_the_whole_vocabulary():
-    launch(3, "import test_parallel; test_parallel.tolerance_worker()")
+    launch(3, "test_parallel.tolerance_worker")
 
 
 def test_labels_of_a_shard_are_always_kept():
@@ -270,7 +270,7 @@ def traffic_worker() -> None:
 
 
 def test_what_is_sent_is_what_the_docs_say():
-    launch(2, "import test_parallel; test_parallel.traffic_worker()")
+    launch(2, "test_parallel.traffic_worker")
 
 
 def log_prob_worker() -> None:
@@ -379,7 +379,7 @@ def scorer_worker() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_log_probs_of_sequences_in_pieces(world: int):
-    launch(world, "import test_parallel; test_parallel.scorer_worker()")
+    launch(world, "test_parallel.scorer_worker")
 
 
 def ambiguous_worker() -> None:
@@ -414,15 +414,15 @@ def ambiguous_worker() -> None:
 
 
 def test_what_log_mu_is_all_processes_decide_together():
-    launch(2, "import test_parallel; test_parallel.ambiguous_worker()")
+    launch(2, "test_parallel.ambiguous_worker")
 
 
 def test_rows_without_a_label_have_no_gradient_in_shards():
-    launch(2, "import test_parallel; test_parallel.unscored_worker()")
+    launch(2, "test_parallel.unscored_worker")
 
 
 def test_log_probs_of_a_vocabulary_in_shards():
-    launch(2, "import test_parallel; test_parallel.log_prob_worker()")
+    launch(2, "test_parallel.log_prob_worker")
 
 
 def logits_worker() -> None:
@@ -497,7 +497,7 @@ def check_extreme_logits(rank: int, world: int, group: Any) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_logits_in_shards_and_pieces(world: int):
-    launch(world, "import test_parallel; test_parallel.logits_worker()")
+    launch(world, "test_parallel.logits_worker")
 
 
 def dtensor_worker() -> None:
@@ -549,7 +549,7 @@ def dtensor_worker() -> None:
 
 
 def test_a_dtensor_head_is_served_where_it_lies():
-    launch(2, "import test_parallel; test_parallel.dtensor_worker()")
+    launch(2, "test_parallel.dtensor_worker")
 
 
 # --- sequences in pieces -------------------------------------------------------------------------
@@ -667,7 +667,7 @@ def check_packed_pieces(group: Any, rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sequences_in_pieces_give_what_whole_ones_give(world: int):
-    launch(world, "import test_parallel; test_parallel.pieces_worker()")
+    launch(world, "test_parallel.pieces_worker")
 
 
 # --- several forms together ----------------------------------------------------------------------
@@ -728,7 +728,7 @@ def grid_worker() -> None:
 
 
 def test_vocabulary_sequences_and_data_together():
-    launch(4, "import test_parallel; test_parallel.grid_worker()")
+    launch(4, "test_parallel.grid_worker")
 
 
 # --- what goes wrong -------------------------------------------------------------------------------
@@ -826,11 +826,11 @@ def grid_refusal_worker() -> None:
 
 
 def test_a_refusal_is_heard_across_a_grid():
-    launch(4, "import test_parallel; test_parallel.grid_refusal_worker()")
+    launch(4, "test_parallel.grid_refusal_worker")
 
 
 def test_disagreement_raises_on_every_process():
-    launch(2, "import test_parallel; test_parallel.refusal_worker()")
+    launch(2, "test_parallel.refusal_worker")
 
 
 def failing_worker() -> None:
@@ -845,5 +845,5 @@ def failing_worker() -> None:
 
 
 def test_a_process_that_fails_stops_the_others():
-    with pytest.raises(AssertionError, match=r"Connection closed by peer|fails on purpose"):
-        launch(2, "import test_parallel; test_parallel.failing_worker()", timeout=70)
+    with pytest.raises(AssertionError, match=r"Connection (closed|reset) by peer|fails on purpose"):
+        launch(2, "test_parallel.failing_worker", timeout=70)

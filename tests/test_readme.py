@@ -203,4 +203,4 @@ def processes_worker() -> None:
 
 
 def test_beyond_one_device() -> None:
-    launch(2, "import test_readme; test_readme.processes_worker()")
+    launch(2, "test_readme.processes_worker")

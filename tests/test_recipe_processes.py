@@ -23,6 +23,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+from pipeline import import_all
 from processes import TESTS, free_port
 from safetensors.torch import load_file
 from tiny import save, tiny_model
@@ -91,6 +92,7 @@ BUSY = {
 
 def serve() -> None:
     """Runs jobs of several processes, one a line of stdin, by forking: the imports are paid for once."""
+    import_all()
     for line in sys.stdin:
         print(json.dumps(run_job(**json.loads(line))), flush=True)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,12 @@ def save(run: TOPRTrainer, folder: Path, weights: dict[str, torch.Tensor]) -> No
         torch.save(weights, folder / "weights.pt")
 
 
-def fsdp_worker() -> None:
+def fsdp_worker(folder: str, tied: bool) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
-    folder, tied = json.loads(sys.argv[1])
 
     def pretend() -> None:
         # Accelerate turns FSDP on for accelerators only; torch's FSDP2 runs on a CPU as well.
@@ -82,11 +81,19 @@ def fsdp_worker() -> None:
     save(run, Path(folder), weights)
 
 
-def zero_worker() -> None:
+def without_shared_memory() -> None:
+    """DeepSpeed would compile its own collectives for a CPU, most of a minute, instead of gloo."""
+    torch.set_num_threads(1)
+    # As an attribute of its package that name is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    assert callable(backend.build_shm_op)
+    backend.build_shm_op = lambda: None
+
+
+def zero_worker(folder: str, tied: bool) -> None:
     import deepspeed
 
-    torch.set_num_threads(1)
-    folder, tied = json.loads(sys.argv[1])
+    without_shared_memory()
     zero = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
@@ -104,9 +111,8 @@ def zero_worker() -> None:
     save(run, Path(folder), weights)
 
 
-def partitioned_worker() -> None:
-    torch.set_num_threads(1)
-    folder = json.loads(sys.argv[1])
+def partitioned_worker(folder: str) -> None:
+    without_shared_memory()
     zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
     # From here on transformers partitions what it loads.
     args = config(Path(folder), behavior="initial", deepspeed=zero, ddp_backend="gloo")
@@ -137,8 +143,9 @@ def check(folder: Path, tied: bool, kind: str) -> None:
 def test_fsdp2_ends_where_one_process_ends(tmp_path: Path, tied: bool):
     launch(
         2,
-        "import test_sharded_training; test_sharded_training.fsdp_worker()",
-        json.dumps([str(tmp_path), tied]),
+        "test_sharded_training.fsdp_worker",
+        str(tmp_path),
+        tied,
         env={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     )
     check(tmp_path, tied, "FSDP")
@@ -149,10 +156,10 @@ def test_zero_3_ends_where_one_process_ends(tmp_path: Path, tied: bool):
     pytest.importorskip("deepspeed")
     launch(
         2,
-        "import test_sharded_training; test_sharded_training.zero_worker()",
-        json.dumps([str(tmp_path), tied]),
-        env={"DS_ACCELERATOR": "cpu"},
-        timeout=280,
+        "test_sharded_training.zero_worker",
+        str(tmp_path),
+        tied,
+        imports=("deepspeed",),
     )
     check(tmp_path, tied, "DEEPSPEED")
 
@@ -162,9 +169,8 @@ def test_a_model_that_zero_3_partitioned_cannot_be_scored(tmp_path: Path):
     two_process_model(True).save_pretrained(tmp_path)
     for output in launch(
         2,
-        "import test_sharded_training; test_sharded_training.partitioned_worker()",
-        json.dumps(str(tmp_path)),
-        env={"DS_ACCELERATOR": "cpu"},
-        timeout=280,
+        "test_sharded_training.partitioned_worker",
+        str(tmp_path),
+        imports=("deepspeed",),
     ):
         assert output.rstrip().endswith("refused")

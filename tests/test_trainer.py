@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -523,10 +522,9 @@ def two_process_model(tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
 
 
-def worker() -> None:
+def worker(settings: dict[str, Any]) -> None:
     """One process of the next test, started as a program: trains a step and writes what came of it."""
     torch.set_num_threads(1)
-    settings = json.loads(sys.argv[1])
     folder = Path(settings.pop("folder"))
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
     run = trainer(folder, data, two_process_model(settings.pop("tied")), baseline=-0.4, **settings)
@@ -572,7 +570,7 @@ def test_two_processes_take_the_step_of_one(
         "gradient_accumulation_steps": 2,
         **settings,
     }
-    launch(2, "import test_trainer; test_trainer.worker()", json.dumps(settings))
+    launch(2, "test_trainer.worker", settings)
     data = rows(8, lengths=[3, 1, 4, 0, 2, 4, 1, 2])
     model = two_process_model(tied)
     plain_loss(model, data, baseline=-0.4, reduction=reduction).backward()

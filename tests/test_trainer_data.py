@@ -261,8 +261,7 @@ def initial_worker(folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_processes_share_the_scoring(tmp_path: Path):
-    code = "import sys, test_trainer_data; test_trainer_data.initial_worker(sys.argv[1])"
-    launch(2, code, str(tmp_path))
+    launch(2, "test_trainer_data.initial_worker", str(tmp_path))
     alone = trainer(tmp_path, TEXT[:3], behavior="initial").train_dataset
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

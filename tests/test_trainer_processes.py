@@ -60,8 +60,7 @@ def finish(folder: str, found: Any) -> None:
 
 
 def launched(folder: Path, worker: str) -> list[Any]:
-    code = f"import sys, test_trainer_processes as t; t.{worker}(sys.argv[1])"
-    launch(2, code, str(folder))
+    launch(2, f"test_trainer_processes.{worker}", str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

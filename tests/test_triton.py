@@ -81,6 +81,7 @@ def test_equals_the_reference_at_every_vocabulary(vocab: int, ratio: str) -> Non
     check_against_reference(batch, ratio=ratio, baseline=0.1)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     lengths=st.lists(
@@ -296,6 +297,7 @@ def test_same_bits_on_every_run_and_for_any_order_of_sequences() -> None:
     assert torch.equal(grad, first_grad[order])
 
 
+@pytest.mark.slow
 def test_split_rows_equal_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(LENGTHS, 4097, dtype=torch.float32)
     whole, whole_grad = run(batch, entropy=True)
@@ -413,6 +415,7 @@ def test_operators_keep_their_contract(layout: str) -> None:
     torch.library.opcheck(ops.logits_bwd_, (logits.detach().clone(), labels, cu, *tail))
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_for_every_length() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import math
-import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -490,10 +489,10 @@ def test_a_step_of_train_does_not_depend_on_accumulation(tmp_path: Path, masked:
         assert other == pytest.approx(one, rel=1e-3)
 
 
-def worker() -> None:
+def worker(path: str) -> None:
     """One process of the next test, started as a program: writes what its training came to."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder = Path(path)
     moved = step_of_train(
         folder,
         True,
@@ -508,7 +507,7 @@ def worker() -> None:
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_two_processes_take_the_step_of_one(tmp_path: Path):
     """DDP averages gradients, the denominator is global, and processes differ in empty completions."""
-    launch(2, "import test_trl; test_trl.worker()", str(tmp_path), timeout=200)
+    launch(2, "test_trl.worker", str(tmp_path), timeout=200)
     figures = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01"]
     assert [f["processes"] for f in figures] == [2, 2]
     one = step_of_train(tmp_path, True, per_device_train_batch_size=16)
