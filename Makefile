@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint mutants install hidden-states bench sanitize clean
+.PHONY: demo test lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
@@ -19,6 +19,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Breaks the code on purpose and tells which tests notice: an hour. MUTANTS_ARGS="--only NAME" for one fault.
+.PHONY: mutants
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
