@@ -40,6 +40,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Breaks the code on purpose and tells which tests notice: an hour. MUTANTS_ARGS="--only NAME" for one fault.
+.PHONY: mutants
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+
 install: $(STAMP)
 
 # Real hidden states for the benchmarks of the fused-linear path: some minutes, 58 MB in benchmarks/.cache.

@@ -154,6 +154,15 @@ def test_upstream_gradient_scales_exactly(inplace: bool) -> None:
     assert masked.any() and not scaled(float("inf"))[masked].any()
 
 
+def test_a_reward_of_0_has_no_gradient_under_an_infinite_scale() -> None:
+    """Its rows are scored, and their coefficient is 0 all the same."""
+    rest = arguments("padded", torch.float32)
+    z = rest.pop("logits")
+    rest["reward"][1] = 0.0
+    grad = gradient(z, float("inf"), **rest)
+    assert not grad[1].any() and not grad[0].isfinite().all()
+
+
 def test_two_losses_of_one_graph_accumulate() -> None:
     rest = arguments("padded")
     z = rest.pop("logits").requires_grad_()

@@ -61,6 +61,14 @@ def test_gradcheck_with_its_own_objective():
     assert torch.autograd.gradcheck(loss, token)
 
 
+def test_the_ratio_keeps_the_digits_of_mu():
+    """log pi - log mu in fp64, whatever log pi is in."""
+    token, mask = torch.full((1, 2), -1.0), torch.ones(1, 2, dtype=torch.bool)
+    mu = torch.full((1, 2), -1.0 - 1e-9, dtype=torch.float64)
+    out = topr_loss_from_log_prob(token, mask, mu, torch.ones(1))
+    assert out.log_ratio.item() == pytest.approx(2e-9, rel=1e-3)
+
+
 def test_nothing_under_the_mask_is_read():
     """PITFALLS 18: NaN and infinities under 0 reach neither the loss nor the gradient."""
     _, labels, mu, reward = batch()

@@ -269,7 +269,7 @@ def test_canonical_objective_is_bounded_where_a_positive_lower_limit_runs_away()
         assert runaway < -10 and size > 100
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
 def test_a_reward_equal_to_the_baseline_is_zero(value: float, dtype: torch.dtype) -> None:
     batch = make_batch([(2, 4)], 11, dtype=torch.float32)
@@ -277,6 +277,34 @@ def test_a_reward_equal_to_the_baseline_is_zero(value: float, dtype: torch.dtype
     out, grad = loss_and_grad(batch, baseline=value)
     assert out.reward == 0 and out.loss == 0 and grad.abs().sum() == 0
     assert reference.topr_loss(*batch, baseline=value).loss == 0
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_first_label_of_every_sequence_has_no_row(layout: str) -> None:
+    """It is left out wherever it lies, also at the very beginning of a pack."""
+    lengths = [(1, 3), (1, 3), (1, 3)]
+    batch = make_batch(lengths, 11, dtype=torch.float64)
+    scored = batch._replace(labels=batch.labels.index_fill(1, torch.tensor([0]), 5))
+    expected, found = (
+        topr_loss(**(b if layout == "padded" else pack(b, lengths))._asdict())
+        for b in (batch, scored)
+    )
+    assert found.length.tolist() == expected.length.tolist() == [3, 3, 3]
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_aligned_rows_of_a_pack_belong_to_their_own_sequence() -> None:
+    """Without a shift the first row of a sequence is scored, and weighed as its others are."""
+    lengths = [(1, 3), (1, 3)]
+    batch = make_batch(lengths, 11, dtype=torch.float64)
+    first = batch.labels.index_fill(1, torch.tensor([0]), 5)
+    batch = batch._replace(labels=first, reward=torch.tensor([1.0, -2.0], dtype=torch.float64))
+    _, expected = loss_and_grad(batch, shift=False)
+    given = pack(batch, lengths)._asdict()
+    logits = given.pop("logits").requires_grad_()
+    topr_loss(logits, **given, shift=False).loss.backward()
+    assert logits.grad is not None and expected[1, 0].any()
+    torch.testing.assert_close(logits.grad, expected.flatten(0, 1), rtol=1e-13, atol=1e-15)
 
 
 def test_module_twin_equals_the_function() -> None:

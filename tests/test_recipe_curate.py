@@ -105,6 +105,15 @@ def test_negatives_are_drawn_alike():
     assert all(240 < n < 360 for n in counts[1:]), counts  # 300 expected, sd 13
 
 
+def test_a_reward_of_zero_is_no_right_answer_and_is_not_lost():
+    """Rewards of 0 and 1, as many tasks give them."""
+    rewards = [0.0, 1.0, 0.0, 1.0]
+    records = [record(0, r, completion_token_ids=[8 + i]) for i, r in enumerate(rewards)]
+    assert anna_karenina(records, 0, seed=0) == records[:3]
+    assert len(to_positive_share(records, 0.5, seed=0)) == 4
+    assert curate(records, CurationOptions(positive_share=2 / 3), seed=0).after.records == 3
+
+
 def test_each_draw_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch):
     """The draw of the share must not repeat that of the size: the two would pick the same places."""
     seeds, original = [], random.Random

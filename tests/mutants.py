@@ -1,0 +1,879 @@
+"""Breaks the code on purpose, one fault at a time, and tells which tests notice.
+
+Each fault of ``MUTANTS`` is put into a copy of the tracked files (and of the native library, as it was
+built), where the tests named beside it run until the first that fails. The tests that failed must pass
+in the copy as it was, else they say nothing. Usage: python tests/mutants.py [--only NAME ...] [--list]
+
+Faults of ``csrc`` would each need a build: ``make sanitize`` holds those kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+#: Ignored by git, but a part of what is tested.
+BUILT = ("topr_kernels/_native.so", "topr_kernels/_native_missing.txt")
+#: Imported once, before the copies of this process that run the tests. None of them starts threads.
+SLOW_IMPORTS = ("torch", "triton", "hypothesis", "transformers", "accelerate")
+LIMIT = 300
+
+
+class Mutant(NamedTuple):
+    """A fault.
+
+    Attributes:
+        name: what ``--only`` takes.
+        file: where it is.
+        old: text that occurs once in the file.
+        new: what takes its place.
+        tests: files, or tests, of which one must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+LOSS = [
+    Mutant(
+        "taper-without-excess",
+        "topr_kernels/taper.py",
+        "torch.where(weight == 0, 0.0, weight * (1 + excess))",
+        "torch.where(weight == 0, 0.0, weight)",
+        ("tests/test_taper.py",),
+    ),
+    Mutant(
+        "limits-of-the-other-sign",
+        "topr_kernels/sequence.py",
+        "pos_min, pos_max, neg_min, neg_max = log_limits",
+        "neg_min, neg_max, pos_min, pos_max = log_limits",
+        ("tests/test_loss.py",),
+    ),
+    Mutant(
+        "zero-reward-loses-nan",
+        "topr_kernels/sequence.py",
+        "silent = ~counted | ((reward == 0) & ~objective.isnan())",
+        "silent = ~counted | (reward == 0)",
+        ("tests/test_linear.py::test_a_nan_of_a_sequence_with_reward_0_reaches_every_gradient",),
+    ),
+    Mutant(
+        "empty-sequences-counted",
+        "topr_kernels/sequence.py",
+        'units = length > 0 if reduction == "sequence_mean" else length',
+        'units = torch.ones_like(length) if reduction == "sequence_mean" else length',
+        ("tests/test_loss.py",),
+    ),
+    Mutant(
+        "ratio-in-fp32",
+        "topr_kernels/sequence.py",
+        "difference = log_prob.double() - behavior_log_prob.double()",
+        "difference = (log_prob - behavior_log_prob.to(log_prob.dtype)).double()",
+        ("tests/test_from_log_prob.py::test_the_ratio_keeps_the_digits_of_mu",),
+    ),
+    Mutant(
+        "baseline-in-fp32",
+        "topr_kernels/sequence.py",
+        "reward = (reward - torch.full_like(reward, baseline)).to(dtype)",
+        "reward = reward.to(dtype) - baseline",
+        ("tests/test_loss.py::test_a_reward_equal_to_the_baseline_is_zero",),
+    ),
+    Mutant(
+        "first-label-of-a-pack-scored",
+        "topr_kernels/layout.py",
+        "cu_seqlens.to(position.dtype)[:-1])",
+        "cu_seqlens.to(position.dtype)[1:-1])",
+        ("tests/test_loss.py::test_the_first_label_of_every_sequence_has_no_row",),
+    ),
+    Mutant(
+        "border-token-to-the-sequence-before",
+        "topr_kernels/layout.py",
+        "position, right=True)",
+        "position, right=False)",
+        ("tests/test_loss.py::test_aligned_rows_of_a_pack_belong_to_their_own_sequence",),
+    ),
+    Mutant(
+        "equation-7-with-the-other-sign",
+        "topr_kernels/baseline.py",
+        "mass = 1 + (1 - 2 * p) * c",
+        "mass = 1 - (1 - 2 * p) * c",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "label-of-the-vocabularys-size",
+        "topr_kernels/validation.py",
+        "bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))",
+        "bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels > vocab))",
+        ("tests/test_validation.py",),
+    ),
+    Mutant(
+        "kl-of-the-other-direction",
+        "topr_kernels/metrics.py",
+        "(torch.expm1(d) - d).sum()",
+        "(torch.expm1(-d) + d).sum()",
+        ("tests/test_metrics.py",),
+    ),
+]
+
+OPS = [
+    Mutant(
+        "results-that-claim-a-gradient",
+        "topr_kernels/ops/logits.py",
+        "ctx.mark_non_differentiable(*output[1:])",
+        "ctx.mark_non_differentiable(*output[3:])",
+        ("tests/test_autograd.py::test_only_loss_and_log_prob_are_differentiable",),
+    ),
+    Mutant(
+        "fake-gradient-of-another-dtype",
+        "topr_kernels/ops/logits.py",
+        "return logits.new_empty(logits.shape)",
+        "return logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))",
+        ("tests/test_autograd.py::test_opcheck_backward",),
+    ),
+    Mutant(
+        "constants-not-copied",
+        "topr_kernels/ops/linear.py",
+        "tuple(None if x is None else x.clone() for x in inputs[3:8])",
+        "tuple(inputs[3:8])",
+        ("tests/test_linear.py::test_buffers_of_inference_mode_and_refilled_ones",),
+    ),
+    Mutant(
+        "gradient-handed-over-twice",
+        "topr_kernels/ops/linear.py",
+        "    elif not compiling:\n        ctx.gradients = None\n",
+        "",
+        ("tests/test_linear.py::test_a_retained_graph_gives_the_same_gradient_again",),
+    ),
+]
+
+KERNELS = [
+    Mutant(
+        "zero-times-infinite-scale",
+        "topr_kernels/kernels/portable.py",
+        "torch.where((d_log_prob == 0) & ~scale.isnan(), 0.0, d_log_prob * scale)",
+        "d_log_prob * scale",
+        ("tests/test_autograd.py::test_a_reward_of_0_has_no_gradient_under_an_infinite_scale",),
+    ),
+    Mutant(
+        "slope-without-temperature",
+        "topr_kernels/kernels/portable.py",
+        "slope = 1 - (z * (temperature / softcap)).square_()",
+        "slope = 1 - (z / softcap).square_()",
+        ("tests/test_autograd.py::test_gradcheck",),
+    ),
+    Mutant(
+        "tile-without-temperature",
+        "topr_kernels/kernels/portable_linear.py",
+        "factor * (logit_scale / temperature),",
+        "factor * logit_scale,",
+        ("tests/test_linear.py::test_fp64_equals_the_reference",),
+    ),
+    Mutant(
+        "padding-in-the-softmax",
+        "topr_kernels/kernels/triton_rows.py",
+        "        z = tl.where(m_v, z, -INFINITY)\n",
+        "",
+        ("tests/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
+    ),
+    Mutant(
+        "slopes-not-rescaled",
+        "topr_kernels/kernels/triton_rows.py",
+        "g = g * rescale + tl.sum(p * slope, axis=0)",
+        "g = g + tl.sum(p * slope, axis=0)",
+        ("tests/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
+    ),
+    Mutant(
+        "offset-takes-the-digits",
+        "topr_kernels/kernels/triton_rows.py",
+        "log_prob = (z - m) - log_s",
+        "log_prob = z - (m + log_s)",
+        ("tests/test_triton_linear.py::test_a_large_common_offset_costs_nothing",),
+    ),
+    Mutant(
+        "prompt-in-the-length",
+        "topr_kernels/kernels/triton_logits.py",
+        "share = share / tokens",
+        "share = share / tl.maximum(end - start, 1).to(tl.float32)",
+        ("tests/test_triton.py",),
+    ),
+    Mutant(
+        "mean-over-tokens-not-divided",
+        "topr_kernels/kernels/triton_logits.py",
+        "weight = tl.sum(weights, axis=0) / tokens",
+        "weight = tl.sum(weights, axis=0)",
+        ("tests/test_triton.py",),
+    ),
+    Mutant(
+        "triton-taper-without-excess",
+        "topr_kernels/kernels/triton_taper.py",
+        "weight * (1.0 + excess)",
+        "weight * (1.0 - excess)",
+        ("tests/test_triton.py::test_golden_table",),
+    ),
+    Mutant(
+        "sums-of-columns-that-are-not-there",
+        "topr_kernels/kernels/triton_linear.py",
+        "b_sum += tl.where(m, j, 0.0)",
+        "b_sum += j",
+        ("tests/test_triton_linear.py::test_parts_of_the_columns_with_and_without_labels",),
+    ),
+    Mutant(
+        "gradient-without-temperature",
+        "topr_kernels/kernels/triton_linear.py",
+        "return (softcap or 1.0) / logit_scale, logit_scale / temperature",
+        "return (softcap or 1.0) / logit_scale, logit_scale",
+        ("tests/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
+    ),
+    Mutant(
+        "no-fence",
+        "topr_kernels/kernels/triton_logits.py",
+        'sem="acq_rel"',
+        'sem="relaxed"',
+        ("tests/test_triton_aot.py::test_sm_90",),
+    ),
+    Mutant(
+        "no-wide-loads",
+        "topr_kernels/kernels/triton_linear.py",
+        "        V = V // 16 * 16\n",
+        "        V = V + 0\n",
+        ("tests/test_triton_aot.py::test_sm_90",),
+    ),
+    Mutant(
+        "a-compilation-per-alignment",
+        "topr_kernels/kernels/triton_rows.py",
+        "(do_not_specialize=names, do_not_specialize_on_alignment=names)",
+        "(do_not_specialize=names)",
+        ("tests/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation",),
+    ),
+    Mutant(
+        "strided-saved-tensors",
+        "topr_kernels/kernels/native.py",
+        "x.to(dtype).contiguous() for k, x in dense.items()",
+        "x.to(dtype) for k, x in dense.items()",
+        ("tests/test_native.py::test_saved_tensors_may_come_back_in_another_layout",),
+    ),
+    Mutant(
+        "library-of-longer-params",
+        "topr_kernels/kernels/native_library.py",
+        "if size != ctypes.sizeof(Params):",
+        "if size < ctypes.sizeof(Params):",
+        ("tests/test_native.py::test_library_of_another_version_is_refused",),
+    ),
+    Mutant(
+        "a-failed-build-is-no-news",
+        "topr_kernels/kernels/__init__.py",
+        "if not native.PATH.exists() and not native.REASON.exists():",
+        "if not native.PATH.exists():",
+        ("tests/test_native.py::test_missing_library",),
+    ),
+]
+
+LINEAR = [
+    Mutant(
+        "positives-known-in-advance",
+        "topr_kernels/fused_linear.py",
+        'return self.ratio == "token" or low == high',
+        'return self.ratio == "token" or low == high or branch > 0',
+        ("tests/test_linear.py",),
+    ),
+    Mutant(
+        "length-of-the-rows-in-the-tile",
+        "topr_kernels/fused_linear.py",
+        "            length=rows.length[sequence],\n",
+        "",
+        ("tests/test_linear.py",),
+    ),
+    Mutant(
+        "a-bin-too-many-left-out",
+        "topr_kernels/fused_linear.py",
+        "kept |= bins >= fits.sum()",
+        "kept |= bins > fits.sum()",
+        ("tests/test_linear_tolerance.py",),
+    ),
+    Mutant(
+        "left-out-in-another-unit",
+        "topr_kernels/fused_linear.py",
+        "self.left += left * top.double().square()",
+        "self.left += left * top.double()",
+        ("tests/test_linear_tolerance.py",),
+    ),
+    Mutant(
+        "product-not-added",
+        "topr_kernels/matmul.py",
+        "part.add_(product)",
+        "part.copy_(product)",
+        ("tests/test_matmul.py",),
+    ),
+    Mutant(
+        "tolerance-of-the-shard-alone",
+        "topr_kernels/fused_linear.py",
+        "    if shard is not None:\n        shard.sum_(histogram)\n",
+        "",
+        (
+            "tests/test_parallel.py::test_a_tolerance_holds_for_the_whole_vocabulary",
+            "tests/test_parallel.py::test_what_is_sent_is_what_the_docs_say",
+        ),
+    ),
+    Mutant(
+        "length-of-the-piece",
+        "topr_kernels/fused_linear.py",
+        "rows = rows._replace(length=counts[:-1], sound=counts[-1] == 0)",
+        "rows = rows._replace(sound=counts[-1] == 0)",
+        ("tests/test_parallel.py::test_sequences_in_pieces_give_what_whole_ones_give",),
+    ),
+    Mutant(
+        "weights-of-the-piece",
+        "topr_kernels/sequence.py",
+        "            total(sums)\n",
+        "            pass\n",
+        ("tests/test_parallel.py::test_sequences_in_pieces_give_what_whole_ones_give",),
+    ),
+    Mutant(
+        "gradient-moves-the-wrong-way",
+        "topr_kernels/parallel.py",
+        "return next_tokens(d.contiguous(), 0.0, ctx.group), None, None",
+        "return previous_tokens(d.contiguous(), 0.0, ctx.group), None, None",
+        ("tests/test_parallel.py::test_log_probs_of_sequences_in_pieces",),
+    ),
+    Mutant(
+        "sharded-gradient-without-temperature",
+        "topr_kernels/parallel.py",
+        "j * (c / temperature)",
+        "j * c",
+        ("tests/test_parallel.py::test_logits_in_shards_and_pieces",),
+    ),
+    Mutant(
+        "rows-of-a-shard-sum-to-zero",
+        "topr_kernels/kernels/portable_linear.py",
+        "        own = z.sum(-1)\n",
+        "",
+        ("tests/test_parallel.py::test_a_tolerance_holds_for_the_whole_vocabulary",),
+    ),
+]
+
+HF = [
+    Mutant(
+        "a-column-too-few",
+        "topr_kernels/hf/collator.py",
+        "max(kept, default=0) + 1",
+        "max(kept, default=1)",
+        ("tests/test_trainer.py::test_kept_logits_equal_those_of_each_sequence_alone",),
+    ),
+    Mutant(
+        "one-eos-of-several",
+        "topr_kernels/hf/collator.py",
+        "ends = set(ids) if isinstance(ids, Sequence) else {ids}",
+        "ends = {ids[0]} if isinstance(ids, Sequence) else {ids}",
+        ("tests/test_packing.py::test_truncated_completions_are_not_counted",),
+    ),
+    Mutant(
+        "all-modules-trained-again",
+        "topr_kernels/hf/packing.py",
+        "            module.training = training\n",
+        "            module.training = modes[0][1]\n",
+        (
+            "tests/test_packing.py::test_the_check_leaves_no_trace",
+            "tests/test_trainer_data.py::test_scoring_runs_in_eval_mode_and_leaves_the_mode_as_it_was",
+        ),
+    ),
+    Mutant(
+        "nan-is-agreement",
+        "topr_kernels/hf/packing.py",
+        "if not difference <= allowed:",
+        "if difference > allowed:",
+        ("tests/test_packing.py::test_a_model_of_nan_is_no_agreement",),
+    ),
+    Mutant(
+        "mu-of-temperature-1",
+        "topr_kernels/hf/behavior.py",
+        "                temperature=temperature,\n",
+        "",
+        ("tests/test_recipe.py::test_scores_are_taken_at_the_sampling_temperature",),
+    ),
+    Mutant(
+        "cut-text-ends-with-eos",
+        "topr_kernels/hf/data.py",
+        'if record.get("finish_reason") != "length" and not (after and after[-1] in self._eos):',
+        "if not (after and after[-1] in self._eos):",
+        ("tests/test_data.py",),
+    ),
+    Mutant(
+        "granite-multiplies",
+        "topr_kernels/hf/heads.py",
+        "scale /= scaling",
+        "scale *= scaling",
+        ("tests/test_heads.py::test_the_head_makes_the_models_own_logits",),
+    ),
+    Mutant(
+        "lora-bias-unscaled",
+        "topr_kernels/hf/heads.py",
+        "up = adapter.scaling * adapter.up.bias",
+        "up = adapter.up.bias",
+        (
+            "tests/test_causal_lm.py::test_lora_on_the_head_merged_stacked_biased_and_half_precision",
+        ),
+    ),
+    Mutant(
+        "router-loss-of-every-micro-batch",
+        "topr_kernels/hf/causal_lm.py",
+        "share = units.sum() / normalizer",
+        "share = units.sum() / units.sum()",
+        ("tests/test_causal_lm.py::test_router_losses_are_kept_and_split_by_share",),
+    ),
+    Mutant(
+        "a-label-cut-off-in-silence",
+        "topr_kernels/hf/causal_lm.py",
+        "labels[:, 1 : max(labels.shape[1] - keep, 0) + 1]",
+        "labels[:, 1 : max(labels.shape[1] - keep, 0)]",
+        ("tests/test_causal_lm.py::test_labels_before_what_is_kept_are_not_left_out_in_silence",),
+    ),
+    Mutant(
+        "normaliser-of-the-first-step",
+        "topr_kernels/hf/trl.py",
+        "first = self._step % len(batches) // steps * steps",
+        "first = 0",
+        (
+            "tests/test_trl.py::test_gradients_do_not_depend_on_accumulation",
+            "tests/test_trl.py::test_an_accumulated_batch_over_several_generations",
+        ),
+    ),
+    Mutant(
+        "unknown-mu-is-certain",
+        "topr_kernels/hf/trl.py",
+        "return torch.where(sampled.isnan(), current, sampled.float())",
+        "return sampled.float().nan_to_num()",
+        ("tests/test_trl.py::test_a_log_prob_that_the_sampler_could_not_give_moves_nothing",),
+    ),
+    Mutant(
+        "gradient-of-one-process",
+        "topr_kernels/hf/trainer.py",
+        "self.accelerator.num_processes if num_items_in_batch is not None else 1",
+        "1",
+        (
+            "tests/test_trainer.py::test_two_processes_take_the_step_of_one",
+            "tests/test_sharded_training.py::test_fsdp2_ends_where_one_process_ends",
+        ),
+    ),
+    Mutant(
+        "own-items-times-the-processes",
+        "topr_kernels/hf/trainer.py",
+        "items = self.accelerator.gather(items).sum()",
+        "items = items * self.args.world_size",
+        (
+            "tests/test_trainer.py::test_two_processes_take_the_step_of_one",
+            "tests/test_sharded_training.py::test_fsdp2_ends_where_one_process_ends",
+        ),
+    ),
+    Mutant(
+        "weights-of-one-process",
+        "topr_kernels/hf/trainer.py",
+        "totals, weights = gather(totals), gather(weights)",
+        "totals = gather(totals)",
+        ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
+    ),
+    Mutant(
+        "repeats-counted",
+        "topr_kernels/hf/loading.py",
+        "return min(max(left, 0), rows)",
+        "return rows",
+        ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
+    ),
+    Mutant(
+        "repeats-of-a-pack-counted-from-its-last",
+        "topr_kernels/hf/loading.py",
+        "labels.view(-1)[int(offsets[first]) :]",
+        "labels.view(-1)[int(offsets[first + 1]) :]",
+        ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
+    ),
+    Mutant(
+        "shares-one-after-the-other",
+        "topr_kernels/hf/initial.py",
+        "[shares[i % processes][0][i // processes] for i in range(len(records))]",
+        "[row for share in shares for row in share[0]]",
+        ("tests/test_trainer_data.py::test_processes_share_the_scoring",),
+    ),
+    Mutant(
+        "other-weights-on-each-process",
+        "topr_kernels/hf/initial.py",
+        "_ALLOWED = 0.1",
+        "_ALLOWED = float('inf')",
+        ("tests/test_trainer_processes.py::test_all_processes_refuse_what_one_cannot_score",),
+    ),
+    Mutant(
+        "fsdp-hides-the-head",
+        "topr_kernels/hf/heads.py",
+        "return kind.__bases__[-1] if fsdp is not None and issubclass(kind, fsdp) else kind",
+        "return kind",
+        ("tests/test_sharded_training.py::test_fsdp2_ends_where_one_process_ends",),
+    ),
+    Mutant(
+        "placeholders-are-scored",
+        "topr_kernels/hf/initial.py",
+        'if hasattr(p, "ds_id") and p.numel() == 0:',
+        'if hasattr(p, "ds_id") and p.numel() < 0:',
+        ("tests/test_sharded_training.py::test_a_model_that_zero_3_partitioned_cannot_be_scored",),
+    ),
+]
+
+RECIPE = [
+    Mutant(
+        "zero-rewards-lost-by-anna-karenina",
+        "topr_kernels/recipe/curate.py",
+        "if record.reward <= 0]\n    if 0 < size < len(first):",
+        "if record.reward < 0]\n    if 0 < size < len(first):",
+        ("tests/test_recipe_curate.py",),
+    ),
+    Mutant(
+        "zero-rewards-lost-by-the-share",
+        "topr_kernels/recipe/curate.py",
+        "if record.reward <= 0]\n    if not positive or not negative:",
+        "if record.reward < 0]\n    if not positive or not negative:",
+        ("tests/test_recipe_curate.py",),
+    ),
+    Mutant(
+        "last-right-answer",
+        "topr_kernels/recipe/curate.py",
+        "first.setdefault(record.group, i)",
+        "first[record.group] = i",
+        ("tests/test_recipe_curate.py",),
+    ),
+    Mutant(
+        "log-probs-stored-in-half",
+        "topr_kernels/recipe/records.py",
+        '("behavior_log_prob", pa.list_(pa.float32()))',
+        '("behavior_log_prob", pa.list_(pa.float16()))',
+        ("tests/test_recipe.py",),
+    ),
+    Mutant(
+        "certain-tokens-refused",
+        "topr_kernels/recipe/records.py",
+        'if _number(x, where, f"{name}[{i}]") > 0:',
+        'if _number(x, where, f"{name}[{i}]") >= 0:',
+        ("tests/test_recipe.py",),
+    ),
+    Mutant(
+        "stop-token-dropped",
+        "topr_kernels/recipe/generate.py",
+        "ids = row if end is None else row[: end + 1]",
+        "ids = row if end is None else row[:end]",
+        ("tests/test_recipe.py",),
+    ),
+    Mutant(
+        "min-p-of-the-model",
+        "topr_kernels/recipe/generate.py",
+        "    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]\n",
+        "",
+        ("tests/test_recipe.py",),
+    ),
+    Mutant(
+        "wilson-without-a-square",
+        "topr_kernels/recipe/evaluate.py",
+        "z * z / (4 * count * count)",
+        "z * z / (4 * count)",
+        ("tests/test_recipe.py::test_wilson_interval",),
+    ),
+    Mutant(
+        "unparsable-answers-vote",
+        "topr_kernels/recipe/voting.py",
+        "                if form is not None:\n",
+        "                if True:\n",
+        ("tests/test_recipe_curate.py",),
+    ),
+    Mutant(
+        "error-of-all-answers",
+        "topr_kernels/recipe/voting.py",
+        "/ (samples - votes))",
+        "/ samples)",
+        ("tests/test_recipe_curate.py",),
+    ),
+    Mutant(
+        "parts-gone-before-the-manifest",
+        "topr_kernels/recipe/steps.py",
+        "        write_json(manifest, result)\n        shutil.rmtree(partial)\n",
+        "        shutil.rmtree(partial)\n        write_json(manifest, result)\n",
+        ("tests/test_recipe_iterate.py::test_kills_change_nothing",),
+    ),
+    Mutant(
+        "folder-of-a-lost-first-process",
+        "topr_kernels/recipe/steps.py",
+        "        with _held(claimed):\n            pass\n",
+        "        pass\n",
+        (
+            "tests/test_recipe_processes.py"
+            "::test_a_process_that_outlives_its_first_one_keeps_the_folder",
+        ),
+    ),
+    Mutant(
+        "all-batches-after-a-failure",
+        "topr_kernels/recipe/processes.py",
+        "            if known := self._failure():\n                raise ProcessError(known)\n",
+        "",
+        ("tests/test_recipe_processes.py::test_the_others_stop_at_their_next_batch",),
+    ),
+    Mutant(
+        "a-batch-for-each-process",
+        "topr_kernels/recipe/train.py",
+        "per_device_train_batch_size=settings.batch_size // crew.count",
+        "per_device_train_batch_size=settings.batch_size",
+        (
+            "tests/test_recipe_processes.py"
+            "::test_training_in_several_processes_takes_the_updates_of_one",
+        ),
+    ),
+    Mutant(
+        "one-result-of-two-runs",
+        "topr_kernels/recipe/steps.py",
+        "fcntl.LOCK_SH if shared else fcntl.LOCK_EX",
+        "fcntl.LOCK_SH",
+        ("tests/test_recipe_processes.py::test_one_run_holds_one_result",),
+    ),
+    Mutant(
+        "the-model-before-is-measured",
+        "topr_kernels/recipe/iterate.py",
+        "pick(EvaluateSettings, settings, model=str(model)),",
+        "pick(EvaluateSettings, settings, model=source),",
+        (
+            "tests/test_recipe_iterate.py::test_an_iteration_learns_from_the_samples_of_the_last_model",
+        ),
+    ),
+    Mutant(
+        "the-same-samples-again",
+        "topr_kernels/recipe/iterate.py",
+        "seed = settings.seed * 1009 + i",
+        "seed = settings.seed * 1009 + 1",
+        (
+            "tests/test_recipe_iterate.py::test_an_iteration_learns_from_the_samples_of_the_last_model",
+        ),
+    ),
+    Mutant(
+        "a-failed-start-binds",
+        "topr_kernels/recipe/iterate.py",
+        '        and not (path.name == "settings.json" and path.parent.name.endswith(".partial"))\n',
+        "",
+        ("tests/test_recipe_iterate.py::test_a_start_that_failed_binds_nobody",),
+    ),
+    Mutant(
+        "ppo-takes-the-larger",
+        "benchmarks/learning/ppo.py",
+        "torch.minimum(x * reward,",
+        "torch.maximum(x * reward,",
+        ("tests/test_learning.py::test_ppo_weighs_by_the_ratio_inside_of_its_clip",),
+    ),
+    Mutant(
+        "baseline-of-the-inverse-share",
+        "benchmarks/learning/run.py",
+        "baseline_for_positive_share(share, cell.share)",
+        "baseline_for_positive_share(cell.share, share)",
+        ("tests/test_learning.py::test_the_methods_differ_where_they_should",),
+    ),
+]
+
+INTEGRATIONS = [
+    Mutant(
+        "masked-advantages-read",
+        "topr_kernels/integrations/tokens.py",
+        "low = torch.where(scored, values, torch.inf).amin(-1)",
+        "low = values.amin(-1)",
+        ("tests/test_integrations.py",),
+    ),
+    Mutant(
+        "count-of-all-ranks",
+        "topr_kernels/integrations/verl.py",
+        "float(count) / ranks",
+        "float(count)",
+        ("tests/test_integrations.py",),
+    ),
+]
+
+MUTANTS = [*LOSS, *OPS, *KERNELS, *LINEAR, *HF, *RECIPE, *INTEGRATIONS]
+
+
+class Failures:
+    """A pytest plugin that writes down which tests failed."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.note(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.note(f"{report.nodeid} (collection)")
+
+    def note(self, name: str) -> None:
+        with self.file.open("a") as f:
+            f.write(f"{name}\n")
+
+
+def copy_tree(folder: Path) -> None:
+    """Copies the tracked files as they are now, and what was built."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in [*filter(None, listed.stdout.split("\0")), *BUILT]:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+@contextlib.contextmanager
+def broken(folder: Path, mutant: Mutant) -> Iterator[None]:
+    """Puts the fault into a copy while the block runs."""
+    path = folder / mutant.file
+    sound = path.read_text(encoding="utf-8")
+    if sound.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.name}: its text occurs {sound.count(mutant.old)} times in {mutant.file}; "
+            "expected once"
+        )
+    try:
+        write(path, sound.replace(mutant.old, mutant.new))
+        yield
+    finally:
+        write(path, sound)
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    # Python tells an old one by seconds and size, which may be those of the fault before.
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
+
+
+def run(
+    folder: Path, tests: Sequence[str], limit: float, *more: str
+) -> tuple[int | None, list[str]]:
+    """Runs pytest in a fork of this process; -> (its status, None at the limit; what failed)."""
+    with tempfile.TemporaryDirectory() as notes:
+        log, output = Path(notes, "failed"), Path(notes, "output")
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            run_pytest(folder, tests, more, log, output)
+        status = waited(child, limit)
+        failed = log.read_text().splitlines() if log.exists() else []
+        if status not in (0, 1, None):
+            print(output.read_text()[-3000:])
+        return status, failed
+
+
+def run_pytest(
+    folder: Path, tests: Sequence[str], more: Sequence[str], log: Path, output: Path
+) -> None:
+    """In the child: never returns."""
+    status = 70
+    try:
+        # A group of its own: a test may leave processes behind when it is killed.
+        os.setsid()
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        os.chdir(folder)
+        sys.path[:0] = [str(folder), str(folder / "tests")]
+        os.environ["PYTHONPATH"] = str(folder)
+        import pytest
+
+        # The limit is this program's: a test that runs out of its own time would look like a kill.
+        flags = ["-q", "-p", "no:cacheprovider", "--timeout=0", *more]
+        status = pytest.main([*flags, *tests], plugins=[Failures(log)])
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def waited(child: int, limit: float) -> int | None:
+    """Status of a child; None if it had to be killed at the limit."""
+    deadline = time.monotonic() + limit
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        time.sleep(0.05)
+
+
+def prepare() -> None:
+    """Pays for the imports once. The package under test is none of them."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # As in conftest.py; a GPU must not be looked for before a fork.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in SLOW_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults and no others")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each fault")
+    parser.add_argument("--list", action="store_true", help="list the faults and end")
+    args = parser.parse_args()
+    named = {mutant.name: mutant for mutant in MUTANTS}
+    unknown = [name for name in args.only or () if name not in named]
+    if unknown:
+        parser.error(f"--only: got {', '.join(unknown)}; --list tells the names")
+    chosen = [named[name] for name in args.only or named]
+    if args.list:
+        for mutant in chosen:
+            print(f"{mutant.name:42}{mutant.file}")
+        return 0
+    prepare()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        return judge(folder, chosen, args.limit)
+
+
+def judge(folder: Path, chosen: Sequence[Mutant], limit: float) -> int:
+    """Runs the faults; 0 if each is noticed by a test that passes without it."""
+    alive, killers = [], dict[str, str]()
+    for mutant in chosen:
+        start = time.monotonic()
+        with broken(folder, mutant):
+            status, failed = run(folder, mutant.tests, limit, "-x")
+        by = failed[0] if failed else ""
+        if status is None:
+            told = f"killed at the limit of {limit:.0f} s"
+        elif status == 1 and by:
+            told = f"killed by {by}"
+            killers[by] = mutant.name
+        else:
+            told = "SURVIVED" if status == 0 else f"NOT JUDGED: pytest ended with {status}"
+            alive.append(mutant.name)
+        print(f"{mutant.name:42}{told}  ({time.monotonic() - start:.0f} s)", flush=True)
+    tests = [by for by in killers if "(collection)" not in by]
+    if tests:
+        status, failed = run(folder, tests, limit * 10)
+        for by in failed:
+            print(f"{killers.get(by, by):42}NOT JUDGED: {by} fails without the fault as well")
+        alive += [killers.get(by, by) for by in failed]
+        if status != 0 and not failed:
+            alive.append(f"the sound code: pytest ended with {status}")
+    print(
+        f"{len(chosen)} faults"
+        + (f"; not noticed: {', '.join(alive)}" if alive else ", all noticed")
+    )
+    return int(bool(alive))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
