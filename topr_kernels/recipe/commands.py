@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ from topr_kernels.recipe.settings import (
     SamplerOptions,
     ScoreSettings,
     TrainCommandSettings,
+    engine_settings,
 )
 from topr_kernels.recipe.steps import (
     Options,
@@ -49,7 +51,12 @@ from topr_kernels.recipe.steps import (
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
 from topr_kernels.recipe.trained_on import check_unseen, write_trained_on
-from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
+from topr_kernels.recipe.vllm_backend import (
+    choose_backend,
+    engine_facts,
+    vllm_sampler,
+    with_engine,
+)
 from topr_kernels.recipe.voting import sampled_accuracy
 
 AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
@@ -399,7 +406,8 @@ def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
 
     Raises:
-        SettingsError: as ``choose_backend``; or if vLLM is asked for by several processes.
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
+            processes.
     """
     backend = choose_backend(settings.backend, settings.model)
     if backend == "vllm" and current().count > 1:
@@ -408,7 +416,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
                 f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
             )
         backend = "hf"
-    return dataclasses.replace(settings, backend=backend)
+    return with_engine(dataclasses.replace(settings, backend=backend))
 
 
 def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
@@ -451,7 +459,10 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
         kind, colon, file = str(values.get(name, "")).partition(":")
         if colon:
             values[name] = f"{kind}:{Path(file).name}"
-    return values
+    if "engine" in values:
+        # As JSON gives it back.
+        values["engine"] = list(values["engine"])
+    return values | engine_facts(values)
 
 
 def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
@@ -523,35 +534,38 @@ def sample_task(
         take: as in ``generate``.
         progress: as in ``generate``.
     """
-    sampler: Callable[..., list[Completion]] | None = None
-    if settings.backend == "vllm":
-        loaded = models.take(settings.model)
+    engine = engine_settings(settings.engine)
+    with ExitStack() as held:
+        sampler: Callable[..., list[Completion]] | None = None
+        if settings.backend == "vllm":
+            loaded = models.take(settings.model)
+            # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
+            loaded.model.to("cpu")
+            sampler = held.enter_context(vllm_sampler(settings.model, engine))
+        else:
+            loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
-        # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
-        loaded.model.to("cpu")
-        sampler = vllm_sampler(settings.model)
-    else:
-        loaded = models.get(settings.model)
-        check_chat(settings, loaded.tokenizer)
-    return generate(
-        loaded.model,
-        loaded.tokenizer,
-        task,
-        questions,
-        model_name=loaded.name,
-        samples=samples,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.sample_batch,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        shards=partial / "parts",
-        chat=settings.chat,
-        weights=weights_fingerprint(loaded.model),
-        sampler=sampler,
-        label=label,
-        take=take,
-        progress=progress,
-    )
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            task,
+            questions,
+            model_name=loaded.name,
+            samples=samples,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.sample_batch,
+            seed=settings.seed,
+            temperature=settings.temperature,
+            shards=partial / "parts",
+            chat=settings.chat,
+            weights=weights_fingerprint(loaded.model),
+            sampler=sampler,
+            dtype=engine.get("dtype"),
+            positions=engine.get("max_model_len"),
+            label=label,
+            take=take,
+            progress=progress,
+        )
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
