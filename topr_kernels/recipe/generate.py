@@ -320,7 +320,7 @@ def check_room(
 
 def _positions(model: Any) -> int | None:
     """Tokens that a model was made for, if its configuration tells."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
