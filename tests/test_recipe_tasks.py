@@ -426,7 +426,7 @@ def test_settings_of_vllm_may_stand_in_a_configuration(vllm: Path, model: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_the_engine_ends_with_whoever_started_it(
     vllm: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ):
