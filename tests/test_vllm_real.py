@@ -170,26 +170,28 @@ def test_killed_at_any_moment_nothing_is_left_and_it_resumes_to_the_same_bytes(
     began = time.monotonic()
     assert whole.wait() == 0
     seconds = time.monotonic() - began
-    draw = random.Random(f"{how} {workers}")
-    argv = arguments(model, tmp_path / "killed" / "samples.parquet", *more)
-    ended = False
-    print(f"a whole run: {seconds:.0f} s")
-    for _ in range(2):
+    out = tmp_path / "killed" / "samples.parquet"
+    argv, parts = arguments(model, out, *more), out.parent / f".{out.name}.json.partial" / "parts"
+    # While the engine starts, and while it samples: after some of the ten batches.
+    early = random.Random(f"{how} {workers}").uniform(0.1, 0.7) * seconds
+    for batches in (0, 3):
         run = start(argv)
-        until, seen = time.monotonic() + draw.uniform(0.3, 1.0) * seconds, set()
-        while time.monotonic() < until and run.poll() is None:
+        began, seen = time.monotonic(), set()
+        while run.poll() is None:
             seen |= descendants(run.pid)
-            time.sleep(0.05)
-        ended = run.poll() is not None
+            done = len(list(parts.glob("batch-*.parquet")))
+            if done >= batches and (batches or time.monotonic() > began + early):
+                break
+            time.sleep(0.01)
+        assert run.poll() is None
         run.send_signal(how)
         run.wait()
         killed = time.monotonic()
         while (left := alive(seen)) and time.monotonic() < killed + 20:
             time.sleep(0.2)
         assert not left
-        print(
-            f"of {len(seen)} processes none left {time.monotonic() - killed:.1f} s after {how.name}"
-        )
-    assert ended or start(argv).wait() == 0
+        lasted = time.monotonic() - killed
+        print(f"{how.name} after {done} batches: none of {len(seen)} left after {lasted:.1f} s")
+    assert start(argv).wait() == 0
     expected, found = (contents(tmp_path / name) for name in ("whole", "killed"))
     assert expected == found and "samples.parquet" in found
