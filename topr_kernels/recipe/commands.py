@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ from topr_kernels.recipe.settings import (
     SamplerOptions,
     ScoreSettings,
     TrainCommandSettings,
+    engine_settings,
 )
 from topr_kernels.recipe.steps import (
     Options,
@@ -53,7 +55,12 @@ from topr_kernels.recipe.steps import (
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
 from topr_kernels.recipe.trained_on import check_unseen, write_trained_on
-from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler
+from topr_kernels.recipe.vllm_backend import (
+    choose_backend,
+    engine_facts,
+    vllm_sampler,
+    with_engine,
+)
 from topr_kernels.recipe.voting import sampled_accuracy
 
 AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
@@ -425,7 +432,8 @@ def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
 
     Raises:
-        SettingsError: as ``choose_backend``; or if vLLM is asked for by several processes.
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
+            processes.
     """
     backend = choose_backend(settings.backend, settings.model)
     if backend == "vllm" and current().count > 1:
@@ -434,7 +442,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
                 f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
             )
         backend = "hf"
-    return dataclasses.replace(settings, backend=backend)
+    return with_engine(dataclasses.replace(settings, backend=backend))
 
 
 def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
@@ -481,7 +489,10 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
         kind, colon, file = str(values.get(name, "")).partition(":")
         if colon:
             values[name] = f"{kind}:{Path(file).name}"
-    return values
+    if "engine" in values:
+        # As JSON gives it back.
+        values["engine"] = list(values["engine"])
+    return values | engine_facts(values)
 
 
 def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
@@ -555,18 +566,18 @@ def sample_task(
         progress: as in ``generate``.
         problems: as in ``generate``.
     """
-    sampler: Callable[..., list[Completion]] | None = None
-    if settings.backend == "vllm":
-        loaded = models.take(settings.model)
-        check_chat(settings, loaded.tokenizer)
-        # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
-        loaded.model.to("cpu")
-        sampler = named_model(settings.model, vllm_sampler)
-    else:
-        loaded = models.get(settings.model)
-        check_chat(settings, loaded.tokenizer)
+    engine = engine_settings(settings.engine)
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
-    with naming(what, "--sample-batch"):
+    with naming(what, "--sample-batch"), ExitStack() as held:
+        sampler: Callable[..., list[Completion]] | None = None
+        if settings.backend == "vllm":
+            loaded = models.take(settings.model)
+            # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
+            loaded.model.to("cpu")
+            sampler = held.enter_context(vllm_sampler(settings.model, engine))
+        else:
+            loaded = models.get(settings.model)
+        check_chat(settings, loaded.tokenizer)
         return generate(
             loaded.model,
             loaded.tokenizer,
@@ -582,6 +593,8 @@ def sample_task(
             chat=settings.chat,
             weights=weights_fingerprint(loaded.model),
             sampler=sampler,
+            dtype=engine.get("dtype"),
+            positions=engine.get("max_model_len"),
             label=label,
             take=take,
             progress=progress,

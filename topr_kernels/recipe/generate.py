@@ -23,6 +23,7 @@ from topr_kernels.hf.collator import (
 )
 from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
 from topr_kernels.recipe.files import read_json, write_json
+from topr_kernels.recipe.models import dtype_name
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
@@ -33,6 +34,7 @@ from topr_kernels.recipe.records import (
     write_records,
 )
 from topr_kernels.recipe.scoring import Verdict, count_problems, verdicts
+from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -256,6 +258,8 @@ def generate(
     chat: bool = False,
     weights: str = "",
     sampler: Callable[..., list[Completion]] | None = None,
+    dtype: str | None = None,
+    positions: int | None = None,
     label: str = "generate",
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
@@ -281,6 +285,9 @@ def generate(
         chat: ask each prompt as the user's turn of the chat template.
         weights: fingerprint of the model's weights, for the records.
         sampler: called as ``complete`` is, in its place, for instance one of ``vllm_backend``.
+        dtype: what ``sampler`` computes in, for the records; "" if not known. By default the model's.
+        positions: tokens that the sampler has room for, prompt and completion together; by default those
+            of the model's configuration, if it tells.
         label: named on the progress bar.
         take: given the number of batches, gives those to do, in rising order: for one of several
             processes, which leaves its share in ``shards``.
@@ -295,7 +302,15 @@ def generate(
     Raises:
         RecordError: if a shard is damaged; delete it and run again.
         ScoringError: if the answers cannot be judged.
+        SettingsError: naming the question, if a prompt leaves no room for ``max_new_tokens``; before
+            anything is sampled.
     """
+    if positions is None:
+        positions = _positions(model)
+    if positions is not None:
+        check_room(tokenizer, questions, max_new_tokens, positions, chat=chat)
+    if dtype is None:
+        dtype = dtype_name(model) if sampler is None else ""
     sample = complete if sampler is None else sampler
     fingerprint = tokenizer_fingerprint(tokenizer)
     work = [question for question in questions for _ in range(samples)]
@@ -332,7 +347,7 @@ def generate(
                 )
                 sampling = Sampling(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
-                    *(fingerprint, weights),
+                    *(fingerprint, weights, dtype),
                 )
                 judged = verdicts(
                     task,
@@ -356,6 +371,44 @@ def generate(
             # Those of others in between are done, or being done.
             bar.update(start + len(batch) - bar.n)
     return records
+
+
+def check_room(
+    tokenizer: Any,
+    questions: Iterable[Question],
+    max_new_tokens: int,
+    positions: int,
+    *,
+    chat: bool = False,
+) -> None:
+    """Refuses prompts that leave no room for a completion.
+
+    Args:
+        tokenizer: of the model.
+        questions: whose prompts are asked.
+        max_new_tokens: longest completion.
+        positions: tokens that prompt and completion may be together.
+        chat: as in ``prompt_token_ids``.
+
+    Raises:
+        SettingsError: naming the question and the lengths.
+    """
+    for question in questions:
+        length = len(prompt_token_ids(tokenizer, question.prompt, chat=chat))
+        if length + max_new_tokens > positions:
+            raise SettingsError(
+                f"max_new_tokens: question {question.group} has a prompt of {length} tokens, and "
+                f"answers may have {max_new_tokens}; the sampler has room for {positions} together. "
+                f"Ask for at most {max(0, positions - length)}, leave the question out, or take a model "
+                "with more positions (with vLLM: raise --engine max_model_len, if given)"
+            )
+
+
+def _positions(model: Any) -> int | None:
+    """Tokens that a model was made for, if its configuration tells."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
 
 
 def _record(

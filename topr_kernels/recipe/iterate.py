@@ -41,6 +41,7 @@ from topr_kernels.recipe.steps import (
     read_mapping,
 )
 from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
+from topr_kernels.recipe.vllm_backend import check_scorable
 
 
 def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
@@ -66,6 +67,7 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
         FileError, RecordError: if a file is damaged.
     """
     settings = with_backend(settings)
+    check_scorable(settings)
     # Questions first: settings that cannot be met must not claim the folder.
     questions_of(settings, settings.questions)
     check_training_processes(settings.batch_size)

