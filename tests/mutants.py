@@ -563,7 +563,7 @@ RECIPE = [
         "topr_kernels/recipe/records.py",
         'if _number(x, where, f"{name}[{i}]") > 0:',
         'if _number(x, where, f"{name}[{i}]") >= 0:',
-        ("tests/test_recipe.py",),
+        ("tests/test_recipe.py::test_scored_log_probs_are_stored_exactly",),
     ),
     Mutant(
         "stop-token-dropped",
