@@ -688,7 +688,7 @@ INTEGRATIONS = [
         "topr_kernels/integrations/tokens.py",
         "low = torch.where(scored, values, torch.inf).amin(-1)",
         "low = values.amin(-1)",
-        ("tests/test_integrations.py",),
+        ("tests/test_integrations.py::test_what_lies_under_the_mask_is_never_read",),
     ),
     Mutant(
         "count-of-all-ranks",
