@@ -253,10 +253,10 @@ KERNELS = [
         ("tests/test_triton_aot.py::test_sm_90",),
     ),
     Mutant(
-        "a-compilation-per-alignment",
+        "a-compilation-per-batch-size",
         "topr_kernels/kernels/triton_rows.py",
         "(do_not_specialize=names, do_not_specialize_on_alignment=names)",
-        "(do_not_specialize=names)",
+        "(do_not_specialize_on_alignment=names)",
         ("tests/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation",),
     ),
     Mutant(
