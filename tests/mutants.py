@@ -253,10 +253,10 @@ KERNELS = [
         ("tests/test_triton_aot.py::test_sm_90",),
     ),
     Mutant(
-        "a-compilation-per-alignment",
+        "a-compilation-per-batch-size",
         "topr_kernels/kernels/triton_rows.py",
         "(do_not_specialize=names, do_not_specialize_on_alignment=names)",
-        "(do_not_specialize=names)",
+        "(do_not_specialize_on_alignment=names)",
         ("tests/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation",),
     ),
     Mutant(
@@ -563,7 +563,7 @@ RECIPE = [
         "topr_kernels/recipe/records.py",
         'if _number(x, where, f"{name}[{i}]") > 0:',
         'if _number(x, where, f"{name}[{i}]") >= 0:',
-        ("tests/test_recipe.py",),
+        ("tests/test_recipe.py::test_scored_log_probs_are_stored_exactly",),
     ),
     Mutant(
         "stop-token-dropped",
@@ -688,7 +688,7 @@ INTEGRATIONS = [
         "topr_kernels/integrations/tokens.py",
         "low = torch.where(scored, values, torch.inf).amin(-1)",
         "low = values.amin(-1)",
-        ("tests/test_integrations.py",),
+        ("tests/test_integrations.py::test_what_lies_under_the_mask_is_never_read",),
     ),
     Mutant(
         "count-of-all-ranks",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from topr_kernels import IS, SFT, TIS, TOPR, Limits, topr_loss_from_log_prob
 from topr_kernels.integrations import prime_rl, verl
+from topr_kernels.integrations.tokens import one_per_sequence
 
 RATIOS = ["sequence", "geometric", "token"]
 MODES = {"seq-mean-token-mean": "sequence_mean", "token-mean": "token_mean", "token-sum": "sum"}
@@ -455,6 +456,12 @@ def test_a_long_negative_answer_at_the_three_ratios():
     assert weights["geometric"] == pytest.approx(0.9)
     assert weights["token"] == pytest.approx(0.9)
     assert weights["sequence"] == pytest.approx(0.9**500) == pytest.approx(1.3e-23, rel=0.02)
+
+
+def test_what_lies_under_the_mask_is_never_read():
+    values = torch.tensor([[9.0, 2.0, 2.0, -7.0], [torch.nan, -1.0, torch.inf, 0.0]])
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
+    assert one_per_sequence("advantages", values, mask, "").tolist() == [2.0, -1.0]
 
 
 def test_integrations_import_no_framework():

@@ -136,7 +136,8 @@ def test_records_survive_a_round_trip(tmp_path: Path, suffix: str):
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_scored_log_probs_are_stored_exactly(tmp_path: Path, suffix: str):
-    values = (-torch.rand(2)).tolist()
+    # A token that was certain has 0.
+    values = [0.0, -torch.rand(()).item()]
     path = tmp_path / f"records.{suffix}"
     write_records(path, [record(behavior_log_prob=values)])
     assert read_records(path)[0].behavior_log_prob == values
