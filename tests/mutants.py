@@ -603,8 +603,8 @@ RECIPE = [
     Mutant(
         "parts-gone-before-the-manifest",
         "topr_kernels/recipe/steps.py",
-        "        write_json(manifest, result)\n        shutil.rmtree(partial)\n",
-        "        shutil.rmtree(partial)\n        write_json(manifest, result)\n",
+        "        _put_in_place(step, result)\n        shutil.rmtree(partial)\n",
+        "        shutil.rmtree(partial)\n        _put_in_place(step, result)\n",
         ("tests/test_recipe_iterate.py::test_kills_change_nothing",),
     ),
     Mutant(

@@ -29,6 +29,8 @@ RUN_BY = {
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
     "tests/aot.py": "test_triton_aot.py::test_sm_90",
+    # Its table is tested; the whole is run by hand, some twenty minutes.
+    "tests/mutants.py": "test_mutants.py::test_every_fault_can_still_be_made",
     "tests/specialisation.py": (
         "test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation"
     ),
@@ -38,6 +40,12 @@ RUN_BY = {
     ),
     "topr_kernels/recipe/cli.py": (
         "test_recipe_demo.py::test_a_killed_run_resumes_to_the_same_records"
+    ),
+    # Started by scoring.py.
+    "topr_kernels/recipe/scoring_server.py": "test_recipe_scoring.py::test_no_answer_harms",
+    # Started by vllm_backend.py, here with a stand-in for vLLM.
+    "topr_kernels/recipe/vllm_process.py": (
+        "test_recipe_tasks.py::test_the_engine_ends_with_whoever_started_it"
     ),
 }
 #: Entry point -> why no test can run it.

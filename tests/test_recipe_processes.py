@@ -707,6 +707,8 @@ def test_training_needs_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch):
 
 def test_vllm_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(commands, "choose_backend", lambda *_: "vllm")
+    backend = importlib.import_module("topr_kernels.recipe.vllm_backend")
+    monkeypatch.setattr(backend, "stored_dtype", lambda _: "float32")
     settings = GenerateSettings(backend="auto")
     assert commands.with_backend(settings).backend == "vllm"
     monkeypatch.setattr(commands, "current", lambda: processes.Processes(0, 2))

@@ -480,6 +480,7 @@ SLOW = [
 @pytest.mark.parametrize("name", SLOW)
 def test_no_answer_harms(name: str, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
+    before = set(children(os.getpid()))
     task = Task(name)
     entries = [task._dataset(1, 7)[0]]
     questions = [Question(i, "", "", entry) for i, entry in enumerate(entries)]
@@ -488,7 +489,9 @@ def test_no_answer_harms(name: str, tmp_path: Path, monkeypatch: Any):
     assert all(v.reward == -1.0 for v in found if v.problem)
     gold = verdicts(task, [(str(q.entry["answer"]), "stop", q) for q in questions])
     assert all((v.reward == 1.0) != (name in NO_GOLD) for v in gold)
-    assert children(os.getpid()) == [scoring._running._process.pid]  # type: ignore[union-attr]
+    # Other tests may have left servers of their own.
+    left = set(children(os.getpid())) - before
+    assert left <= {scoring._running._process.pid}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["countdown", "n_queens"])

@@ -14,6 +14,7 @@ from test_trainer import random_model, rows
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from topr_kernels.hf import collator
 from topr_kernels.hf.collator import (
     CompletionCollator,
     completion_logits,
@@ -152,6 +153,7 @@ def test_no_deprecated_name_of_transformers_is_used(caplog: pytest.LogCaptureFix
     theirs.warning_once.cache_clear()
     root = logging.getLogger("transformers")
     root.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, logger="transformers")
     try:
         model = random_model().eval()
         batch = CompletionCollator(0, share_prefix=True)(rows(4))
@@ -177,6 +179,8 @@ def test_a_model_that_carries_a_state_does_not_share_a_prefix():
 
 
 def test_sharing_that_is_off_says_so_once(caplog: pytest.LogCaptureFixture):
+    # What other tests of this process heard is not said again.
+    collator._log_once.cache_clear()
     model = random_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert not shares_prefix(model)

@@ -33,7 +33,8 @@ def tiny_config(**changes: Any) -> LlamaConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        # Room for a verifier's prompts.
+        "max_position_embeddings": 1024,
         "eos_token_id": tiny_tokenizer().eos_token_id,
         "pad_token_id": tiny_tokenizer().pad_token_id,
         "bos_token_id": None,
