@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from topr_kernels.recipe.generate import complete, stop_token_ids
+from topr_kernels.recipe.generate import Completion, complete, read_prompts, stop_token_ids
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -95,28 +95,34 @@ def evaluate(
     model.eval()
     stop_ids = stop_token_ids(tokenizer, one_line=task.one_line, model=model)
     with tqdm(total=2 * len(questions), desc=f"evaluate {label}".strip(), unit="answer") as bar:
-
-        def accuracy(temperature: float) -> Accuracy:
-            correct = invalid = tokens = 0
-            for start in range(0, len(questions), batch_size):
-                part = questions[start : start + batch_size]
-                completions = complete(
+        answers: dict[float, list[Completion]] = {0.0: [], 1.0: []}
+        for start in range(0, len(questions), batch_size):
+            part = [question.prompt for question in questions[start : start + batch_size]]
+            prompts = read_prompts(model, tokenizer, part)
+            for temperature, given in answers.items():
+                given += complete(
                     model,
                     tokenizer,
-                    [question.prompt for question in part],
+                    prompts,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     seed=seed * 1_000_003 + start,
                     stop_ids=stop_ids,
                 )
-                for question, completion in zip(part, completions, strict=True):
-                    answer = task.parse(completion.text, completion.finish_reason, question)
-                    invalid += answer is None
-                    correct += task.reward(answer, question) > 0
-                    tokens += len(completion.token_ids)
                 bar.update(len(part))
-            count = len(questions)
-            low, high = wilson_interval(correct, count)
-            return Accuracy(correct, count, low, high, invalid / count, tokens / count)
+    greedy, sampled = (_accuracy(task, questions, given) for given in answers.values())
+    return Evaluation(greedy, sampled)
 
-        return Evaluation(greedy=accuracy(0.0), sampled=accuracy(1.0))
+
+def _accuracy(
+    task: AnyTask, questions: Sequence[Question], completions: Sequence[Completion]
+) -> Accuracy:
+    correct = invalid = tokens = 0
+    for question, completion in zip(questions, completions, strict=True):
+        answer = task.parse(completion.text, completion.finish_reason, question)
+        invalid += answer is None
+        correct += task.reward(answer, question) > 0
+        tokens += len(completion.token_ids)
+    count = len(questions)
+    low, high = wilson_interval(correct, count)
+    return Accuracy(correct, count, low, high, invalid / count, tokens / count)

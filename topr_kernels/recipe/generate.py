@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from topr_kernels.hf.collator import (
     prefix_cache,
     shares_prefix,
 )
+from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
@@ -78,11 +80,70 @@ def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list
     )
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts that the model has read, to be answered by ``complete``.
+
+    Args:
+        token_ids: ids of each prompt.
+        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``, one row per prompt.
+        cache: the argument that gives the model keys and values of all columns but the last, one row
+            per distinct prompt; {} where it computes them anew.
+        rows: [B], the row of each prompt in ``cache``.
+    """
+
+    token_ids: list[list[int]]
+    inputs: dict[str, Tensor]
+    cache: dict[str, Any]
+    rows: Tensor
+
+
+@torch.no_grad()
+def read_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, chat: bool = False
+) -> Prompts:
+    """Runs the prompts through the model: what they all begin with once, and equal ones once.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer, with a pad token.
+        prompts: texts, at least one.
+        chat: ask each prompt as the user's turn of the chat template.
+    """
+    token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+    distinct = list(dict.fromkeys(map(tuple, token_ids)))
+    row = {ids: i for i, ids in enumerate(distinct)}
+    rows = torch.tensor([row[tuple(ids)] for ids in token_ids], device=model.device)
+    shared = shares_prefix(model)
+    prefix = common_prefix_length(distinct) if shared else 0
+    once = {
+        name: x.to(model.device)
+        for name, x in pad_left(distinct, tokenizer.pad_token_id, prefix).items()
+    }
+    cache: dict[str, Any] = {}
+    # The last token is left for generate, which needs one to go on from.
+    if shared and once["input_ids"].shape[1] > prefix + 1:
+        cache = prefix_cache(model, once["input_ids"], prefix) if prefix else {}
+        outputs = model(
+            input_ids=once["input_ids"][:, prefix:-1],
+            attention_mask=once["attention_mask"][:, :-1],
+            position_ids=once["position_ids"][:, prefix:-1],
+            use_cache=True,
+            **{KEEP: 1},
+            **cache,
+        )
+        cache = {cast(str, cache_argument(model)): cache_of(outputs)}
+    elif prefix:
+        cache = prefix_cache(model, once["input_ids"], prefix)
+    inputs = {name: x[rows] for name, x in once.items()}
+    return Prompts(token_ids, inputs, cache, rows)
+
+
 @torch.no_grad()
 def complete(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Prompts,
     *,
     max_new_tokens: int,
     temperature: float,
@@ -95,7 +156,7 @@ def complete(
     Args:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer, with a pad token.
-        prompts: texts; the tokens they begin with in common are run once.
+        prompts: texts, or what ``read_prompts`` made of them, to complete them several times.
         max_new_tokens: length at which a completion is cut.
         temperature: divides the logits; 0 for greedy. No top-k, no top-p, no penalties: the
             sampler's distribution is the full softmax that ``score`` evaluates.
@@ -107,13 +168,12 @@ def complete(
     Returns:
         One completion per prompt, in order.
     """
-    token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
-    prefix = common_prefix_length(token_ids) if shares_prefix(model) else 0
-    batch = {
-        name: x.to(model.device)
-        for name, x in pad_left(token_ids, tokenizer.pad_token_id, prefix).items()
-    }
-    cache = prefix_cache(model, batch["input_ids"], prefix) if prefix else {}
+    if not isinstance(prompts, Prompts):
+        prompts = read_prompts(model, tokenizer, prompts, chat=chat)
+    # Copied: generation writes into it.
+    cache = copy.deepcopy(prompts.cache)
+    for keys_and_values in cache.values():
+        keys_and_values.batch_select_indices(prompts.rows)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -129,10 +189,12 @@ def complete(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         with _without_own_settings(model):
-            output: Tensor = model.generate(**batch, **cache, generation_config=settings)
+            output: Tensor = model.generate(**prompts.inputs, **cache, generation_config=settings)
     stops = set(stop_ids)
-    new = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [as_completion(tokenizer, p, c, stops) for p, c in zip(token_ids, new, strict=True)]
+    new = output[:, prompts.inputs["input_ids"].shape[1] :].tolist()
+    return [
+        as_completion(tokenizer, p, c, stops) for p, c in zip(prompts.token_ids, new, strict=True)
+    ]
 
 
 @contextmanager
