@@ -39,6 +39,7 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             "train_positive_share": round(report["data"]["positive_share"], 4),
             **{f"setting_{name}": settings[name] for name in kept},
             "seconds_total": report["seconds"]["total"],
+            "cpu_seconds_total": report["cpu_seconds"]["total"],
             "threads": report["environment"]["threads"],
             "commit": report["environment"]["commit"],
             "torch": report["environment"]["versions"]["torch"],

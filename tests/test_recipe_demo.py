@@ -49,7 +49,7 @@ def run(model: Path, out: Path, *flags: str) -> int:
 def figures(out: Path) -> dict[str, Any]:
     """The report without what differs between equal runs."""
     report = json.loads((out / "report.json").read_text())
-    del report["seconds"], report["environment"]
+    del report["seconds"], report["cpu_seconds"], report["environment"]
     for entry in [e for history in report["history"].values() for e in history]:
         for name in [n for n in entry if "runtime" in n or "per_second" in n]:
             del entry[name]

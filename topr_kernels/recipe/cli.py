@@ -212,10 +212,10 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     )
     run.add_argument("--restart", action="store_true", help="delete the run in OUT first")
     data = demo.add_argument_group("data")
-    data.add_argument("--questions", type=int, default=192, help="training questions")
+    data.add_argument("--questions", type=int, default=128, help="training questions")
     data.add_argument("--samples", type=int, default=8, help="answers sampled per question")
-    data.add_argument("--held-out", type=int, default=200, help="held-out questions")
-    data.add_argument("--max-new-tokens", type=int, default=6, help="longest answer, in tokens")
+    data.add_argument("--held-out", type=int, default=128, help="held-out questions")
+    data.add_argument("--max-new-tokens", type=int, default=5, help="longest answer, in tokens")
     data.add_argument(
         "--positive-share",
         type=float,
@@ -231,7 +231,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         "baseline from the rewards in the TOPR run",
     )
     training = demo.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=2, help="passes over the samples")
+    training.add_argument("--epochs", type=int, default=1, help="passes over the samples")
     training.add_argument("--lr", type=float, default=2e-5, help="learning rate of AdamW")
     training.add_argument("--batch-size", type=int, default=32, help="sequences per update")
     training.add_argument(
