@@ -39,7 +39,7 @@ from topr_kernels.recipe import (
 )
 from topr_kernels.recipe import generate as generate_function
 from topr_kernels.recipe.files import atomic_folder, write_json
-from topr_kernels.recipe.generate import stop_token_ids
+from topr_kernels.recipe.generate import read_prompts, stop_token_ids
 from topr_kernels.recipe.tasks import canonical_number
 
 DIGITS = Task(
@@ -405,6 +405,53 @@ def test_prompts_of_different_lengths_complete_as_they_do_alone():
     unshared = LlamaForCausalLM(tiny_config()).eval()
     unshared.load_state_dict(model.state_dict())
     assert complete(unshared, tokenizer, prompts, **options) == alone
+
+
+def tokens_read(model: Any) -> list[int]:
+    """Tokens of each forward pass that the model makes from now on."""
+    read: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        read.append(kwargs["input_ids"].numel())
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return read
+
+
+def test_equal_prompts_are_read_once():
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    distinct = ["2 + 3 = 5\n1 + 1 =", "2 + 3 = 5\n4 - 1 = 3\n2 + 2 =", "2 + 3 = 5\n9"]
+    # Not side by side, and not equally often.
+    prompts = [distinct[i] for i in (2, 0, 1, 0, 2, 2, 0, 0)]
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0}
+    options["stop_ids"] = stop_token_ids(tokenizer)
+    alone = {p: complete(model, tokenizer, [p], **options)[0] for p in distinct}
+    read = tokens_read(model)
+    assert complete(model, tokenizer, prompts, **options) == [alone[p] for p in prompts]
+    lengths = [len(alone[p].prompt_token_ids) for p in distinct]
+    prefix, rest, *last = read
+    assert rest == 3 * (max(lengths) - prefix - 1)
+    assert set(last) == {len(prompts)}
+
+
+def test_prompts_are_completed_several_times_from_one_reading():
+    """What is generated from the keys and values must not stay in them."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    prompts = [q.prompt for q in DIGITS.questions(8, seed=5)]
+    options: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": stop_token_ids(tokenizer)}
+    ways = [{"temperature": t, "seed": seed} for t, seed in ((0.0, 0), (2.0, 1), (2.0, 2))]
+    fresh = [complete(model, tokenizer, prompts, **options, **way) for way in ways]
+    reading = read_prompts(model, tokenizer, prompts)
+    assert [complete(model, tokenizer, reading, **options, **way) for way in ways] == fresh
+
+
+def test_an_evaluation_reads_each_question_once():
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    questions = DIGITS.questions(8, seed=5)
+    read = tokens_read(model)
+    evaluate(model, tokenizer, DIGITS, questions, max_new_tokens=6, batch_size=4, seed=0)
+    # Two batches: the prefix once, the rest once; all else is one token a row.
+    assert sum(tokens > 4 for tokens in read) == 4
 
 
 # --- scoring ---------------------------------------------------------------------------------

@@ -103,6 +103,51 @@ def test_the_wanted_share_of_positives_is_made(balance: str, model: Path, tmp_pa
         assert data["records"] == 80 and data["baseline"] < 0
 
 
+def test_right_answers_alone_take_as_many_steps(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Wrong ones have weight 0 there: they would cost half of the time for nothing."""
+    original = demo.train
+    given = {}
+
+    def observed(
+        model: Any, tokenizer: Any, records: Any, settings: Any, *, label: str, **rest: Any
+    ) -> Any:
+        given[label] = [r.reward for r in records], settings.batch_size
+        return original(model, tokenizer, records, settings, label=label, **rest)
+
+    monkeypatch.setattr(demo, "train", observed)
+    one_digit = Task(
+        "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    )
+    settings = demo.DemoSettings(
+        model=str(model), questions=20, samples=4, held_out=4, batch_size=4
+    )
+    demo.run_demo(settings, tmp_path, task=one_digit)
+    everything, size = given["TOPR"]
+    assert given["SFT"] == ([r for r in everything if r > 0], 2) and size == 4
+    assert len(given["SFT"][0]) * 2 == len(everything)
+    history = json.loads((tmp_path / "report.json").read_text())["history"]
+    assert len(history["TOPR"]) == len(history["SFT"]) > 1
+
+
+def test_the_processor_time_of_finished_steps_is_counted(
+    whole: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "samples.json"
+    samples = json.loads(path.read_text())
+    path.write_text(json.dumps({**samples, "cpu_seconds": 12345.5}))
+    before = time.process_time()
+    assert run(model, tmp_path / "run") == 0
+    cpu = json.loads((tmp_path / "run" / "report.json").read_text())["cpu_seconds"]
+    others = sum(s for name, s in cpu.items() if name not in ("generate", "total"))
+    assert cpu["generate"] == 12345.5
+    # This process's own, from its start, is in it too.
+    assert 12345.5 + others + before <= cpu["total"] + 0.1
+    assert f"{cpu['total']:.0f} CPU seconds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("victim", ["evaluate", "generate", "score", "train"])
 def test_an_interrupted_run_resumes_to_the_same_figures(
     victim: str,
