@@ -224,3 +224,28 @@ def test_nearly_equal_questions_are_warned_of(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         questions_of(options, 0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("(a) 3, (b) 4", "(a) 5, (b) 6", False),
+        ("(a) 3, (b) 4", "(a) 3, (b) 4", True),
+        ("(x) + 1", "(x) - 1", False),
+        ("(B) 12", "B", True),
+        ("6", "6 divided by two", False),
+        ("5", "5 times seven", False),
+        ("5", "5 times", True),
+        ("2", "2 sin x", False),
+        ("2", "2 over three", False),
+        ("9", "four and five", False),
+        ("6", "one two three", False),
+        ("50", "twenty thirty", False),
+        ("123", "one hundred and twenty-three", True),
+        ("1200", "one thousand two hundred", True),
+    ],
+)
+def test_words_beside_a_number_are_read_only_where_they_mean_it(
+    gold: str, answer: str, right: bool
+):
+    assert same_answer(gold, answer) == right

@@ -159,6 +159,7 @@ _OS = "__import__('os')"
         "__import__('shutil').rmtree('X')",
         "__import__('tempfile').mkdtemp()",
         "__import__('resource').setrlimit(1, (-1, -1))",
+        "__import__('resource').prlimit(1, 1)",
     ],
 )
 def test_an_operation_that_no_scorer_needs_is_refused(

@@ -49,6 +49,16 @@ def cache_argument(model: Any) -> str | None:
 
 
 def cache_of(outputs: Any) -> Any:
-    """Keys and values in a model's outputs, under their name in the installed transformers."""
+    """Keys and values in a model's outputs, under their name in the installed transformers.
+
+    Raises:
+        ValueError: if they hold none.
+    """
     # The newest name first: asking for the old one warns where both exist.
-    return next(getattr(outputs, name) for name in CACHE if hasattr(outputs, name))
+    name = next((name for name in CACHE if hasattr(outputs, name)), None)
+    if name is None:
+        raise ValueError(
+            f"the model gave a {type(outputs).__name__} without {' or '.join(CACHE)}, which hold the "
+            "prefix; use share_prefix=False"
+        )
+    return getattr(outputs, name)

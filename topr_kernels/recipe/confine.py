@@ -27,7 +27,7 @@ _REFUSED = (
     *("os.chflags", "os.chmod", "os.chown", "os.exec", "os.fork", "os.forkpty", "os.fwalk"),
     *("os.kill", "os.killpg", "os.link", "os.lockf", "os.mkdir", "os.posix_spawn", "os.remove"),
     *("os.removexattr", "os.rename", "os.rmdir", "os.setxattr", "os.spawn", "os.startfile"),
-    *("os.symlink", "os.system", "os.truncate", "os.utime", "resource.setrlimit"),
+    *("os.symlink", "os.system", "os.truncate", "os.utime", "resource."),
     *("signal.pthread_kill", "syslog.syslog"),
 )
 
@@ -38,6 +38,9 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     **{"execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117), "bpf": (321, 280)},
     **{"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)},
     **{"pidfd_open": (434, 434), "pidfd_send_signal": (424, 424)},
+    **{"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)},
+    # Limits and priorities of other processes.
+    **{"prlimit64": (302, 261), "sched_setaffinity": (203, 122), "setpriority": (141, 140)},
     **{"process_vm_readv": (310, 270), "process_vm_writev": (311, 271)},
     **{"unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39)},
     **{"creat": (85, None), "openat2": (437, 437), "truncate": (76, 45), "ftruncate": (77, 46)},
@@ -48,7 +51,14 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
     **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54)},
     **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)},
-    **{"utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88)},
+    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
+    **{"setxattrat": (463, 463), "removexattrat": (466, 466), "shmget": (29, 194)},
+    **{
+        "utime": (132, None),
+        "utimes": (235, None),
+        "futimesat": (261, None),
+        "utimensat": (280, 88),
+    },
 }
 #: Those whose flags tell whether they write, and which argument has them.
 _OPENS: dict[str, tuple[int | None, int | None, int]] = {
@@ -78,9 +88,11 @@ def confine(memory: int, refused: Callable[[str], object]) -> None:
         # PR_SET_PDEATHSIG: the kernel ends this process with the one that forked it.
         libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)
         _limit(resource.RLIMIT_AS, _address_space() + memory)
-        _filter_calls(libc)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
+    if sys.platform == "linux":
+        # Last: it refuses the call that sets limits.
+        _filter_calls(libc)
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":

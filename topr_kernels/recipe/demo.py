@@ -56,7 +56,8 @@ _SAVED = (
 )
 #: What a demo leaves in its folder, as patterns of paths.
 _RESULTS = (
-    *("base/evaluation.json", "generated/batch-*.parquet", "samples.parquet", "records.parquet"),
+    *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.problems.json"),
+    *("samples.parquet", "records.parquet"),
     *("samples.json", "records.json", "report.json", "report.png"),
     *(
         f"{run}/{name}"

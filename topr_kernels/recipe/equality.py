@@ -195,7 +195,7 @@ _UNITS = {
 # Words that make another value of the number before them, or another number beside it.
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|than|pi|factorial|squared|cubed|sqrt|root|base|mod|below|above|plus|minus|not|but|"
-    r"i|e|maybe|possibly|perhaps|bc|january|february|march|april|may|june|july|august|september|october|"
+    r"times(?=\s+\w)|divided|multiplied|over(?=\s+\w)|sin|cos|tan|log|ln|exp|infinity|i|e|maybe|possibly|perhaps|bc|january|february|march|april|may|june|july|august|september|october|"
     r"november|december)\b",
     re.IGNORECASE,
 )
@@ -327,19 +327,30 @@ def _in_digits(text: str) -> str:
     words = re.findall(r"[a-z]+|[^a-z]+", text[:200].lower())
     total = part = used = 0
     end = length = 0
+    # The word before, and whether the next one must be a numeral.
+    last, joined = "", False
     for word in words:
         length += len(word)
         if word in _NUMERALS:
+            # "four and five" and "one two" are two numbers.
+            unit = _NUMERALS[word] < 10 and last in _TENS.split()
+            if last and not unit and last not in ("hundred", "thousand"):
+                return text
             part += _NUMERALS[word]
-        elif word == "hundred" and used:
+        elif word == "hundred" and used and not joined:
             part *= 100
-        elif word == "thousand" and used:
+        elif word == "thousand" and used and not joined:
             total, part = total + 1000 * part, 0
-        elif used and (word == "and" or not word.strip(" -")):
+        elif word == "and" and last in ("hundred", "thousand"):
+            joined = True
             continue
+        elif used and not word.strip(" -"):
+            continue
+        elif word == "and" and used:
+            return text
         else:
             break
-        used, end = used + 1, length
+        used, end, last, joined = used + 1, length, word, False
     return f"{total + part}{text[end:]}" if used else text
 
 
@@ -354,7 +365,7 @@ _LABEL = re.compile(
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2})()()\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=$|[.):]))[.):]?(?:\s+\S.*)?",
+    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=$|[.):]))[.):]?(?:\s+(\S.*))?",
     re.DOTALL,
 )
 _MATRIX = re.compile(
@@ -659,12 +670,15 @@ def _same_choice(gold: str, answer: str, depth: int) -> bool | None:
     right, given = (_choice(t) for t in (gold, answer))
     if right is None or given is None:
         return None
-    return right == given
+    letters, texts = zip(right, given, strict=True)
+    # One letter alone is settled by the letter; two labelled texts say the same only if both do.
+    return letters[0] == letters[1] and (not all(texts) or _same(*texts, depth + 1))
 
 
-def _choice(text: str) -> str | None:
+def _choice(text: str) -> tuple[str, str] | None:
+    """Letter and text of a choice, the text empty if the letter stands alone."""
     match = _CHOICE.fullmatch(text)
-    return (match.group(1) or match.group(2)).upper() if match else None
+    return ((match[1] or match[2]).upper(), match[3] or "") if match else None
 
 
 def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:

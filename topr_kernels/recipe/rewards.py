@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def reward_file(function: str) -> Path:
     Raises:
         ValueError: as ``RewardTask``.
     """
-    return Path(_find(function).__code__.co_filename)
+    # Of a decorated function what it wraps: that is what its author edits.
+    return Path(inspect.unwrap(_find(function)).__code__.co_filename)
 
 
 def reward_key(function: str) -> dict[str, str]:
