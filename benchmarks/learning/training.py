@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.learning.ppo import PPOTrainer
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
-from topr_kernels.hf.collator import prefix_sharing_problem
+from topr_kernels.hf.collator import shares_prefix
 from topr_kernels.recipe import Record
 from topr_kernels.recipe.records import training_rows
 from topr_kernels.recipe.score import workspace_bytes
@@ -63,7 +63,7 @@ def train_epochs(
         limits="is" if limits == "ppo" else limits,
         ratio=ratio,
         baseline=baseline,
-        share_prefix=prefix_sharing_problem(model) is None,
+        share_prefix=shares_prefix(model),
         workspace_bytes=workspace_bytes(model),
         learning_rate=lr,
         lr_scheduler_type="constant",
