@@ -369,9 +369,15 @@ def test_a_finished_command_does_nothing(server: Server, whole: Path, tmp_path: 
 # --- failures --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("what", ["kill", "bug", "full", "interrupt"])
-@pytest.mark.parametrize("command", ["generate", "score", "evaluate"])
+@pytest.mark.parametrize(
+    ("command", "what", "rank"),
+    [
+        # Every pair of command and failure, and either process for each of both.
+        (command, what, (i + j) % 2)
+        for i, command in enumerate(["generate", "score", "evaluate"])
+        for j, what in enumerate(["kill", "bug", "full", "interrupt"])
+    ],
+)
 def test_a_process_that_fails_ends_the_others(
     command: str, what: str, rank: int, server: Server, whole: Path, tmp_path: Path
 ):
