@@ -442,7 +442,7 @@ def test_the_others_do_not_wait_for_a_first_that_failed(
 
 def test_a_process_that_says_nothing_is_not_waited_for_for_ever(server: Server, tmp_path: Path):
     event = {"rank": 1, "function": "generate.complete", "call": 1, "what": "wait"}
-    done = server(2, server.argv("generate", tmp_path), events=[event], patience=2, limit=6)
+    done = server(2, server.argv("generate", tmp_path), events=[event], patience=2, limit=15)
     assert done["status"][0] == 1 and "said nothing for 0:00:02" in done["output"][0]
 
 
