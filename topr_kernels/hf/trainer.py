@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from topr_kernels import PRESETS, Limits, TOPROutput, kernels
+from topr_kernels.choices import BEHAVIORS, MEAN_REDUCTIONS, RATIOS
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
@@ -27,7 +28,6 @@ from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.metrics import DEAD_WEIGHT
 from topr_kernels.validation import (
-    RATIOS,
     check_choice,
     check_number,
     check_tolerance,
@@ -41,8 +41,6 @@ else:
     # HfArgumentParser converts the text of --limits to this: the name of a preset.
     _LimitsOption = str
 
-_REDUCTIONS = ("sequence_mean", "token_mean")
-_BEHAVIORS = ("recorded", "initial")
 _SWITCHES = ("entropy", "fused_head", "share_prefix", "packing", "mask_truncated")
 #: Arguments of ``Trainer`` that nothing here would call, and what does their work.
 _NEVER_CALLED = {
@@ -162,9 +160,11 @@ class TOPRConfig(TrainingArguments):
         check_choice("ratio", self.ratio, RATIOS)
         check_number("baseline", self.baseline)
         check_transforms(self.temperature, None)
-        if self.reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction: got {self.reduction!r}; expected one of {_REDUCTIONS}")
-        check_choice("behavior", self.behavior, _BEHAVIORS)
+        if self.reduction not in MEAN_REDUCTIONS:
+            raise ValueError(
+                f"reduction: got {self.reduction!r}; expected one of {MEAN_REDUCTIONS}"
+            )
+        check_choice("behavior", self.behavior, BEHAVIORS)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")

@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from topr_kernels import __version__
+from topr_kernels import PRESETS, __version__
+from topr_kernels.choices import BALANCES, RATIOS
 from topr_kernels.recipe.files import user_path
 
 _DEMO = """\
@@ -264,7 +265,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--balance",
-        choices=("subsample", "baseline"),
+        choices=BALANCES,
         default="subsample",
         help="how: leave out wrong answers at random, for both runs, or keep all and subtract a "
         "baseline from the rewards in the TOPR run",
@@ -275,13 +276,13 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     training.add_argument("--batch-size", type=int, default=32, help="sequences per update")
     training.add_argument(
         "--limits",
-        choices=("topr", "tis", "is", "reinforce", "sft"),
+        choices=tuple(PRESETS),
         default="topr",
         help="clip limits of the ratio in the TOPR run",
     )
     training.add_argument(
         "--ratio",
-        choices=("sequence", "geometric", "token"),
+        choices=RATIOS,
         default="sequence",
         help="level of the ratio in the TOPR run",
     )

@@ -19,6 +19,7 @@ from topr_kernels import (
     baseline_for_positive_share,
     effective_positive_share,
 )
+from topr_kernels.choices import BALANCES
 from topr_kernels.recipe import report
 from topr_kernels.recipe.commands import named_model
 from topr_kernels.recipe.curate import subsample_negatives
@@ -54,14 +55,16 @@ _SAVED = (
     "vocab.txt",
     "trained_on.txt",
 )
+#: The training runs; the folder of each has its name in small letters.
+_RUNS = ("TOPR", "SFT")
 #: What a demo leaves in its folder, as patterns of paths.
 _RESULTS = (
     *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.problems.json"),
     *("samples.parquet", "records.parquet"),
     *("samples.json", "records.json", "report.json", "report.png"),
     *(
-        f"{run}/{name}"
-        for run in ("topr", "sft")
+        f"{run.lower()}/{name}"
+        for run in _RUNS
         for name in ("history.json", "evaluation.json", *(f"model/{kind}" for kind in _SAVED))
     ),
 )
@@ -118,9 +121,9 @@ class DemoSettings:
                 f"positive_share: got {self.positive_share}; expected a share in [0, 1), 0 to leave "
                 "the samples as they are"
             )
-        if self.balance not in ("subsample", "baseline"):
+        if self.balance not in BALANCES:
             raise SettingsError(
-                f"balance: got {self.balance!r}; expected 'subsample' or 'baseline'"
+                f"balance: got {self.balance!r}; expected {' or '.join(map(repr, BALANCES))}"
             )
         if not 0 <= self.seed <= MOST_SEED:
             raise SettingsError(f"seed: got {self.seed}; expected 0 to {MOST_SEED}")
@@ -192,7 +195,7 @@ def _run_steps(run: _Run) -> bool:
     _say_data(data)
     evaluations = {"base": _evaluation(base)}
     histories = {}
-    for name, limits in (("TOPR", settings.limits), ("SFT", "sft")):
+    for name, limits in zip(_RUNS, (settings.limits, "sft"), strict=True):
         folder = name.lower()
         baseline = data["baseline"] if name == "TOPR" else 0.0
         trained = step(
@@ -236,9 +239,9 @@ def restart(out: Path) -> None:
         )
     for file in _results(out):
         file.unlink()
-    for name in ("topr", "sft"):
-        _drop_checkpoints(out / name / "checkpoints")
-        _remove_empty(out / name / "model", out / name)
+    for folder in (out / name.lower() for name in _RUNS):
+        _drop_checkpoints(folder / "checkpoints")
+        _remove_empty(folder / "model", folder)
     _remove_empty(out / "base", out / "generated")
     # Last: whatever is left after a kill in here is still recognised as a demo's.
     path.unlink()
