@@ -28,8 +28,10 @@ from tqdm.auto import tqdm
 
 from topr_kernels import kernels, linear_topr_loss
 from topr_kernels.fused_linear import RowStats, Transforms, linear_kernels
-from topr_kernels.hf.collator import CompletionCollator, completion_hidden, shares_prefix
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.forward import completion_hidden
 from topr_kernels.hf.heads import find_head
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.ops import linear as ops
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import evaluate

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from topr_kernels.hf.behavior import score_behavior
-from topr_kernels.hf.collator import CompletionCollator, shares_prefix
+from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.heads import head_shape
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe.models import dtype_name
 from topr_kernels.recipe.records import (
     Record,
