@@ -31,9 +31,9 @@ from tiny import save, tiny_model
 from topr_kernels.recipe import GenerateSettings, SettingsError, read_records
 from topr_kernels.recipe.cli import main
 
-commands, processes, steps = (
+commands, processes, sampling, steps = (
     importlib.import_module(f"topr_kernels.recipe.{name}")
-    for name in ("commands", "processes", "steps")
+    for name in ("commands", "processes", "sampling", "steps")
 )
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo"),
@@ -487,7 +487,7 @@ def is_locked(folder: Path) -> bool:
     try:
         with steps.locked(folder):
             return False
-    except steps.SettingsError:
+    except SettingsError:
         return True
 
 
@@ -712,12 +712,12 @@ def test_training_needs_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_vllm_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(commands, "choose_backend", lambda *_: "vllm")
+    monkeypatch.setattr(sampling, "choose_backend", lambda *_: "vllm")
     backend = importlib.import_module("topr_kernels.recipe.vllm_backend")
     monkeypatch.setattr(backend, "stored_dtype", lambda _: "float32")
     settings = GenerateSettings(backend="auto")
-    assert commands.with_backend(settings).backend == "vllm"
-    monkeypatch.setattr(commands, "current", lambda: processes.Processes(0, 2))
-    assert commands.with_backend(settings).backend == "hf"
+    assert sampling.with_backend(settings).backend == "vllm"
+    monkeypatch.setattr(sampling, "current", lambda: processes.Processes(0, 2))
+    assert sampling.with_backend(settings).backend == "hf"
     with pytest.raises(SettingsError, match="backend: got 'vllm' in 2 processes"):
-        commands.with_backend(dataclasses.replace(settings, backend="vllm"))
+        sampling.with_backend(dataclasses.replace(settings, backend="vllm"))

@@ -43,8 +43,8 @@ from topr_kernels.hf import (
     completion_logits,
 )
 from topr_kernels.hf import causal_lm as causal_lm_module
-from topr_kernels.hf.collator import common_prefix_length, prefix_sharing_problem
-from topr_kernels.hf.trainer import MetricMean, warn_if_never_negative
+from topr_kernels.hf.prefix import common_prefix_length, prefix_sharing_problem
+from topr_kernels.hf.watch import MetricMean, warn_if_never_negative
 
 Row = dict[str, Any]
 
