@@ -23,6 +23,7 @@ import triton.language as tl
 
 from topr_kernels.kernels import triton_logits, triton_taper
 
+pytestmark = pytest.mark.usefixtures("in_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABS = [2, 11, 193, 1024, 4097, 50257]
 RATIOS = ["sequence", "geometric", "token"]

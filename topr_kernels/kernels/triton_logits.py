@@ -596,8 +596,10 @@ def logits_bwd_kernel(
     position = row
     c = 0.0
     if SHIFT:
-        position = row + 1
+        # The last row predicts nothing. It keeps its own position: a NaN scale takes it to the branch
+        # that reads, and after the last row of all there is no position.
         if i_t + 1 < T:
+            position = row + 1
             c = tl.load(p_d_log_prob + position)
     else:
         c = tl.load(p_d_log_prob + position)
