@@ -36,6 +36,7 @@ from torch import Tensor
 
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
+    NO_FUSION,
     finish_row,
     is_aligned,
     join,
@@ -798,6 +799,7 @@ class _Rows:
             "BV": self.settings.BV,
             "BT": BT,
             "num_warps": self.settings.num_warps,
+            **NO_FUSION,
         }
 
     def launch(
@@ -969,6 +971,7 @@ def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
                     SHIFT=shift,
                     BEHAVIOR_PER_TOKEN=seq.per_token,
                     **stage,
+                    **NO_FUSION,
                 )
             loss_fwd_kernel[(1,)](
                 rows.b,
@@ -978,6 +981,7 @@ def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
                 *seq.tail(),
                 REDUCTION=stage["REDUCTION"],
                 BT=BT,
+                **NO_FUSION,
             )
     return (
         seq.loss.clone(),
@@ -1057,6 +1061,7 @@ def _write_gradient(
             TILES=s.tiles_per_program,
             BV=s.BV,
             num_warps=s.num_warps,
+            **NO_FUSION,
         )
 
 
