@@ -494,7 +494,7 @@ HF = [
     ),
     Mutant(
         "weights-of-one-process",
-        "topr_kernels/hf/trainer.py",
+        "topr_kernels/hf/watch.py",
         "totals, weights = gather(totals), gather(weights)",
         "totals = gather(totals)",
         ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from topr_kernels import choices, limits
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "topr_kernels"
-LEAVES = {"_version", "baseline", "layout", "limits", "taper"}
+LEAVES = {"_version", "baseline", "choices", "layout", "limits", "taper"}
 KERNEL_LEAVES = {"kernels.native_library", "kernels.triton_rows", "kernels.triton_taper"}
 OUTSIDE = {
     # module prefix -> top-level packages, beyond torch and the standard library, it may import
@@ -83,13 +86,52 @@ def test_imports_follow_the_laws(path: Path) -> None:
             assert name not in KERNEL_LEAVES or target in LEAVES, f"law 2: {name} -> {target}"
         if top == "ops":
             assert target_top == "ops", f"law 2: ops import torch alone, not {target}"
-        if name in {"taper", "limits", "baseline", "_version"}:
+        if name in {"taper", "limits", "baseline", "choices", "_version"}:
             raise AssertionError(f"law 2: the leaf {name} imports {target}")
 
 
 def test_leaves_import_only_leaves() -> None:
     for name in LEAVES | {"validation", "sequence"}:
         assert own(imports(PACKAGE / f"{name}.py")) <= LEAVES, name
+
+
+def choice_lists() -> dict[str, set[str]]:
+    """The lists of choices by name: those of ``choices``, and the presets of the limits."""
+    lists = {n: set(x) for n, x in vars(choices).items() if n.isupper() and isinstance(x, tuple)}
+    return lists | {"limits.PRESETS": set(limits.PRESETS)}
+
+
+def literals(path: Path) -> Iterator[tuple[int, set[str]]]:
+    """Line and strings of every tuple, list, set or dict (its keys) that a file spells out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            elements: list[ast.expr | None] = [*node.elts]
+        elif isinstance(node, ast.Dict):
+            elements = [*node.keys]
+        else:
+            continue
+        values = (e.value for e in elements if isinstance(e, ast.Constant))
+        yield node.lineno, {value for value in values if isinstance(value, str)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_choice_list_is_spelled_once(path: Path) -> None:
+    """No module but its home spells two or more strings of a choice list in one literal."""
+    homes = {"limits.PRESETS": "limits"}
+    spelled_here = list(literals(path))
+    for name, strings in choice_lists().items():
+        if homes.get(name, "choices") == module_name(path):
+            continue
+        for line, spelled in spelled_here:
+            assert len(spelled & strings) < 2, f"law 3: {path}:{line} repeats {name}; import it"
+
+
+def test_native_numbers_of_choices_are_their_places() -> None:
+    """The kernels get the place of a choice in its list; the enums of csrc name the same places."""
+    header = (ROOT / "csrc" / "topr_kernels.h").read_text()
+    for kind, names in (("ratio", choices.RATIOS), ("reduction", choices.REDUCTIONS)):
+        expected = ", ".join(f"TOPR_{name.upper()} = {i}" for i, name in enumerate(names))
+        assert f"enum topr_{kind} {{ {expected} }};" in header, f"enum topr_{kind}"
 
 
 def test_package_imports_and_runs_with_torch_alone() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from topr_kernels import kernels, parallel, validation
+from topr_kernels import choices, kernels, parallel, validation
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.log_prob import LogProbInputs, check_logits, describe, token_log_probs
@@ -657,9 +657,9 @@ class TOPRLoss(nn.Module):
                 f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}"
             )
         validation.check_limits(options.get("limits", TOPR))
-        validation.check_choice("ratio", options.get("ratio", "sequence"), validation.RATIOS)
+        validation.check_choice("ratio", options.get("ratio", "sequence"), choices.RATIOS)
         validation.check_choice(
-            "reduction", options.get("reduction", "sequence_mean"), validation.REDUCTIONS
+            "reduction", options.get("reduction", "sequence_mean"), choices.REDUCTIONS
         )
         self.options = options
 

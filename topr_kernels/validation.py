@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import PRESETS, Limits
 
-RATIOS = ("sequence", "geometric", "token")
-REDUCTIONS = ("sequence_mean", "token_mean", "sum")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

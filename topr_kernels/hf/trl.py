@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels import TOPR, Limits, TOPROutput, topr_loss_from_log_prob
-from topr_kernels.validation import RATIOS, check_choice, check_limits, check_number
+from topr_kernels.choices import MEAN_REDUCTIONS, RATIOS
+from topr_kernels.validation import check_choice, check_limits, check_number
 
 # Read for every version between these: `_compute_loss(model, inputs)`, the keys of `inputs`, what
 # `_get_per_token_logps_and_entropies` returns, `_step`, `_buffered_inputs` and `_metrics`.
@@ -44,7 +45,6 @@ _check_trl()
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
-_REDUCTIONS = ("sequence_mean", "token_mean")
 #: Entries of a batch that only the model's forward reads.
 _MULTIMODAL = (
     "pixel_values",
@@ -180,7 +180,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         check_choice("ratio", ratio, RATIOS)
-        check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("reduction", reduction, MEAN_REDUCTIONS)
         self.topr_options: dict[str, Any] = {
             "limits": check_limits(limits),
             "ratio": ratio,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topr_kernels import validation
+from topr_kernels import choices, validation
 from topr_kernels.integrations.tokens import one_per_sequence
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.loss import TOPROutput, topr_loss_from_log_prob
@@ -152,7 +152,7 @@ def register(
         ValueError: an unknown ratio.
     """
     validation.check_limits(limits)
-    validation.check_choice("ratio", ratio, validation.RATIOS)
+    validation.check_choice("ratio", ratio, choices.RATIOS)
     try:
         # By name: the loss is used and tested without verl, and nothing else here needs it.
         verl = importlib.import_module("verl.trainer.ppo.core_algos")

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.kernels.native_library import DTYPES, call, library
 from topr_kernels.layout import sequence_offsets
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import logits as ops
 
 # enum topr_ratio and topr_reduction.
-RATIOS = {"sequence": 0, "geometric": 1, "token": 2}
-REDUCTIONS = {"sequence_mean": 0, "token_mean": 1, "sum": 2}
+_RATIO = {name: i for i, name in enumerate(RATIOS)}
+_REDUCTION = {name: i for i, name in enumerate(REDUCTIONS)}
 
 
 def _shape(
@@ -133,8 +134,8 @@ def topr_fwd(
         log_pos_max=pos_max,
         log_neg_min=neg_min,
         log_neg_max=neg_max,
-        ratio=RATIOS[ratio],
-        reduction=REDUCTIONS[reduction],
+        ratio=_RATIO[ratio],
+        reduction=_REDUCTION[reduction],
         loss=loss,
         denominator=denominator,
         token_log_ratio=token_log_ratio,

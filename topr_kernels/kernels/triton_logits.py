@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
     NO_FUSION,
@@ -49,8 +50,9 @@ from topr_kernels.kernels.triton_taper import taper
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.ops import logits as ops
 
-RATIOS = {"sequence": 0, "geometric": 1, "token": 2}
-REDUCTIONS = {"sequence_mean": 0, "token_mean": 1, "sum": 2}
+# What the constants RATIO and REDUCTION of the kernels mean.
+_RATIO = {name: i for i, name in enumerate(RATIOS)}
+_REDUCTION = {name: i for i, name in enumerate(REDUCTIONS)}
 
 
 # ---- arithmetic leaves -----------------------------------------------------------------------------
@@ -838,8 +840,8 @@ class _Rows:
             counters[rows + self.b :],
             *tail,
             FUSED=sequence is not None,
-            RATIO=RATIOS[ratio],
-            REDUCTION=REDUCTIONS[reduction],
+            RATIO=_RATIO[ratio],
+            REDUCTION=_REDUCTION[reduction],
             BEHAVIOR_PER_TOKEN=sequence is None or sequence.per_token,
             **self.meta,
         )
@@ -957,7 +959,7 @@ def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
             rows.launch(counters, seq, ratio, reduction)
         else:
             rows.launch(counters, None, ratio, reduction)
-            stage = {"RATIO": RATIOS[ratio], "REDUCTION": REDUCTIONS[reduction], "BT": BT}
+            stage = {"RATIO": _RATIO[ratio], "REDUCTION": _REDUCTION[reduction], "BT": BT}
             if rows.b:
                 sequences_fwd_kernel[(rows.b,)](
                     rows.labels,

@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from topr_kernels import __version__
+from topr_kernels import PRESETS, __version__
+from topr_kernels.choices import BALANCES, RATIOS
 from topr_kernels.recipe.files import user_path
 
 _DEMO = """\
@@ -127,10 +128,10 @@ def _main(given: Sequence[str]) -> int:
 def _step(argv: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.processes import ProcessError, joined, launched
     from topr_kernels.recipe.records import RecordError
     from topr_kernels.recipe.step_cli import config_flags, run_command
-    from topr_kernels.recipe.steps import SettingsError
 
     debug = "--debug" in argv
     try:
@@ -162,7 +163,7 @@ def _fail(error: Exception, debug: bool, status: int = 2) -> int:
 
 def _reward(args: argparse.Namespace) -> int:
     from topr_kernels.recipe.files import FileError
-    from topr_kernels.recipe.steps import SettingsError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.try_reward import try_reward
 
     try:
@@ -185,9 +186,9 @@ def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.demo import DemoSettings, restart, run_demo
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.processes import launched
     from topr_kernels.recipe.records import RecordError
-    from topr_kernels.recipe.steps import SettingsError
 
     _quieten()
     names = [field.name for field in dataclasses.fields(DemoSettings)]
@@ -264,7 +265,7 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--balance",
-        choices=("subsample", "baseline"),
+        choices=BALANCES,
         default="subsample",
         help="how: leave out wrong answers at random, for both runs, or keep all and subtract a "
         "baseline from the rewards in the TOPR run",
@@ -275,13 +276,13 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     training.add_argument("--batch-size", type=int, default=32, help="sequences per update")
     training.add_argument(
         "--limits",
-        choices=("topr", "tis", "is", "reinforce", "sft"),
+        choices=tuple(PRESETS),
         default="topr",
         help="clip limits of the ratio in the TOPR run",
     )
     training.add_argument(
         "--ratio",
-        choices=("sequence", "geometric", "token"),
+        choices=RATIOS,
         default="sequence",
         help="level of the ratio in the TOPR run",
     )

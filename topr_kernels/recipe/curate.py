@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from topr_kernels import baseline_for_positive_share, effective_positive_share
+from topr_kernels.choices import BALANCES
+from topr_kernels.recipe.options import Options, SettingsError, option
 from topr_kernels.recipe.records import Record, RecordError
-from topr_kernels.recipe.steps import Options, SettingsError, option
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CurationOptions(Options):
         "subsample",
         "how: 'subsample' leaves samples out at random, 'baseline' keeps all and has the training "
         "subtract a baseline from the rewards",
-        choices=("subsample", "baseline"),
+        choices=BALANCES,
     )
     dedupe: bool = option(False, "keep only the first of equal completions of a question")
     max_length: int = option(

@@ -19,25 +19,19 @@ from topr_kernels import (
     baseline_for_positive_share,
     effective_positive_share,
 )
+from topr_kernels.choices import BALANCES
 from topr_kernels.recipe import report
-from topr_kernels.recipe.commands import named_model
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
 from topr_kernels.recipe.files import FileError, merged_folder, write_json
 from topr_kernels.recipe.generate import generate
-from topr_kernels.recipe.models import LoadedModel, load_model
+from topr_kernels.recipe.manifests import claim, read_mapping
+from topr_kernels.recipe.models import LoadedModel, load_model, named_model
+from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
 from topr_kernels.recipe.settings import MOST_SEED
-from topr_kernels.recipe.steps import (
-    SettingsError,
-    claim,
-    foreign,
-    model_key,
-    naming,
-    on_refusal,
-    read_mapping,
-)
+from topr_kernels.recipe.steps import foreign, on_refusal
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on
@@ -54,14 +48,16 @@ _SAVED = (
     "vocab.txt",
     "trained_on.txt",
 )
+#: The training runs; the folder of each has its name in small letters.
+_RUNS = ("TOPR", "SFT")
 #: What a demo leaves in its folder, as patterns of paths.
 _RESULTS = (
     *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.problems.json"),
     *("samples.parquet", "records.parquet"),
     *("samples.json", "records.json", "report.json", "report.png"),
     *(
-        f"{run}/{name}"
-        for run in ("topr", "sft")
+        f"{run.lower()}/{name}"
+        for run in _RUNS
         for name in ("history.json", "evaluation.json", *(f"model/{kind}" for kind in _SAVED))
     ),
 )
@@ -118,9 +114,9 @@ class DemoSettings:
                 f"positive_share: got {self.positive_share}; expected a share in [0, 1), 0 to leave "
                 "the samples as they are"
             )
-        if self.balance not in ("subsample", "baseline"):
+        if self.balance not in BALANCES:
             raise SettingsError(
-                f"balance: got {self.balance!r}; expected 'subsample' or 'baseline'"
+                f"balance: got {self.balance!r}; expected {' or '.join(map(repr, BALANCES))}"
             )
         if not 0 <= self.seed <= MOST_SEED:
             raise SettingsError(f"seed: got {self.seed}; expected 0 to {MOST_SEED}")
@@ -192,7 +188,7 @@ def _run_steps(run: _Run) -> bool:
     _say_data(data)
     evaluations = {"base": _evaluation(base)}
     histories = {}
-    for name, limits in (("TOPR", settings.limits), ("SFT", "sft")):
+    for name, limits in zip(_RUNS, (settings.limits, "sft"), strict=True):
         folder = name.lower()
         baseline = data["baseline"] if name == "TOPR" else 0.0
         trained = step(
@@ -236,9 +232,9 @@ def restart(out: Path) -> None:
         )
     for file in _results(out):
         file.unlink()
-    for name in ("topr", "sft"):
-        _drop_checkpoints(out / name / "checkpoints")
-        _remove_empty(out / name / "model", out / name)
+    for folder in (out / name.lower() for name in _RUNS):
+        _drop_checkpoints(folder / "checkpoints")
+        _remove_empty(folder / "model", folder)
     _remove_empty(out / "base", out / "generated")
     # Last: whatever is left after a kill in here is still recognised as a demo's.
     path.unlink()

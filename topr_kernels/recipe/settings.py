@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from topr_kernels.choices import RATIOS
 from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
-from topr_kernels.recipe.steps import Options, SettingsError, option, with_default
+from topr_kernels.recipe.options import Options, SettingsError, option, with_default
 
 #: The largest that the order of training takes; a batch's own seed, made of it, fits 64 bits.
 MOST_SEED = 2**32 - 1
@@ -177,9 +178,7 @@ class TrainingOptions(Options):
     """How the model is trained."""
 
     limits: str = option("topr", "clip limits of the ratio", choices=tuple(PRESETS))
-    ratio: str = option(
-        "sequence", "level of the ratio", choices=("sequence", "geometric", "token")
-    )
+    ratio: str = option("sequence", "level of the ratio", choices=RATIOS)
     epochs: int = option(1, "passes over the samples", least=1)
     lr: float = option(2e-5, "learning rate of AdamW, constant", above=0)
     batch_size: int = option(32, "sequences per update", least=1)

@@ -1,0 +1,18 @@
+"""The named choices of options, each list once; the presets of the limits are in ``limits.PRESETS``."""
+
+from __future__ import annotations
+
+#: Levels of the ratio. The index is the number in the kernels, enum topr_ratio of csrc.
+RATIOS = ("sequence", "geometric", "token")
+
+#: Reductions that divide by a count. Trainers offer these: they normalise over the accumulated batch.
+MEAN_REDUCTIONS = ("sequence_mean", "token_mean")
+
+#: Reductions of the loss. The index is the number in the kernels, enum topr_reduction of csrc.
+REDUCTIONS = (*MEAN_REDUCTIONS, "sum")
+
+#: Where the Trainer takes log mu from: the records, or the model as it is before training.
+BEHAVIORS = ("recorded", "initial")
+
+#: How a share of positives is made: leave samples out, or subtract a baseline from the rewards.
+BALANCES = ("subsample", "baseline")
