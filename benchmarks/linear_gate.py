@@ -39,7 +39,7 @@ from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.manifests import claim
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.options import SettingsError, model_key
-from topr_kernels.recipe.record_checks import training_rows
+from topr_kernels.recipe.record_checks import training_fields
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import score, workspace_bytes
 from topr_kernels.recipe.tasks import ARITHMETIC, Question, held_out_split
@@ -153,7 +153,7 @@ def trained(
     model.train()
     head = find_head(model)
     before = head.weight.detach().clone()
-    rows = training_rows(records)
+    rows = training_fields(records)
     collate = CompletionCollator(loaded.tokenizer.pad_token_id, share_prefix=shares_prefix(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

@@ -106,7 +106,7 @@ def causal_lm_topr_loss(
         out = topr_loss(outputs.logits[:, -keep:], labels, behavior, reward, **options)
         return _with_router_loss(out, base, outputs, reduction, normalizer)
 
-    found: list[TOPROutput] = []
+    captured: list[TOPROutput] = []
 
     def compute(hidden: Tensor, head: Head) -> Tensor:
         out = linear_topr_loss(
@@ -120,13 +120,13 @@ def causal_lm_topr_loss(
             workspace_bytes=workspace_bytes,
             **options,
         )
-        found.append(out)
+        captured.append(out)
         return out.loss
 
     with loss_in_head(model if unwrapped is None else unwrapped, compute, sample=check) as inside:
         outputs = model(**inputs)
     loss = inside.arrive(outputs.logits)
-    return _with_router_loss(found[0]._replace(loss=loss), base, outputs, reduction, normalizer)
+    return _with_router_loss(captured[0]._replace(loss=loss), base, outputs, reduction, normalizer)
 
 
 def causal_lm_log_prob(
@@ -175,7 +175,7 @@ def causal_lm_log_prob(
     with torch.no_grad():
         if not fused_head:
             return log_prob(model(**inputs).logits[:, -keep:], labels, **options)
-        found: list[LogProbOutput] = []
+        captured: list[LogProbOutput] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
             out = linear_log_prob(
@@ -186,13 +186,13 @@ def causal_lm_log_prob(
                 workspace_bytes=workspace_bytes,
                 **options,
             )
-            found.append(out)
+            captured.append(out)
             return out.log_prob.sum()
 
         base = model if unwrapped is None else unwrapped
         with loss_in_head(base, compute, sample=check) as inside:
             inside.arrive(model(**inputs).logits)
-    return found[0]
+    return captured[0]
 
 
 def _kept(tokens: Tensor, keep: int) -> Tensor:

@@ -102,7 +102,7 @@ class CompletionCollator:
             _check(record, i)
         prompts = [list(record["prompt_token_ids"]) for record in features]
         completions = [list(record["completion_token_ids"]) for record in features]
-        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         scored = [not cut for cut in self._truncated(features)]
         labels = [
             [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
@@ -114,13 +114,13 @@ class CompletionCollator:
         ]
         batch: dict[str, Any]
         if self.packing:
-            batch = pack(rows)
+            batch = pack(sequences)
             batch["labels"] = torch.tensor([x for row in labels for x in row])[None]
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
         else:
             prefix = common_prefix_length(prompts) if self.share_prefix else 0
-            batch = dict(pad_left(rows, self.pad_token_id, prefix))
+            batch = dict(pad_left(sequences, self.pad_token_id, prefix))
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)

@@ -158,9 +158,9 @@ def _position_ids(batch: Mapping[str, Any]) -> Tensor:
         return position_ids
     mask: Tensor | None = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        found = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
+        got = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
         raise ValueError(
-            f"the batch has no position_ids and {found}, so real tokens cannot be counted; give it "
+            f"the batch has no position_ids and {got}, so real tokens cannot be counted; give it "
             "attention_mask [B, T] or position_ids in the data collator"
         )
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -373,11 +373,9 @@ def _layer(model: Any) -> _Layer:
         linear, adapters = module.base_layer, _active_adapters(module)
     # Subclasses and other wrappers compute something else: quantised weights, other adapters.
     if _kind(linear) is not nn.Linear:
-        found = (
-            "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
-        )
+        got = "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
         raise ValueError(
-            f"{type(base).__name__} has {found}; expected a plain torch.nn.Linear, with or without "
+            f"{type(base).__name__} has {got}; expected a plain torch.nn.Linear, with or without "
             f"LoRA; {_REMEDY}, or leave the head out of adapters and quantisation"
         )
     return _Layer(module, linear, adapters)

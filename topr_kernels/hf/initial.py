@@ -58,18 +58,18 @@ def score_initial(
     """
     # Before they are shared out: of a process that fails alone, the others would wait for an answer.
     check_records(records, "the data set")
-    found = _problem(model)
-    problems = gather_object([found]) if processes > 1 else [found]
+    own_problem = _problem(model)
+    problems = gather_object([own_problem]) if processes > 1 else [own_problem]
     problem = next((p for p in problems if p is not None), None)
     if problem is not None:
         raise ValueError(f"behavior: got 'initial', but {problem}; {_REMEDY}")
     with _on(model, device):
-        rows = score(records[rank::processes])
+        log_probs = score(records[rank::processes])
         if processes == 1:
-            return rows
+            return log_probs
         probe = next((r for r in records if len(r["completion_token_ids"])), None)
         probed = score([probe])[0] if probe is not None else []
-    shares = gather_object([(rows, probed)])
+    shares = gather_object([(log_probs, probed)])
     differences = [
         abs(a - b) for _, other in shares for a, b in zip(shares[0][1], other, strict=True)
     ]

@@ -74,9 +74,9 @@ def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
         inputs: padded or packed batch of this process.
         loader: accelerate's, at this batch.
     """
-    rows = inputs["reward"].shape[0]
-    first = _first_repeat(loader, rows)
-    if first == rows:
+    sequences = inputs["reward"].shape[0]
+    first = _first_repeat(loader, sequences)
+    if first == sequences:
         return inputs
     labels = inputs["labels"].clone()
     offsets = inputs.get("cu_seq_lens_q")
@@ -87,23 +87,23 @@ def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
     return {**inputs, "labels": labels}
 
 
-def _first_repeat(loader: Any, rows: int) -> int:
-    """Which of the rows of this process's batch is the first repeat; ``rows`` if there is none."""
+def _first_repeat(loader: Any, sequences: int) -> int:
+    """Index of the first repeated sequence in this process's batch; ``sequences`` if none is."""
     # -1: of a stream, or an incomplete batch is dropped; 0: all batches are full.
     if not getattr(loader, "end_of_dataloader", False) or loader.remainder <= 0:
-        return rows
+        return sequences
     sampler = loader.batch_sampler
     if isinstance(loader, DataLoaderDispatcher):
         rank = loader.state.process_index
     elif isinstance(sampler, BatchSamplerShard) and sampler.even_batches:
         rank = sampler.process_index
-        # A collator of one's own may make more or fewer rows than there are records.
-        if rows * sampler.num_processes != loader.total_batch_size:
-            return rows
+        # A collator of one's own may make more or fewer sequences than there are records.
+        if sequences * sampler.num_processes != loader.total_batch_size:
+            return sequences
     else:
-        return rows
-    left: int = loader.remainder - rank * rows
-    return min(max(left, 0), rows)
+        return sequences
+    left: int = loader.remainder - rank * sequences
+    return min(max(left, 0), sequences)
 
 
 def _check_not_dispatched(collator: Any, processes: int) -> None:

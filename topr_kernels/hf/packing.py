@@ -46,19 +46,19 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
     return batch.get("cu_seq_lens_q") is not None
 
 
-def pack(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Lays token rows out one after another.
+def pack(sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Lays token sequences out one after another.
 
     Args:
-        rows: B rows of token ids, each at least one.
+        sequences: B sequences of token ids, each at least one.
 
     Returns:
         ``input_ids`` and ``position_ids`` [1, N] int64, positions restarting at 0; ``cu_seq_lens_q``
         and ``cu_seq_lens_k`` [B + 1] int32; ``max_length_q`` and ``max_length_k`` int.
     """
-    lengths = [len(row) for row in rows]
+    lengths = [len(sequence) for sequence in sequences]
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    tokens = [token for row in rows for token in row]
+    tokens = [token for sequence in sequences for token in sequence]
     return {
         "input_ids": torch.tensor(tokens, dtype=torch.int64)[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -197,8 +197,8 @@ def check_packing(
             )
             for inputs in (together, single)
         )
-    rows = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
-    difference, allowed = float(rows.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
+    differences = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
+    difference, allowed = float(differences.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
     # NaN is no agreement.
     if not difference <= allowed:
         base = base_model(unwrapped)

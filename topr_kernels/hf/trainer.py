@@ -178,18 +178,18 @@ class TOPRTrainer(Trainer):
         # Reading a data set on disk takes time; the collator looks at every record of it later.
         looked_at = 1 if recorded and not isinstance(dataset, list) else len(dataset)
         records = [dataset[i] for i in range(min(looked_at, len(dataset)))]
-        known = [record.get("behavior_log_prob") is not None for record in records]
+        scored = [record.get("behavior_log_prob") is not None for record in records]
         if recorded:
-            if not all(known):
+            if not all(scored):
                 raise ValueError(
-                    f"record {known.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
+                    f"record {scored.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
                     "Record the sampler's log-probabilities, score them with causal_lm_log_prob, or, "
                     "for data sampled from this very model, set behavior='initial'"
                 )
             return dataset
-        if any(known):
+        if any(scored):
             raise ValueError(
-                f"behavior: got 'initial', but record {known.index(True)} has a behavior_log_prob, "
+                f"behavior: got 'initial', but record {scored.index(True)} has a behavior_log_prob, "
                 "which would be ignored; drop the column, or use behavior='recorded'"
             )
         processes, rank = self.args.world_size, self.args.process_index
@@ -211,14 +211,16 @@ class TOPRTrainer(Trainer):
                     progress=rank == 0 and not self.args.disable_tqdm,
                 )
 
-        rows = score_initial(
+        log_probs = score_initial(
             model, records, score, device=self.args.device, processes=processes, rank=rank
         )
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
                 dataset = dataset.remove_columns("behavior_log_prob")
-            return dataset.add_column("behavior_log_prob", rows)
-        return [{**r, "behavior_log_prob": row} for r, row in zip(records, rows, strict=True)]
+            return dataset.add_column("behavior_log_prob", log_probs)
+        return [
+            {**r, "behavior_log_prob": values} for r, values in zip(records, log_probs, strict=True)
+        ]
 
     def compute_loss(
         self,

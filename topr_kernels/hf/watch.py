@@ -38,7 +38,7 @@ class NegativeWatch:
         """Looks at what was added since the last call, over all processes, and begins anew."""
         if self._sums is None:
             return
-        count, dead, total, squares = gather(self._sums[None]).sum(0).tolist()
+        count, dead, weight_sum, square_sum = gather(self._sums[None]).sum(0).tolist()
         self._sums = None
         if not count:
             return
@@ -46,8 +46,8 @@ class NegativeWatch:
             self._once(
                 "dead", f"{dead / count:.0%} of the negatives have a weight below {DEAD_WEIGHT:g}"
             )
-        elif squares and total * total / squares < self.LEAST_EFFECTIVE * count:
-            effective = total * total / squares
+        elif square_sum and weight_sum * weight_sum / square_sum < self.LEAST_EFFECTIVE * count:
+            effective = weight_sum * weight_sum / square_sum
             self._once(
                 "few",
                 f"{count:.0f} negatives count for only {effective:.1f} (effective sample size)",
@@ -88,8 +88,8 @@ class MetricMean:
             zero = torch.zeros_like(x)
             weight = torch.where(undefined, zero, zero + size)
             # Select, don't multiply: 0 * NaN is NaN.
-            total = torch.where(undefined, zero, x * size)
-            self._total[name] = self._total.get(name, zero) + total
+            weighted = torch.where(undefined, zero, x * size)
+            self._total[name] = self._total.get(name, zero) + weighted
             self._weight[name] = self._weight.get(name, zero) + weight
 
     def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:

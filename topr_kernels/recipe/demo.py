@@ -162,8 +162,8 @@ def _run_steps(run: _Run) -> bool:
     def step(name: str, file: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         nonlocal earlier_cpu_seconds
         path = out / file
-        found = path.exists()
-        if not found:
+        finished = path.exists()
+        if not finished:
             start, cpu_start = time.perf_counter(), time.process_time()
             with naming(f"--model {settings.model}: {name} failed"):
                 result = compute()
@@ -179,7 +179,7 @@ def _run_steps(run: _Run) -> bool:
         if not {"seconds", "cpu_seconds"} <= value.keys():
             raise FileError(f"{path}: not a result of this demo; delete it and run again")
         seconds[name], cpu_seconds[name] = value["seconds"], value["cpu_seconds"]
-        earlier_cpu_seconds += cpu_seconds[name] if found else 0.0
+        earlier_cpu_seconds += cpu_seconds[name] if finished else 0.0
         return value
 
     base = step("evaluate base", "base/evaluation.json", run.evaluate_base)

@@ -108,8 +108,8 @@ def _refuse_foreign(out: Path) -> None:
     """
     claimed = out / "settings.json"
     try:
-        found = read_json(claimed)
-        ours = isinstance(found, Mapping) and found.get("step") == "iterate"
+        stored = read_json(claimed)
+        ours = isinstance(stored, Mapping) and stored.get("step") == "iterate"
     except FileNotFoundError:
         ours = False
     except FileError:
@@ -233,17 +233,19 @@ def as_text(report: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(entry: Mapping[str, Any]) -> str:
-    found = entry["evaluation"]
+    evaluation = entry["evaluation"]
     data = f"{'':30}"
     if entry["iteration"]:
         data = (
             f"{100 * entry['sampled']['positive_share']:10.1f}%{entry['trained']['records']:12}"
             f"{100 * entry['trained']['effective_positive_share']:6.1f}%"
         )
-    error = found["maj_at_k_error"]
-    interval = f"[{100 * found['pass_at_1_low']:.1f}, {100 * found['pass_at_1_high']:.1f}]"
+    error = evaluation["maj_at_k_error"]
+    interval = (
+        f"[{100 * evaluation['pass_at_1_low']:.1f}, {100 * evaluation['pass_at_1_high']:.1f}]"
+    )
     return (
-        f"{entry['iteration'] or 'base':<5}{data}{100 * found['pass_at_1']:8.1f}%  {interval:15}"
-        f"{100 * found['maj_at_k']:7.1f}%{'' if error is None else f'{100 * error:.1f}':>6}"
-        f"{100 * found['invalid_share']:8.1f}%{found['mean_length']:8.1f}"
+        f"{entry['iteration'] or 'base':<5}{data}{100 * evaluation['pass_at_1']:8.1f}%  {interval:15}"
+        f"{100 * evaluation['maj_at_k']:7.1f}%{'' if error is None else f'{100 * error:.1f}':>6}"
+        f"{100 * evaluation['invalid_share']:8.1f}%{evaluation['mean_length']:8.1f}"
     )

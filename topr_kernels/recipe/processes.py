@@ -137,9 +137,9 @@ class _Joined(Processes):
         for _, problem in heard:
             if problem is not None:
                 raise ProcessError(problem)
-        return [found for found, _ in heard]
+        return [result for result, _ in heard]
 
-    def _describe(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         if isinstance(error, ProcessError):
             return str(error)
         what = str(error) or type(error).__name__
