@@ -36,7 +36,7 @@ from topr_kernels.ops import linear as ops
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import evaluate
 from topr_kernels.recipe.generate import generate
-from topr_kernels.recipe.manifests import claim
+from topr_kernels.recipe.manifests import write_or_check_settings
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.options import SettingsError, model_key
 from topr_kernels.recipe.record_checks import training_fields
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         shared = setting._replace(model=model_key(setting.model))._asdict()
-        claim(args.out / "settings.json", shared, args.out)
+        write_or_check_settings(args.out / "settings.json", shared, args.out)
     except SettingsError as error:
         raise SystemExit(str(error)) from error
     report(run(args.out, setting, args.seeds, [2.0**t for t in args.log2_tau]))

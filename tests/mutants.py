@@ -610,7 +610,7 @@ RECIPE = [
     Mutant(
         "folder-of-a-lost-first-process",
         "topr_kernels/recipe/steps.py",
-        "        with _held(claimed):\n            pass\n",
+        "        with _held(settings_file):\n            pass\n",
         "        pass\n",
         (
             "tests/test_recipe_processes.py"

@@ -124,7 +124,7 @@ class _Joined(Processes):
 
     def _all_hear(self, value: Any, error: Exception | None) -> list[Any]:
         """The values of all processes, by rank; raises ``error``, or that another has one."""
-        said = None if error is None else self._describe(error)
+        said = None if error is None else self._message(error)
         heard: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(heard, (value, said), group=self._group)
@@ -152,7 +152,7 @@ class _Joined(Processes):
 
     def _note(self, error: BaseException) -> None:
         try:
-            self._store.set(self._failed_key, self._describe(error))
+            self._store.set(self._failed_key, self._message(error))
         except RuntimeError:
             # The process that keeps the store is gone, so the others know that something is wrong.
             return
