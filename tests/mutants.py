@@ -400,7 +400,7 @@ HF = [
     Mutant(
         "mu-of-temperature-1",
         "topr_kernels/hf/behavior.py",
-        "                temperature=temperature,\n",
+        "        temperature=temperature,\n",
         "",
         ("tests/test_recipe.py::test_scores_are_taken_at_the_sampling_temperature",),
     ),

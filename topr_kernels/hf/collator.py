@@ -190,18 +190,33 @@ def _right_align(
     return result
 
 
-def _check(record: Mapping[str, Any], i: int) -> None:
-    for name in ("prompt_token_ids", "completion_token_ids", "behavior_log_prob", "reward"):
+def check_token_ids(
+    record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
+) -> None:
+    """Checks that a record has token ids, and a prompt of at least one.
+
+    Args:
+        record: the record.
+        where: what the messages call it.
+        more: further fields that it must have.
+        remedy: what to do about a missing field.
+
+    Raises:
+        ValueError: if a field is missing or the prompt is empty.
+    """
+    for name in ("prompt_token_ids", "completion_token_ids", *more):
         if record.get(name) is None:
-            raise ValueError(
-                f"record {i} of the batch has no {name!r}; it has {sorted(record)}. Score the "
-                "records first, and keep remove_unused_columns=False"
-            )
+            raise ValueError(f"{where} has no {name!r}; it has {sorted(record)}. {remedy}")
     if len(record["prompt_token_ids"]) == 0:
         raise ValueError(
-            f"record {i} of the batch: prompt_token_ids is empty, so nothing predicts the first "
-            "token of the completion; give the prompt at least a BOS token"
+            f"{where}: prompt_token_ids is empty, so nothing predicts the first token of the "
+            "completion; give the prompt at least a BOS token"
         )
+
+
+def _check(record: Mapping[str, Any], i: int) -> None:
+    remedy = "Score the records first, and keep remove_unused_columns=False"
+    check_token_ids(record, f"record {i} of the batch", ("behavior_log_prob", "reward"), remedy)
     scored, tokens = len(record["behavior_log_prob"]), len(record["completion_token_ids"])
     if scored != tokens:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from topr_kernels import TOPROutput
-from topr_kernels.hf.behavior import score_behavior
+from topr_kernels.hf.behavior import score_checked
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.config import TOPRConfig
@@ -199,7 +199,7 @@ class TOPRTrainer(Trainer):
             # The Trainer's forward passes will run under it, and the ratio of equal policies is 1 only
             # if both were rounded alike.
             with self.accelerator.autocast():
-                return score_behavior(
+                return score_checked(
                     model,
                     share,
                     collator,
