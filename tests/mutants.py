@@ -488,8 +488,8 @@ HF = [
     Mutant(
         "repeats-counted",
         "topr_kernels/hf/loading.py",
-        "return min(max(left, 0), rows)",
-        "return rows",
+        "return min(max(left, 0), sequences)",
+        "return sequences",
         ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
     ),
     Mutant(
