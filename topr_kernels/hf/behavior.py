@@ -29,7 +29,7 @@ def score_behavior(
 ) -> list[list[float]]:
     """Log-probabilities of each record's completion tokens under a model.
 
-    With the collator, the batches, the settings and the autocast of training they are bitwise those that
+    Scored with the collator, batches, settings and autocast of training, they equal to the bit what
     training sees before its first update: every ratio is then exactly 1.
 
     Args:
@@ -37,7 +37,7 @@ def score_behavior(
         records: with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``.
         collator: as in training; its ``mask_truncated`` is not applied.
         batch_size: records scored together; use the training batch's.
-        temperature: that of the sampler.
+        temperature: of the sampler.
         fused_head: as in :func:`causal_lm_log_prob`.
         workspace_bytes: as in :func:`causal_lm_log_prob`.
         impl: as in :func:`causal_lm_log_prob`.
@@ -98,7 +98,7 @@ def score_checked(
             }
             log_prob = causal_lm_log_prob(model, batch, check=start == 0, **options).log_prob
             kept = batch["labels"][:, -log_prob.shape[1] :].ne(IGNORE_INDEX)
-            # Row-major, so record by record in both layouts.
+            # In row-major order, which is record by record in both layouts.
             values = log_prob[kept].cpu()
             lengths = [len(record["completion_token_ids"]) for record in part]
             scored += [row.tolist() for row in torch.split(values, lengths)]
@@ -114,7 +114,7 @@ def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
 
 
 def _unscored(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with what the collator asks for and scoring does not read."""
+    """The record with placeholders for the fields that the collator needs and scoring ignores."""
     completion = record["completion_token_ids"]
     return {
         "prompt_token_ids": record["prompt_token_ids"],
