@@ -228,7 +228,7 @@ def test_other_settings_are_refused_and_restart_starts_anew(
 ):
     (tmp_path / "mine.txt").write_text("keep")
     settings = demo.DemoSettings(model=str(model), seed=1)
-    demo._claim(tmp_path, settings)
+    demo._write_or_check_settings(tmp_path, settings)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "evaluation.json").write_text("{}")
     assert run(model, tmp_path) == 2

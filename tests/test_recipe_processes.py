@@ -211,7 +211,7 @@ def test_an_interrupted_process_does_not_wait_for_the_batch_of_another(
     assert done["status"] == [None, 130]
 
 
-@pytest.mark.parametrize("function", ["commands.write_records", "steps.claim"])
+@pytest.mark.parametrize("function", ["commands.write_records", "steps.write_or_check_settings"])
 @pytest.mark.parametrize("what", ["kill", "full"])
 def test_the_others_do_not_wait_for_a_first_that_failed(
     function: str, what: str, server: Server, tmp_path: Path

@@ -1,7 +1,7 @@
-"""The head of a causal language model: what makes its logits, and its input without making them.
+"""The head of a causal language model, which turns hidden states into logits, and the head's input.
 
-``linear_topr_loss`` multiplies hidden states by the head's matrix itself, so a forward pass need only
-bring the hidden states to the head, and whatever the model does to its logits must be known.
+``linear_topr_loss`` multiplies hidden states by the head's matrix itself. So a forward pass need only
+bring the hidden states to the head, but what the model does to its logits must be known.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.nn import functional
 _REMEDY = "use the logits: completion_logits and topr_loss, in TOPRTrainer fused_head=False"
 #: Config attributes that multiply the logits: Cohere's, Falcon-H1's, Muse's.
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-#: Config attributes that cap them: Gemma 2 and later (NanoChat, ...), RecurrentGemma's, xLSTM's.
+#: Config attributes that cap the logits: Gemma 2 and later (NanoChat, ...), RecurrentGemma's, xLSTM's.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-#: Rows of which ``capture_hidden`` can have the model make logits.
+#: Rows whose logits are computed where the model's own are compared with those of its head.
 _SAMPLE_ROWS = 4
 
 
@@ -28,9 +28,10 @@ class Head(NamedTuple):
     """Logits are ``softcap * tanh(z / softcap)`` of ``z = logit_scale * (hidden Wt + bias)``.
 
     Attributes:
-        weight: [V, D], the parameter itself. With LoRA of rank r on the head [V, D + r], B beside it,
-            and the ``hidden`` of ``capture_hidden`` has r columns ``scaling * A(dropout(hidden))`` more:
-            low-rank updates far below the rounding of the weight survive, which a sum would lose.
+        weight: [V, D], the parameter itself. With LoRA of rank r on the head it is [V, D + r], LoRA's B
+            beside the weight, and the ``hidden`` of ``capture_hidden`` has r more columns,
+            ``scaling * A(dropout(hidden))``: added to the weight, low-rank updates far below its
+            rounding would be lost.
         bias: [V] or None (Phi has one).
         logit_scale: multiplies (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
         softcap: None for none (Gemma's ``final_logit_softcapping``).
@@ -61,17 +62,17 @@ def find_head(model: Any) -> Head:
     ``output_multiplier`` (Muse), which multiply; ``logits_scaling``, which divides in Granite and
     multiplies in HyperCLOVA X; ``final_logit_softcapping`` (Gemma), ``logits_soft_cap``
     (RecurrentGemma) and ``output_logit_soft_cap`` (xLSTM). What is done to the hidden states before
-    the head (MiniCPM3, Inkling) is in its input already. ``check_logits`` finds anything else.
+    the head (MiniCPM3, Inkling) is part of its input. ``check_logits`` detects anything else.
 
-    PEFT's LoRA and ``modules_to_save`` on the head are served as they stand: the active adapters, or
-    none where they are disabled or merged.
+    PEFT's LoRA and ``modules_to_save`` on the head are supported: of the adapters the active ones
+    count, and none if they are disabled or merged.
 
     Args:
-        model: Hugging Face causal language model, not wrapped but by PEFT.
+        model: Hugging Face causal language model, without a wrapper other than PEFT's.
 
     Raises:
-        ValueError: if the head is anything else than a plain ``nn.Linear`` (quantised, with DoRA on
-            it, ...), or is sharded over processes.
+        ValueError: if the head is not a plain ``nn.Linear`` (quantised, with DoRA on it, ...), or is
+            sharded over processes.
     """
     return _find_head(model, _layer(model))
 
@@ -87,7 +88,7 @@ def head_shape(model: Any) -> tuple[int, int]:
 
 
 class Capture:
-    """What ``capture_hidden`` saw of one forward pass."""
+    """What ``capture_hidden`` recorded of one forward pass."""
 
     def __init__(self, sample: bool) -> None:
         self._sample = sample
@@ -96,7 +97,7 @@ class Capture:
 
     @property
     def hidden(self) -> Tensor:
-        """Input of the head, [B, K, D], attached to the graph; with LoRA on the head [B, K, D + r].
+        """Input of the head, [B, K, D], with gradient; with LoRA on the head [B, K, D + r].
 
         Raises:
             ValueError: if the forward pass called the head never or more than once.
@@ -105,7 +106,7 @@ class Capture:
 
     @property
     def product(self) -> Tensor:
-        """[1, <= 4, V], hidden Wt + bias of some rows, whose logits the model made."""
+        """[1, <= 4, V], hidden Wt + bias of the rows whose logits the model computed."""
         return _only(self._products)
 
     def __call__(self, layer: _Layer, hidden: Tensor) -> Tensor:
@@ -118,21 +119,22 @@ class Capture:
             # Models may scale their logits in place.
             self._products.append(product.detach().clone())
             return product
-        # One column, for what the model does to logits. It keeps head and hidden states in the graph
-        # of the outputs, where DistributedDataParallel looks for the parameters in use.
+        # One column, so that the model has logits to work on. It keeps head and hidden states in the
+        # graph of the outputs, where DistributedDataParallel looks for the parameters in use.
         return functional.linear(hidden, weight[:1], None if bias is None else bias[:1])
 
 
 @contextmanager
 def capture_hidden(model: Any, *, sample: bool = False) -> Iterator[Capture]:
-    """Lets forward passes of a model stop at its head, whose input they record.
+    """Has forward passes of a model record the input of its head, in the place of computing logits.
 
-    Wrappers (DistributedDataParallel, autocast), ``logits_to_keep`` and caches work as ever, only the
-    head's product is not made: the ``logits`` of the outputs are [B, K, 1] and mean nothing.
+    Wrappers (DistributedDataParallel, autocast), ``logits_to_keep`` and caches work as usual. The
+    ``logits`` of the outputs are a placeholder, [B, K, 1].
 
     Args:
-        model: Hugging Face causal language model, not wrapped but by PEFT; its wrapper may be called.
-        sample: make the logits of up to 4 rows instead, [1, <= 4, V]: what ``check_logits`` needs.
+        model: Hugging Face causal language model, without a wrapper other than PEFT's. Calls may go
+            through its wrapper.
+        sample: compute the logits of up to 4 rows, [1, <= 4, V], which ``check_logits`` needs.
 
     Yields:
         Capture: its ``hidden`` is there after one forward pass.
@@ -147,7 +149,7 @@ def capture_hidden(model: Any, *, sample: bool = False) -> Iterator[Capture]:
 
 
 class HeadLoss:
-    """The loss of one forward pass that ``loss_in_head`` computed inside the head."""
+    """The loss of one forward pass, computed by ``loss_in_head`` inside the head."""
 
     def __init__(self, model: Any, compute: Callable[[Tensor, Head], Tensor], sample: bool) -> None:
         self._model, self._compute, self._sample = model, compute, sample
@@ -192,17 +194,18 @@ class HeadLoss:
 def loss_in_head(
     model: Any, compute: Callable[[Tensor, Head], Tensor], *, sample: bool = False
 ) -> Iterator[HeadLoss]:
-    """Lets a forward pass of a model compute a loss where it would multiply by its head.
+    """Has a forward pass of a model compute a loss where it would multiply by its head.
 
-    There, and only there, a wrapper that shards parameters (FSDP2, ZeRO-3) has the head whole, and its
-    hooks fire for the head as they would for logits. The loss leaves the model by its ``logits``, so
-    the backward starts at the outputs that the wrappers watch. ``logits`` themselves mean nothing.
+    Only there does a wrapper that shards parameters (FSDP2, ZeRO-3) have the whole head, and its hooks
+    run for the head as they would for logits. The loss leaves the model through its ``logits``, so that
+    the backward starts at the outputs that wrappers watch. The values of ``logits`` mean nothing.
 
     Args:
-        model: Hugging Face causal language model, not wrapped but by PEFT; its wrapper may be called.
+        model: Hugging Face causal language model, without a wrapper other than PEFT's. Calls may go
+            through its wrapper.
         compute: from the head's input [B, K, D] and the head to the loss, 0-dim; called once per
             forward pass, in its autocast context.
-        sample: let ``HeadLoss.arrive`` compare the logits the model makes of up to 4 rows.
+        sample: have ``HeadLoss.arrive`` compare the model's logits of up to 4 rows with the head's.
 
     Yields:
         HeadLoss: call its ``arrive`` with the logits of the outputs.
@@ -216,9 +219,9 @@ def loss_in_head(
         yield loss
 
 
-# The value of a loss's gradient must not pass through what a model does to logits (scales, softcaps,
-# dtypes), only its order: the backward of the outputs comes first, then that of the head. So the graph
-# leads from the loss over the logits to the result, and the value goes around them.
+# The backward must run through the model's outputs first and its head then, but what the model does to
+# logits (scales, softcaps, dtypes) must not change the gradient of the loss. So the graph leads from the
+# loss through the logits to the result, and the gradient's value is passed around them, in ``upstream``.
 
 
 class _Depart(torch.autograd.Function):
@@ -251,7 +254,7 @@ class _Arrive(torch.autograd.Function):
 
 
 def check_logits(head: Head, capture: Capture, logits: Tensor) -> None:
-    """Compares the logits a model made of some rows with those of the head.
+    """Compares a model's own logits of some rows with those computed from its head.
 
     Args:
         head: of ``find_head``.
@@ -259,8 +262,8 @@ def check_logits(head: Head, capture: Capture, logits: Tensor) -> None:
         logits: [1, <= 4, V], what that forward pass returned.
 
     Raises:
-        ValueError: if they differ by more than rounding in their dtype, relative to their norm (1e-5
-            in fp32), or in shape: the model does something to its logits that is not known here.
+        ValueError: if they differ in shape, or relative to their norm by more than rounding in their
+            dtype (1e-5 in fp32): the model transforms its logits in an unknown way.
     """
     _check_product(head, capture.product, logits)
 
@@ -275,11 +278,11 @@ def _check_product(head: Head, product: Tensor, logits: Tensor) -> None:
             f"the model's logits have shape {tuple(logits.shape)}, its head's {tuple(expected.shape)}: "
             f"beyond {known} it does something to them that is not known; {_REMEDY}"
         )
-    # Equal infinities are equal.
+    # Without this the difference of equal infinities would be NaN.
     logits = logits.detach().float()
     difference = (logits - expected).masked_fill(logits == expected, 0.0)
     error = float(difference.norm() / expected.masked_fill(expected.isinf(), 0.0).norm())
-    # NaN is no agreement, but logits of 0 are fine.
+    # Written so that NaN fails, and logits that are all 0 pass.
     if difference.any() and not error <= max(torch.finfo(product.dtype).eps, 1e-5):
         raise ValueError(
             f"the model's logits differ by {error:.1e} of their norm from its head's with {known}: it "
@@ -297,9 +300,9 @@ class _Adapter(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A head's module taken apart; its methods run where its parameters are whole."""
+    """The parts of a head's module. Call its methods inside the forward, where parameters are whole."""
 
-    #: The one whose forward computes the product; its own hooks bring its parameters.
+    #: The module whose forward computes the product; hooks of wrappers on it gather its parameters.
     module: nn.Module
     linear: nn.Linear
     adapters: tuple[_Adapter, ...]
@@ -349,7 +352,7 @@ def _transforms(config: Any) -> tuple[float, float | None]:
     scale = 1.0
     for name in _SCALES:
         scale *= _number(config, name) or 1.0
-    # MiniCPM3 has the name too, for what it does to the hidden states.
+    # MiniCPM3 uses the same name for a scale of the hidden states.
     scaling = _number(config, "logits_scaling") or 1.0
     if any(kind.startswith("granite") for kind in kinds):
         scale /= scaling
@@ -363,21 +366,19 @@ def _layer(model: Any) -> _Layer:
     base = base_model(model)
     get = getattr(base, "get_output_embeddings", None)
     module: Any = get() if callable(get) else None
-    # PEFT may not be installed, so its classes are known by what they hold. modules_to_save: a trained
-    # copy of the module for each adapter, of which the first active one runs.
+    # PEFT may not be installed, so its classes are recognised by their attributes. modules_to_save holds
+    # a trained copy of the module for each adapter; the first active one runs.
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = [] if module.disable_adapters else module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module
     linear, adapters = module, tuple[_Adapter, ...]()
     if _name(_kind(module)) == "peft.tuners.lora.layer.Linear":
         linear, adapters = module.base_layer, _active_adapters(module)
-    # Subclasses and other wrappers compute something else: quantised weights, other adapters.
+    # Subclasses and other wrappers (quantised weights, other adapters) compute something else.
     if _kind(linear) is not nn.Linear:
-        found = (
-            "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
-        )
+        got = "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
         raise ValueError(
-            f"{type(base).__name__} has {found}; expected a plain torch.nn.Linear, with or without "
+            f"{type(base).__name__} has {got}; expected a plain torch.nn.Linear, with or without "
             f"LoRA; {_REMEDY}, or leave the head out of adapters and quantisation"
         )
     return _Layer(module, linear, adapters)
@@ -432,7 +433,7 @@ def _sample(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _kind(module: Any) -> type:
-    """The class of a module before ``fully_shard`` made a subclass of it."""
+    """The class of a module; the original one if ``fully_shard`` has made a subclass of it."""
     kind = type(module)
     # Without torch.distributed there is no FSDP2 either.
     fsdp = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)

@@ -71,13 +71,13 @@ def _parsed(text: str) -> Any:
     logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
     # Its own units are "c", "ab" and the like.
     reading = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    found = parse(
+    expressions = parse(
         f"${text}$",
         [LatexExtractionConfig(normalization_config=reading)],
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
-    return found[0] if found else None
+    return expressions[0] if expressions else None
 
 
 def _heavy(expression: Any) -> bool:

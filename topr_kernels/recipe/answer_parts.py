@@ -24,7 +24,7 @@ class Parts(NamedTuple):
 
 def split_top(text: str) -> list[str]:
     """Splits a plain text at commas, semicolons, "and" and "or" outside of brackets."""
-    found, depth, start = [], 0, 0
+    elements, depth, start = [], 0, 0
     for match in _TOKEN.finditer(text):
         token = match.group().strip().lower()
         if token in _OPENING or token == "{":
@@ -32,9 +32,9 @@ def split_top(text: str) -> list[str]:
         elif token in _CLOSES or token == "}":
             depth -= 1
         elif not depth and token.strip(" ,;") in ("and", "or", ""):
-            found.append(text[start : match.start()].strip())
+            elements.append(text[start : match.start()].strip())
             start = match.end()
-    return [*found, text[start:].strip()]
+    return [*elements, text[start:].strip()]
 
 
 def in_group(text: str, comma: int) -> bool:

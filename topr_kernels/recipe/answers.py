@@ -119,7 +119,7 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
             opened.append(brace.start())
         elif brace.group() == "}" and opened:
             closing[opened.pop()] = brace.start()
-    found: list[Statement] = []
+    statements: list[Statement] = []
     unclosed = False
     for box in _BOX.finditer(text):
         at = box.end()
@@ -135,13 +135,15 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
             if bare is None:
                 continue
             statement = Statement(box.start(), bare.end(), bare.group().rstrip(".,;:"))
-        if found and statement.end <= found[-1].end:
+        if statements and statement.end <= statements[-1].end:
             # A box of a box is the inner one.
-            if statement.end - statement.start == len(found[-1].answer):
-                found[-1] = Statement(found[-1].start, found[-1].end, statement.answer)
+            if statement.end - statement.start == len(statements[-1].answer):
+                statements[-1] = Statement(
+                    statements[-1].start, statements[-1].end, statement.answer
+                )
             continue
-        found.append(statement)
-    return found, unclosed
+        statements.append(statement)
+    return statements, unclosed
 
 
 def boxed_answers(text: str) -> list[Statement]:
@@ -187,7 +189,7 @@ def final_answer(text: str, *, boxed: bool) -> str | None:
 
 
 def _phrases(text: str, framed: Sequence[Statement]) -> list[Statement]:
-    found = []
+    statements = []
     at = 0
     for phrase in list(_PHRASE.finditer(text))[-_LATEST:]:
         tail, start = _tail(text, phrase.end())
@@ -198,20 +200,20 @@ def _phrases(text: str, framed: Sequence[Statement]) -> list[Statement]:
             at += 1
         inside = [b for b in framed[at : at + 1] if b.start < start + len(tail)]
         if inside:
-            found.append(inside[0])
+            statements.append(inside[0])
             continue
         clause = first_clause(tail)
         answer = _without_subject(clause)
         if tail and not _FILLER.match(answer):
-            found.append(Statement(phrase.start(), start + len(clause), clean(answer)))
+            statements.append(Statement(phrase.start(), start + len(clause), clean(answer)))
     for line in list(_HASHES.finditer(text))[-_LATEST:]:
         if re.match(r"\W{0,9}\d", line.group(1)) and not _PHRASE.search(line.group(1)):
             answer = first_clause(line.group(1))
-            found.append(Statement(line.start(), line.start(1) + len(answer), clean(answer)))
+            statements.append(Statement(line.start(), line.start(1) + len(answer), clean(answer)))
     for tag in list(_TAGGED.finditer(text))[-_LATEST:]:
         if not _PHRASE.search(tag.group(1)) and "\\boxed" not in tag.group(1):
-            found.append(Statement(tag.start(), tag.end(), clean(tag.group(1))))
-    return found
+            statements.append(Statement(tag.start(), tag.end(), clean(tag.group(1))))
+    return statements
 
 
 def _tail(text: str, start: int) -> tuple[str, int]:
@@ -263,10 +265,10 @@ def gold_answer(text: str) -> str:
     if not text:
         raise ValueError("nothing after ####" if hashes else "empty")
     framed = boxed_answers(text)
-    found, unclosed = boxes(text)
+    statements, unclosed = boxes(text)
     if unclosed:
         raise ValueError("a box whose braces do not close")
-    if not framed and (found or _BOX.search(text)):
+    if not framed and (statements or _BOX.search(text)):
         raise ValueError("an empty box")
     answer = framed[-1].answer if framed else text
     try:

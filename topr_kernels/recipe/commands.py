@@ -126,11 +126,11 @@ def run_score(
     kept = models or Models()
 
     def scored_records(partial: Path, **share: Any) -> list[Record]:
-        found = read_nonempty(records)
+        to_score = read_nonempty(records)
         loaded = kept.get(settings.model)
         weights = weights_fingerprint(loaded.model)
-        check_tokens(found, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
-        for i, record in enumerate(found):
+        check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
+        for i, record in enumerate(to_score):
             if record.sampling.weights not in ("", weights):
                 raise RecordError(
                     f"{records.name}, record {i}, field 'sampling.weights': got "
@@ -140,7 +140,7 @@ def run_score(
         with naming(f"--model {settings.model}: scoring failed", "--batch-size"):
             return score(
                 loaded.model,
-                found,
+                to_score,
                 pad_token_id=loaded.tokenizer.pad_token_id,
                 batch_size=settings.batch_size,
                 shards=partial / "parts",
@@ -151,11 +151,11 @@ def run_score(
         scored = scored_records(partial)
         write_records(step.draft(out), scored)
         tokens = sum(len(record.completion_token_ids) for record in scored)
-        total = sum(sum(record.behavior_log_prob or ()) for record in scored)
-        found = {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
+        log_prob_sum = sum(sum(record.behavior_log_prob or ()) for record in scored)
+        score_figures = {"records": len(scored), "mean_log_prob": log_prob_sum / max(1, tokens)}
         # What curate chose is for the training, which reads these records now.
         baseline = noted_baseline(records)
-        return found if baseline is None else found | {"baseline": baseline}
+        return score_figures if baseline is None else score_figures | {"baseline": baseline}
 
     share = functools.partial(scored_records, **own_share())
     return run_step(step, compute, share=share)
@@ -185,10 +185,10 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
     step = curate_step(settings, records, out)
 
     def compute(partial: Path) -> dict[str, Any]:
-        found = read_nonempty(records)
-        check_sources(found)
-        warn_if_none_right(found, records.name)
-        chosen = curate(found, settings, seed=settings.seed)
+        candidates = read_nonempty(records)
+        check_sources(candidates)
+        warn_if_none_right(candidates, records.name)
+        chosen = curate(candidates, settings, seed=settings.seed)
         write_records(step.draft(out), chosen.records)
         print(as_text(chosen.before, chosen.after))
         return {
@@ -233,9 +233,9 @@ def run_train(
     # Once: of several processes all train, and then the first saves what it has trained.
     @functools.cache
     def trained(partial: Path) -> tuple[LoadedModel, list[Record], list[dict[str, float]]]:
-        found = read_nonempty(records)
+        trained_on = read_nonempty(records)
         if current().rank == 0:
-            print(f"train on {len(found)} records, baseline {settings.baseline:+.3f}")
+            print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
         # Of several processes what fails here may be a consequence: ``share`` tells which.
         alone = naming(f"--model {settings.model}: training failed", "--batch-size")
@@ -243,7 +243,7 @@ def run_train(
             history = train(
                 loaded.model,
                 loaded.tokenizer,
-                found,
+                trained_on,
                 TrainSettings(
                     limits=settings.limits,
                     ratio=settings.ratio,
@@ -256,7 +256,7 @@ def run_train(
                 ),
                 checkpoints=partial / "checkpoints",
             )
-        return loaded, found, history
+        return loaded, trained_on, history
 
     def compute(partial: Path) -> dict[str, Any]:
         loaded, trained_on, history = trained(partial)
@@ -266,9 +266,13 @@ def run_train(
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, trained_on, settings.model)
-        found = {"records": len(trained_on), "steps": len(history), "history": storable(history)}
+        train_figures = {
+            "records": len(trained_on),
+            "steps": len(history),
+            "history": storable(history),
+        }
         # Sums over several processes are rounded in another order.
-        return found | ({"processes": processes} if processes > 1 else {})
+        return train_figures | ({"processes": processes} if processes > 1 else {})
 
     return run_step(step, compute, share=trained, lockstep=True)
 

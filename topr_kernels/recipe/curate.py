@@ -129,15 +129,13 @@ def warn_if_none_right(records: Sequence[Record], name: str) -> None:
         records: N records, at least one.
         name: of their file.
     """
-    found = figures(records)
-    if found.positive_share:
+    data = figures(records)
+    if data.positive_share:
         return
-    unread = (
-        "" if found.invalid_share is None else f"{100 * found.invalid_share:.0f} % unreadable, "
-    )
+    unread = "" if data.invalid_share is None else f"{100 * data.invalid_share:.0f} % unreadable, "
     warnings.warn(
-        f"none of the {found.records} answers in {name} is right ({unread}"
-        f"{100 * found.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
+        f"none of the {data.records} answers in {name} is right ({unread}"
+        f"{100 * data.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
         "--chat missing or out of place, or --task not one for this model",
         stacklevel=2,
     )

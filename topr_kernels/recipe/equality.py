@@ -188,10 +188,10 @@ def _match(right: Sequence[str], given: Sequence[str], depth: int) -> bool:
         return sorted(map(_form, right)) == sorted(map(_form, given))
     left = list(given)
     for element in right:
-        found = next((x for x in left if _same(element, x, depth + 1)), None)
-        if found is None:
+        partner = next((x for x in left if _same(element, x, depth + 1)), None)
+        if partner is None:
             return False
-        left.remove(found)
+        left.remove(partner)
     return True
 
 
@@ -244,10 +244,12 @@ def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:
         return False if (right or given) else None
     if ("v" in right.group(1).lower()) != ("v" in given.group(1).lower()):
         return False
-    rows = [[r.split("&") for r in m.group(2).split(r"\\") if r.strip()] for m in (right, given)]
-    if [len(r) for r in rows[0]] != [len(r) for r in rows[1]]:
+    matrices = [
+        [r.split("&") for r in m.group(2).split(r"\\") if r.strip()] for m in (right, given)
+    ]
+    if [len(r) for r in matrices[0]] != [len(r) for r in matrices[1]]:
         return False
-    cells = [[plain(c) for row in matrix for c in row] for matrix in rows]
+    cells = [[plain(c) for row in matrix for c in row] for matrix in matrices]
     if len(cells[0]) > _LONGEST_LIST:
         return [_form(c) for c in cells[0]] == [_form(c) for c in cells[1]]
     return all(_same(a, b, depth + 1) for a, b in zip(*cells, strict=True))

@@ -145,15 +145,15 @@ def files_in(folder: Path) -> list[Path]:
     Raises:
         FileError: naming a link that leads to nothing.
     """
-    found = []
+    files = []
     for path in sorted(folder.rglob("*")):
         names = path.relative_to(folder).parts
         if any(n in _NOT_OURS or n.startswith(("._", ".nfs")) for n in names):
             continue
         check_link(path)
         if path.is_file():
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def check_link(path: Path) -> None:
@@ -180,9 +180,9 @@ def checksum(path: Path) -> str:
         for file in files_in(path):
             digest.update(f"{file.relative_to(path).as_posix()} {checksum(file)}\n".encode())
         return digest.hexdigest()
-    found = path.stat()
+    status = path.stat()
     # A model is the input of one step after another: it is read again only if it was written again.
-    return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _content(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=256)

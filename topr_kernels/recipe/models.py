@@ -190,9 +190,11 @@ def _load(options: dict[str, Any]) -> Any:
         raise ValueError(
             f"model: damaged weights ({error}); half-copied? Copy them anew"
         ) from error
-    model, found = loaded
+    model, loading_info = loaded
     # transformers fills them with random numbers, and says so in a warning among others.
-    absent = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    absent = sorted(loading_info["missing_keys"]) + sorted(
+        key for key, *_ in loading_info["mismatched_keys"]
+    )
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise ValueError(

@@ -124,7 +124,7 @@ class _Joined(Processes):
 
     def _all_hear(self, value: Any, error: Exception | None) -> list[Any]:
         """The values of all processes, by rank; raises ``error``, or that another has one."""
-        said = None if error is None else self._describe(error)
+        said = None if error is None else self._message(error)
         heard: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(heard, (value, said), group=self._group)
@@ -137,9 +137,9 @@ class _Joined(Processes):
         for _, problem in heard:
             if problem is not None:
                 raise ProcessError(problem)
-        return [found for found, _ in heard]
+        return [result for result, _ in heard]
 
-    def _describe(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         if isinstance(error, ProcessError):
             return str(error)
         what = str(error) or type(error).__name__
@@ -152,7 +152,7 @@ class _Joined(Processes):
 
     def _note(self, error: BaseException) -> None:
         try:
-            self._store.set(self._failed_key, self._describe(error))
+            self._store.set(self._failed_key, self._message(error))
         except RuntimeError:
             # The process that keeps the store is gone, so the others know that something is wrong.
             return

@@ -103,14 +103,14 @@ def quantity(text: str) -> Quantity | None:
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > _LONGEST_NUMBER:
         return None
-    found = match.groupdict()
-    if found["sign"] and found["inner"]:
+    groups = match.groupdict()
+    if groups["sign"] and groups["inner"]:
         return None
     try:
-        value = _value(found)
+        value = _value(groups)
     except ZeroDivisionError:
         return None
-    rest = found["rest"]
+    rest = groups["rest"]
     if rest[:1] and rest[:1] in ",.;:" and rest.strip(" .,;:"):
         return None
     scale = _SCALE.match(rest)
@@ -122,34 +122,34 @@ def quantity(text: str) -> Quantity | None:
     unit = _unit(rest)
     if unit is None:
         return None
-    if found["money"]:
-        money = _UNITS.get(found["money"].lower().rstrip("."), "")
+    if groups["money"]:
+        money = _UNITS.get(groups["money"].lower().rstrip("."), "")
         unit = f"{money}{unit}" if unit.startswith("/") else money
-    negative = "".join(filter(None, (found["sign"], found["inner"]))).strip() not in ("", "+")
-    decimal = (found["decimal"] or "").partition(".")[2]
+    negative = "".join(filter(None, (groups["sign"], groups["inner"]))).strip() not in ("", "+")
+    decimal = (groups["decimal"] or "").partition(".")[2]
     return Quantity(-value if negative else value, unit, len(decimal))
 
 
-def _value(found: dict[str, str | None]) -> Fraction:
+def _value(groups: dict[str, str | None]) -> Fraction:
     def number(name: str) -> Fraction:
-        return Fraction((found[name] or "0").replace(",", "").replace(" ", "").rstrip("."))
+        return Fraction((groups[name] or "0").replace(",", "").replace(" ", "").rstrip("."))
 
-    if found["repeated"]:
-        whole, _, start = found["repeated"].partition(".")
-        period = found["period"] or "0"
+    if groups["repeated"]:
+        whole, _, start = groups["repeated"].partition(".")
+        period = groups["period"] or "0"
         tail = Fraction(int(period), 10 ** len(start) * (10 ** len(period) - 1))
         return Fraction(f"{whole or 0}.{start or 0}") + tail
-    if found["mixed"]:
-        part = Fraction(1, 2) if found["half"] else Fraction(0)
-        if found["a"]:
+    if groups["mixed"]:
+        part = Fraction(1, 2) if groups["half"] else Fraction(0)
+        if groups["a"]:
             part = number("a") / number("b")
-        elif found["c"]:
+        elif groups["c"]:
             part = number("c") / number("d")
         return number("mixed") + part
     for above, below in (("e", "f"), ("g", "h")):
-        if found[above]:
+        if groups[above]:
             return number(above) / number(below)
-    power = re.search(r"[+-]?\d{1,3}(?=\W*$)", found["power"] or "0")
+    power = re.search(r"[+-]?\d{1,3}(?=\W*$)", groups["power"] or "0")
     return number("decimal") * Fraction(10) ** int(power.group() if power else 0)
 
 

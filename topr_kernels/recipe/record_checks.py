@@ -8,17 +8,17 @@ from typing import Any
 from topr_kernels.recipe.records import Record, RecordError
 
 
-def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
+def training_fields(records: Iterable[Record]) -> list[dict[str, Any]]:
     """The fields of records that ``CompletionCollator`` takes.
 
     Raises:
         RecordError: if a record has not been scored.
     """
-    rows = []
+    fields = []
     for i, record in enumerate(records):
         if record.behavior_log_prob is None:
             raise RecordError(f"record {i}, field 'behavior_log_prob': missing; run score first")
-        rows.append(
+        fields.append(
             {
                 "prompt_token_ids": record.prompt_token_ids,
                 "completion_token_ids": record.completion_token_ids,
@@ -26,7 +26,7 @@ def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
                 "reward": record.reward,
             }
         )
-    return rows
+    return fields
 
 
 def check_sources(records: Sequence[Record]) -> None:

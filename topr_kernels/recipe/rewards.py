@@ -102,11 +102,11 @@ def _find(function: str) -> Any:
     if module not in sys.modules and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        imported = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"reward: got {function!r}; expected module:function, importable from here ({error})"
         ) from error
-    if not hasattr(found, "__code__"):
+    if not hasattr(imported, "__code__"):
         raise ValueError(f"reward: got {function!r}; expected a function written in Python")
-    return found
+    return imported

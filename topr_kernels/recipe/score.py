@@ -89,12 +89,12 @@ def score(
                 done = []
                 for first in range(0, len(part), batch_size):
                     batch = part[first : first + batch_size]
-                    rows = _token_log_probs(model, batch, pad_token_id)
+                    log_probs = _token_log_probs(model, batch, pad_token_id)
                     done += [
                         dataclasses.replace(
-                            record, behavior_log_prob=row.tolist(), behavior_source="score"
+                            record, behavior_log_prob=values.tolist(), behavior_source="score"
                         )
-                        for record, row in zip(batch, rows, strict=True)
+                        for record, values in zip(batch, log_probs, strict=True)
                     ]
                     bar.update(len(batch))
                 if shard is not None:
@@ -122,9 +122,9 @@ def max_log_ratio(
     largest = 0.0
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
-        for record, row in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
+        for record, values in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
             # Sum the differences: the difference of two sums would lose digits.
-            difference = row - torch.tensor(record.behavior_log_prob)
+            difference = values - torch.tensor(record.behavior_log_prob)
             largest = max(largest, abs(float(difference.sum())))
     return largest
 
@@ -132,7 +132,7 @@ def max_log_ratio(
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
     collate = CompletionCollator(pad_token_id, share_prefix=shares_prefix(model))
-    rows = [
+    token_records = [
         {
             "prompt_token_ids": record.prompt_token_ids,
             "completion_token_ids": record.completion_token_ids,
@@ -143,9 +143,9 @@ def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -
     values = {
         t: score_behavior(
             model,
-            rows,
+            token_records,
             collate,
-            batch_size=len(rows),
+            batch_size=len(token_records),
             temperature=t,
             workspace_bytes=workspace_bytes(model),
             progress=False,

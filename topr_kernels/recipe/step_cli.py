@@ -86,11 +86,11 @@ def run_command(command: str, args: argparse.Namespace) -> None:
     function: Callable[..., Any] = getattr(
         functions, f"{'plan' if args.dry_run else 'run'}_{command}"
     )
-    found = function(settings, *([args.records] if reads else []), args.out)
+    result = function(settings, *([args.records] if reads else []), args.out)
     if args.dry_run:
-        print("\n".join(found))
+        print("\n".join(result))
     elif command != "iterate" and current().rank == 0:
-        print(f"{command}: {args.out}, {found['seconds']:.1f} s")
+        print(f"{command}: {args.out}, {result['seconds']:.1f} s")
 
 
 def config_flags(argv: Sequence[str]) -> list[str]:
@@ -105,12 +105,14 @@ def config_flags(argv: Sequence[str]) -> list[str]:
     path = finder.parse_known_args(argv[1:])[0].config
     if path is None:
         return list(argv)
-    found = read_yaml(path)
-    if not isinstance(found, Mapping):
-        raise SettingsError(f"{path}: got a {type(found).__name__}; expected a mapping of flags")
+    flags_by_name = read_yaml(path)
+    if not isinstance(flags_by_name, Mapping):
+        raise SettingsError(
+            f"{path}: got a {type(flags_by_name).__name__}; expected a mapping of flags"
+        )
     flags: list[str] = []
     names: set[str] = set()
-    for name, value in found.items():
+    for name, value in flags_by_name.items():
         flag = f"--{str(name).replace('_', '-')}"
         if flag in names or flag == "--config":
             raise SettingsError(

@@ -23,7 +23,7 @@ from topr_kernels.recipe.record_checks import (
     check_full_softmax,
     check_sources,
     check_tokens,
-    training_rows,
+    training_fields,
 )
 from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.score import workspace_bytes
@@ -82,10 +82,10 @@ def train(
         The log: one mapping of metrics per optimizer step.
 
     Raises:
-        RecordError: as ``trainable_rows``, or if the ids come from another tokenizer.
+        RecordError: as ``trainable_fields``, or if the ids come from another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    rows = trainable_rows(records)
+    fields = trainable_fields(records)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
@@ -116,7 +116,7 @@ def train(
     trainer = TOPRTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
+        train_dataset=fields,
         processing_class=tokenizer,
         callbacks=[_ProgressBar(f"train {label}".strip())],
     )
@@ -127,17 +127,17 @@ def train(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainable_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+def trainable_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The fields of records that the Trainer takes, if their mu is one.
 
     Raises:
         RecordError: if a record has not been scored, if mu comes from several sources, or is not of the
             policy that sampled.
     """
-    rows = training_rows(records)
+    fields = training_fields(records)
     check_sources(records)
     check_full_softmax(records)
-    return rows
+    return fields
 
 
 class _ProgressBar(TrainerCallback):
@@ -180,8 +180,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    found = checkpoints_in(folder)
-    return str(found[-1]) if found else None
+    checkpoints = checkpoints_in(folder)
+    return str(checkpoints[-1]) if checkpoints else None
 
 
 def _drop_damaged(folder: Path) -> None:

@@ -41,16 +41,16 @@ def try_reward(function: str, path: Path) -> list[str]:
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise FileError(f"{path.name}, line {i}: got {line.strip()[:80]}; {_EXPECTED}")
             answers.append((texts[1], "stop", Question(i, texts[0], texts[0], entry)))
-    found = verdicts(task, answers)
+    judged = verdicts(task, answers)
     said = []
-    for (completion, _, question), verdict in zip(answers, found, strict=True):
+    for (completion, _, question), verdict in zip(answers, judged, strict=True):
         what = f"{verdict.reward:+g}" if verdict.answer is not None else "no answer"
         said.append(f"{question.group}: {verdict.problem or what}  {completion.strip()[:60]!r}")
-    problems = count_problems(found)
+    problems = count_problems(judged)
     causes = "".join(f", {count} {cause}" for cause, count in sorted(problems.items()))
-    none = sum(v.answer is None for v in found) - sum(problems.values())
-    above = sum(v.reward > 0 for v in found)
-    return [*said, f"{len(found)} completions: {above} rewarded above 0, {none} no answer{causes}"]
+    none = sum(v.answer is None for v in judged) - sum(problems.values())
+    above = sum(v.reward > 0 for v in judged)
+    return [*said, f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}"]
 
 
 _EXPECTED = 'expected {"question": text, "completion": text, ...}'

@@ -50,8 +50,8 @@ def choose_backend(backend: str, model: str) -> str:
     Raises:
         SettingsError: if "vllm" is asked for and not installed, or for "smollm2".
     """
-    found = importlib.util.find_spec("vllm") is not None
-    if backend == "vllm" and not found:
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
         raise SettingsError(
             "backend: got 'vllm', which is not installed; pip install vllm, or use backend='hf'"
         )
@@ -60,8 +60,8 @@ def choose_backend(backend: str, model: str) -> str:
             "backend: got 'vllm' with the model 'smollm2', a GGUF file; expected a folder or a hub id"
         )
     if backend == "auto":
-        found = found and model != SMOLLM2
-        return "vllm" if found and torch.cuda.is_available() else "hf"
+        usable = installed and model != SMOLLM2
+        return "vllm" if usable and torch.cuda.is_available() else "hf"
     return backend
 
 
@@ -138,14 +138,14 @@ def stored_dtype(model: str) -> str:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {model}: {error}") from error
-    found = entries.most_common(1)[0][0] if entries else str(config.dtype).removeprefix("torch.")
-    found = _STORED.get(found, found)
-    if found not in DTYPES:
+    dtype = entries.most_common(1)[0][0] if entries else str(config.dtype).removeprefix("torch.")
+    dtype = _STORED.get(dtype, dtype)
+    if dtype not in DTYPES:
         raise SettingsError(
-            f"engine: the model is stored as {found}; expected one of {', '.join(DTYPES)}; choose what "
+            f"engine: the model is stored as {dtype}; expected one of {', '.join(DTYPES)}; choose what "
             f"to sample in, as --engine dtype={LOADED_DTYPE}"
         )
-    return found
+    return dtype
 
 
 @contextmanager
