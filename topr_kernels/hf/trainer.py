@@ -26,7 +26,7 @@ from topr_kernels.hf.initial import score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
-from topr_kernels.metrics import DEAD_WEIGHT
+from topr_kernels.output import DEAD_WEIGHT
 from topr_kernels.validation import (
     check_choice,
     check_number,
