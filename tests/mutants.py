@@ -122,7 +122,7 @@ LOSS = [
     ),
     Mutant(
         "kl-of-the-other-direction",
-        "topr_kernels/metrics.py",
+        "topr_kernels/output.py",
         "(torch.expm1(d) - d).sum()",
         "(torch.expm1(-d) + d).sum()",
         ("tests/test_metrics.py",),
