@@ -241,9 +241,9 @@ def _without_subject(clause: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without what a sentence puts around it: $, %, emphasis, a last full stop."""
+    """An answer without what a sentence puts around it: $, emphasis, a last full stop."""
     text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip("$ ")
-    return text.removesuffix("%").removesuffix("\\").strip()
+    return text.removesuffix("\\").strip()
 
 
 def gold_answer(text: str) -> str:
