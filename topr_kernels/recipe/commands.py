@@ -9,8 +9,7 @@ import math
 import os
 import shutil
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ from topr_kernels.recipe.records import (
     write_records,
 )
 from topr_kernels.recipe.score import score
+from topr_kernels.recipe.scoring import Verdict, count_problems
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -136,13 +136,13 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(problems)
+        return dataclasses.asdict(found) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -367,8 +367,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -377,10 +377,11 @@ def run_evaluate(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=judged,
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(problems)
+        return dataclasses.asdict(accuracy) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -550,7 +551,7 @@ def sample_task(
     label: str,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
-    problems: Counter[str] | None = None,
+    judged: list[Verdict] | None = None,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -564,7 +565,7 @@ def sample_task(
         label: named on the progress bar.
         take: as in ``generate``.
         progress: as in ``generate``.
-        problems: as in ``generate``.
+        judged: as in ``generate``.
     """
     engine = engine_settings(settings.engine)
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
@@ -598,16 +599,21 @@ def sample_task(
             label=label,
             take=take,
             progress=progress,
-            problems=problems,
+            judged=judged,
         )
 
 
-def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any.
+
+    Also how many were judged without a filter of system calls, where any were.
+    """
+    problems = dict(sorted(count_problems(judged).items()))
     if problems:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        causes = ", ".join(f"{count} {cause}" for cause, count in problems.items())
         print(f"answers whose scorer failed, rewarded -1: {causes}")
-    return {"scorer_problems": dict(sorted(problems.items()))}
+    unfiltered = sum(verdict.unfiltered for verdict in judged)
+    return {"scorer_problems": problems} | ({"unfiltered": unfiltered} if unfiltered else {})
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

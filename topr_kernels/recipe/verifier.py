@@ -24,18 +24,19 @@ from topr_kernels.recipe.commands import (
     plain,
     read_nonempty,
     records_step,
+    said_problems,
     sample_task,
     with_backend,
 )
 from topr_kernels.recipe.curate import figures, to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
-from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
 from topr_kernels.recipe.steps import SettingsError, Step, model_key, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.tasks import Judge, Question
 from topr_kernels.recipe.trained_on import check_unseen, count_seen
-from topr_kernels.recipe.voting import judged_answers, weighted_majority
+from topr_kernels.recipe.voting import judge_records, judged_answers, weighted_majority
 
 _WORDS = {
     **dict.fromkeys(("right", "correct", "yes"), "right"),
@@ -213,6 +214,7 @@ def weighted_accuracy(
     votes: int,
     draws: int,
     seed: int,
+    judged: Sequence[Verdict] | None = None,
 ) -> WeightedAccuracy:
     """Works out self-consistency of sampled answers, plain and weighted by a verifier's scores.
 
@@ -226,14 +228,16 @@ def weighted_accuracy(
         votes: K, in 1..N.
         draws: how often K of the N answers are drawn.
         seed: of the draws.
+        judged: the verdict on each record, where they are known; else they are judged.
 
     Raises:
-        ValueError: if ``records`` are not N for each question, there is not one score for each, or
-            ``votes`` is not in 1..N.
+        ValueError: if ``records`` are not N for each question, there is not one score, and one of
+            ``judged``, for each, or ``votes`` is not in 1..N.
+        ScoringError: if the answers cannot be judged.
     """
     if len(scores) != len(records):
         raise ValueError(f"scores: got {len(scores)}; expected one per answer, {len(records)}")
-    answers = judged_answers(records, task, questions, votes)
+    answers = judged_answers(records, task, questions, votes, judged)
     samples = len(answers[0])
     found = {}
     for name, weights in (("plain", [1.0] * len(records)), ("weighted", list(scores))):
@@ -302,8 +306,10 @@ def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> lis
 
 def answers_to_judge(
     records: Sequence[Record], task: Judge, questions: Sequence[Question], name: str
-) -> list[Record]:
+) -> tuple[list[Record], list[Verdict]]:
     """The answers that vote, with their numbers in ``judged``: those that can be parsed.
+
+    And the verdicts on all of them.
 
     Args:
         records: N answers to each question, those of a question together.
@@ -328,14 +334,9 @@ def answers_to_judge(
                 f"{name}, record {i}, field 'prompt': is not that of held-out question "
                 f"{question.group}; give the task, question_seed and held_out of topr evaluate"
             )
-    judged = verdicts(
-        task,
-        [
-            (record.completion, record.finish_reason, questions[i // samples])
-            for i, record in enumerate(numbered)
-        ],
-    )
-    return [r for r, verdict in zip(numbered, judged, strict=True) if verdict.answer is not None]
+    found = judge_records(task, records, questions)
+    voting = [r for r, verdict in zip(numbered, found, strict=True) if verdict.answer is not None]
+    return voting, found
 
 
 def run_verify(
@@ -410,14 +411,17 @@ def run_vote(
     task = find_tasks(settings)[1]
     kept = models or Models()
 
+    # Once: judging takes its time.
+    read = functools.cache(lambda: read_answers(settings, records))
+
     def sample(partial: Path, **share: Any) -> list[Record]:
-        judged = read_answers(settings, records)[2]
+        judged = read()[2]
         if not judged:
             return []
         return _judge(settings, judged, settings.judgements, kept, partial, "vote", **share)
 
     def compute(partial: Path) -> dict[str, Any]:
-        answers, questions, _ = read_answers(settings, records)
+        answers, questions, _, found = read()
         judgements = sample(partial)
         write_records(step.draft(written), judgements)
         accuracy = weighted_accuracy(
@@ -428,6 +432,7 @@ def run_vote(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=found,
         )
         print(accuracy)
         # Where no answer can be parsed there is nothing to judge.
@@ -437,6 +442,7 @@ def run_vote(
         return {
             **dataclasses.asdict(accuracy),
             "verifier": verifier and dataclasses.asdict(verifier),
+            **said_problems(found),
         }
 
     share = functools.partial(sample, **own_share())
@@ -460,8 +466,8 @@ def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
 
 def read_answers(
     settings: VoteSettings, records: Path
-) -> tuple[list[Record], list[Question], list[Record]]:
-    """The answers, their questions, and those of the answers that vote.
+) -> tuple[list[Record], list[Question], list[Record], list[Verdict]]:
+    """The answers, their questions, those of the answers that vote, and the verdicts on all.
 
     Raises:
         RecordError: as ``answers_to_judge``.
@@ -470,7 +476,8 @@ def read_answers(
     """
     answers = read_nonempty(records)
     questions = questions_of(settings, 0)[1]
-    judged = answers_to_judge(answers, find_tasks(settings)[1], questions, records.name)
+    task = find_tasks(settings)[1]
+    judged, found = answers_to_judge(answers, task, questions, records.name)
     samples = len(answers) // len(questions)
     if settings.votes > samples:
         raise SettingsError(
@@ -485,7 +492,7 @@ def read_answers(
             f"{model_key(settings.model)!r} was trained to judge; give answers to other questions than "
             "topr verify was given"
         )
-    return answers, questions, judged
+    return answers, questions, judged, found
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:
