@@ -194,7 +194,7 @@ def test_workers_have_neither_the_environment_nor_the_folder(monkeypatch: Any):
 @linux
 def test_the_kernel_refuses_what_passes_the_audit_hook():
     script = """
-import ctypes, os, socket, sys
+import ctypes, os, resource, socket, sys
 sys.path.insert(0, sys.argv[1])
 import confine
 assert confine._filter_calls(ctypes.CDLL(None, use_errno=True))
@@ -210,11 +210,12 @@ print([refused(work) for work in (
     lambda: os.truncate('/dev/null', 0), lambda: os.symlink('X', 'Y'), lambda: os.utime('.'),
     lambda: os.fork(), lambda: os.execv('/bin/true', ['true']), lambda: os.kill(os.getppid(), 0),
     lambda: socket.socket(), lambda: socket.socketpair(),
+    lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
 )])
 print(open('/etc/hostname').read() and 'reads')
 """
     done = subprocess.run([sys.executable, "-c", script, RECIPE], capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == [str([True] * 14), "reads"], done.stderr
+    assert done.stdout.split("\n")[:2] == [str([True] * 15), "reads"], done.stderr
 
 
 def test_where_the_kernel_filters_nothing_it_is_said_once(tmp_path: Path, monkeypatch: Any):
