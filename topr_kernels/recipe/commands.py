@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from topr_kernels.recipe.records import (
 )
 from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.score import score
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -82,13 +82,13 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(problems)
+        return dataclasses.asdict(found) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -317,8 +317,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -327,10 +327,11 @@ def run_evaluate(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=judged,
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(problems)
+        return dataclasses.asdict(accuracy) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)

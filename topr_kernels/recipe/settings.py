@@ -36,12 +36,6 @@ _ENGINE: dict[str, type] = {
 }
 
 
-def _task(text: str) -> str:
-    """A task as a flag gives it; ``~`` of its file is the home folder."""
-    kind, colon, file = text.partition(":")
-    return f"{kind}:{os.path.expanduser(file)}" if colon else text
-
-
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """Which model, and the seed of everything drawn."""
@@ -60,7 +54,6 @@ class QuestionOptions(Options):
         "arithmetic",
         "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
         "a JSONL file of question and answer",
-        type=_task,
     )
     task_config: str = option(
         "{}", "settings of the reasoning-gym data set of --task, as JSON; no other task takes any"
@@ -68,7 +61,6 @@ class QuestionOptions(Options):
     test_task: str = option(
         "",
         "task of the held-out questions, if not that of the others; --task-config is not for it",
-        type=_task,
     )
     questions: int = option(192, "training questions", least=1)
     trust_scorer: str = option(
