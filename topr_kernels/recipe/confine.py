@@ -1,4 +1,4 @@
-"""What a process that judges a model's answers gives up before it reads the first one.
+"""Takes rights away from a process before it judges a model's answers.
 
 Defence in depth, not a jail. On Linux (x86-64, aarch64) a seccomp filter has the kernel refuse to open a
 file for writing, to change a folder, to make a socket, to start a process or a program, and to signal

@@ -170,7 +170,7 @@ def complete(
     """
     if not isinstance(prompts, Prompts):
         prompts = read_prompts(model, tokenizer, prompts, chat=chat)
-    # Copied: generation writes into it.
+    # A copy, since generation changes it.
     cache = copy.deepcopy(prompts.cache)
     for keys_and_values in cache.values():
         keys_and_values.batch_select_indices(prompts.rows)
@@ -267,7 +267,7 @@ def generate(
         tokenizer: its tokenizer.
         task: parses and rewards the answers.
         questions: Q questions.
-        model_name: what the records call the model.
+        model_name: name of the model in the records.
         samples: completions per question.
         max_new_tokens: length at which a completion is cut.
         batch_size: completions sampled together.

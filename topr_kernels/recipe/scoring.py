@@ -1,4 +1,4 @@
-"""What answers are worth, found out in worker processes: answers can hang a scorer, or be executed.
+"""Judges answers in worker processes: an answer can hang its scorer, or be executed by it.
 
 ``verdicts`` starts a server process (``scoring_server``), which forks workers. They give up what judging
 does not need (``confine``), have a limit of processor time and of memory for each answer, and are
@@ -47,7 +47,7 @@ class ScoringError(SettingsError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth.
+    """The verdict on an answer.
 
     Args:
         answer: what ``parse`` found; None if nothing, or if ``problem`` says why there is no verdict.

@@ -241,7 +241,7 @@ def weighted_accuracy(
 def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
     """The score of each of ``count`` solutions: how many of its judgements say that it is right.
 
-    A judgement that cannot be parsed says nothing for it. A solution that was not judged scores 0.
+    A judgement that cannot be parsed does not count. A solution that was not judged scores 0.
 
     Raises:
         RecordError: if a record judges none of the solutions.

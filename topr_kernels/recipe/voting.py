@@ -162,8 +162,8 @@ def weighted_majority(
 ) -> tuple[float, float | None]:
     """Accuracy of the answer with the largest sum of weights among K of N, mean over draws of K.
 
-    An answer of form None does not vote. Of equal sums the answer with more votes wins, so that weights
-    that say nothing give the plain majority; of equal numbers of votes, the one drawn first.
+    An answer of form None does not vote. Of equal sums the answer with more votes wins, so that equal
+    weights give the plain majority; of equal numbers of votes, the one drawn first.
 
     Args:
         answers: for each question N answers: form, whether it is right, weight. Whole numbers as weights
