@@ -16,7 +16,7 @@ from topr_kernels.recipe.files import user_path
 
 _DEMO = """\
 Trains a small language model to do arithmetic with TOPR, from its own right and wrong answers, and
-shows what came of it. Steps: measure the base model on held-out questions; sample answers to the
+shows the result. Steps: measure the base model on held-out questions; sample answers to the
 training questions and reward them (+1 right, -1 wrong or unreadable); leave out wrong ones until
 the shares are as wanted; score under the base model; train once with TOPR (right and wrong answers) and
 once on the right answers alone, from the same start, data and budget; measure both.
@@ -34,7 +34,7 @@ exit status: 0 if TOPR ended at least as accurate as the base model, 1 if it got
 settings or files are not usable, 130 if interrupted.
 """
 
-#: What the flag of that name does.
+#: Help of ``--debug``.
 DEBUG = "show the traceback of a failure as well"
 #: Command to the line that ``topr --help`` shows, and how it is used.
 _STEPS = {

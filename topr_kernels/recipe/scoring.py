@@ -32,12 +32,12 @@ from topr_kernels.recipe.tasks import Judge, Question
 
 __all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]
 
-#: Seconds of the processor for one answer; four times as many of the clock.
+#: Seconds of processor time for one answer; it may take four times as long on the clock.
 SECONDS = 5.0
 #: Bytes that a worker may take for an answer.
 MEMORY = 2**30
 _MOST_WORKERS = 4
-#: What the server gets of the environment: no keys, no tokens.
+#: Environment variables that the server gets: none that hold keys or tokens.
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
 
 

@@ -197,7 +197,7 @@ class Task:
         return self._dataset(size=1, seed=0)
 
     def _refused(self) -> list[str]:
-        """The data sets of ``REFUSED`` whose scorers judge: this one, or the parts of a composite one."""
+        """The data sets of ``REFUSED`` whose scorers judge: this one, or parts of a composite one."""
         parts = self.config.get("datasets", ()) if self.name == "composite" else ()
         names = [self.name, *(getattr(part, "name", None) for part in parts)]
         return [str(name) for name in names if name in REFUSED]
