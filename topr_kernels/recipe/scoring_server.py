@@ -112,11 +112,11 @@ class _Worker:
 def _checked(line: bytes) -> dict[str, Any]:
     """Parses a worker's verdict; "died" if it is invalid: an executed answer can write there, too."""
     try:
-        found = json.loads(line)
-        texts = all(isinstance(found[name], (str, type(None))) for name in ("answer", "form"))
-        reward = float(found["reward"])
-        if texts and math.isfinite(reward) and found["problem"] in ("", *CAUSES):
-            return {**{n: found[n] for n in ("answer", "form", "problem")}, "reward": reward}
+        verdict = json.loads(line)
+        texts = all(isinstance(verdict[name], (str, type(None))) for name in ("answer", "form"))
+        reward = float(verdict["reward"])
+        if texts and math.isfinite(reward) and verdict["problem"] in ("", *CAUSES):
+            return {**{n: verdict[n] for n in ("answer", "form", "problem")}, "reward": reward}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return failed("died")
@@ -140,11 +140,11 @@ def _work(task: Any, orders: int, verdicts: int, seconds: float, memory: int) ->
             refused.clear()
             # Processor time, not clock time: a busy machine must not change a reward.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            found = judge(task, *pickle.loads(content))
+            verdict = judge(task, *pickle.loads(content))
             signal.setitimer(signal.ITIMER_PROF, 0)
             if refused:
-                found = failed("refused operation")
-            _write(verdicts, json.dumps(found).encode() + b"\n")
+                verdict = failed("refused operation")
+            _write(verdicts, json.dumps(verdict).encode() + b"\n")
         os._exit(0)
     finally:
         # Without the cleanup of the server, of which this is a fork.
@@ -236,20 +236,20 @@ class _Server:
                 self.end()
                 os._exit(1)
             for worker in list(self._busy):
-                found = worker.hear() if worker.verdicts in ready else None
-                if found is None and time.monotonic() > worker.deadline:
-                    found = failed("timed out")
-                if found is None:
+                verdict = worker.hear() if worker.verdicts in ready else None
+                if verdict is None and time.monotonic() > worker.deadline:
+                    verdict = failed("timed out")
+                if verdict is None:
                     continue
                 self._busy.remove(worker)
-                if found["problem"] or worker.judged >= (each or _ANSWERS_EACH):
+                if verdict["problem"] or worker.judged >= (each or _ANSWERS_EACH):
                     cause = worker.end()
-                    if found["problem"] == "died":
-                        found = failed(cause)
+                    if verdict["problem"] == "died":
+                        verdict = failed(cause)
                 else:
                     self._idle.append(worker)
                 assert worker.item is not None
-                verdicts[worker.item] = found
+                verdicts[worker.item] = verdict
         return [verdicts[i] for i in range(len(items))]
 
 

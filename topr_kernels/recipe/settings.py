@@ -111,7 +111,7 @@ class SamplerOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Sorted, so that manifests do not depend on the order.
+        # One form of each, so that manifests agree whatever the order.
         found = sorted(engine_settings(self.engine).items())
         object.__setattr__(self, "engine", tuple(f"{name}={value}" for name, value in found))
 
@@ -282,7 +282,7 @@ class IterateSettings(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Refused here rather than after a whole round of sampling.
+        # Before a whole round of greedy samples, which cannot be scored.
         if self.temperature == 0:
             raise SettingsError(
                 "temperature: got 0; expected a number above 0: greedy samples cannot be scored, so "
