@@ -225,7 +225,7 @@ def loss_in_head(
 
 
 class _Depart(torch.autograd.Function):
-    """(loss, x) -> x; its backward gives the loss what ``_Arrive`` left, whatever came through x."""
+    """(loss, x) -> x. Its backward ignores x and passes on the gradient that ``_Arrive`` stored."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, seen: Tensor, upstream: list[Tensor]) -> Tensor:
@@ -238,7 +238,7 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """(loss, x) -> loss, with x's graph."""
+    """(loss, x) -> loss. Its backward stores the gradient in ``upstream`` and passes zeros to x."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: Tensor, upstream: list[Tensor]) -> Tensor:

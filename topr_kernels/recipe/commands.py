@@ -426,7 +426,7 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
     for name in ("trust_scorer", "reward"):
-        # Manifests of runs without them stay as they were.
+        # Left out where they are not used, so that manifests from before they existed still match.
         if not values.get(name, "-"):
             del values[name]
     if "model" in values:
@@ -436,7 +436,7 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
         if colon:
             values[name] = f"{kind}:{Path(file).name}"
     if "engine" in values:
-        # As JSON gives it back.
+        # A list, as JSON reads it back.
         values["engine"] = list(values["engine"])
     return values | engine_facts(values)
 
