@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from topr_kernels.kernels import triton_linear as lin
 from topr_kernels.kernels import triton_logits as tk
+from topr_kernels.kernels.triton_rows import NO_FUSION
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,7 +125,8 @@ def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPU
     signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
     constexprs = {(names.index(k),): v for k, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=target, options={"num_warps": 4})
+    fusion = lin.SUM_FUSION if kernel is lin.linear_columns_kernel else NO_FUSION
+    return triton.compile(source, target=target, options={"num_warps": 4} | fusion)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -151,6 +153,9 @@ def main() -> None:
             ptx = asm["ptx"]
             report |= {
                 "f64": len(re.findall(r"\.f64", ptx)),
+                # Without .rn, which rounds by itself: ptxas may fuse them.
+                "fusible": len(re.findall(r"\b(?:add|sub|mul)\.f32", ptx)),
+                "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
                 "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
                 "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
                 "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),

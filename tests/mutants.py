@@ -122,7 +122,7 @@ LOSS = [
     ),
     Mutant(
         "kl-of-the-other-direction",
-        "topr_kernels/metrics.py",
+        "topr_kernels/output.py",
         "(torch.expm1(d) - d).sum()",
         "(torch.expm1(-d) + d).sum()",
         ("tests/test_metrics.py",),
@@ -192,7 +192,7 @@ KERNELS = [
     Mutant(
         "slopes-not-rescaled",
         "topr_kernels/kernels/triton_rows.py",
-        "g = g * rescale + tl.sum(p * slope, axis=0)",
+        "g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))",
         "g = g + tl.sum(p * slope, axis=0)",
         ("tests/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
     ),
@@ -250,6 +250,20 @@ KERNELS = [
         "topr_kernels/kernels/triton_linear.py",
         "        V = V // 16 * 16\n",
         "        V = V + 0\n",
+        ("tests/test_triton_aot.py::test_sm_90",),
+    ),
+    Mutant(
+        "the-row-after-the-last",
+        "topr_kernels/kernels/triton_logits.py",
+        "            position = row + 1\n            c = tl.load(p_d_log_prob + position)\n",
+        "            c = tl.load(p_d_log_prob + row + 1)\n        position = row + 1\n",
+        ("tests/test_triton_bounds.py::test_backward",),
+    ),
+    Mutant(
+        "fused-with-the-maximum",
+        "topr_kernels/kernels/triton_rows.py",
+        'NO_FUSION = {"enable_fp_fusion": False}',
+        'NO_FUSION = {"enable_fp_fusion": True}',
         ("tests/test_triton_aot.py::test_sm_90",),
     ),
     Mutant(

@@ -29,6 +29,7 @@ RUN_BY = {
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
     "tests/aot.py": "test_triton_aot.py::test_sm_90",
+    "tests/golden_bits.py": "test_scripts.py::test_bits_are_compared",
     # Its table is tested; the whole is run by hand, some twenty minutes.
     "tests/mutants.py": "test_mutants.py::test_every_fault_can_still_be_made",
     "tests/specialisation.py": (

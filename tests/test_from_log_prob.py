@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from topr_kernels import IS, SFT, TIS, TOPR, log_prob, topr_loss, topr_loss_from_log_prob
-from topr_kernels.loss import TOPROutput
+from topr_kernels.output import TOPROutput
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:

@@ -118,10 +118,11 @@ def literals(path: Path) -> Iterator[tuple[int, set[str]]]:
 def test_a_choice_list_is_spelled_once(path: Path) -> None:
     """No module but its home spells two or more strings of a choice list in one literal."""
     homes = {"limits.PRESETS": "limits"}
+    spelled_here = list(literals(path))
     for name, strings in choice_lists().items():
         if homes.get(name, "choices") == module_name(path):
             continue
-        for line, spelled in literals(path):
+        for line, spelled in spelled_here:
             assert len(spelled & strings) < 2, f"law 3: {path}:{line} repeats {name}; import it"
 
 

@@ -29,7 +29,7 @@ from topr_kernels import (
     topr_loss_from_log_prob,
     validation,
 )
-from topr_kernels.loss import TOPROutput
+from topr_kernels.output import TOPROutput
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
 

@@ -154,3 +154,22 @@ def test_the_demo_is_run_for_a_seed(
     assert all(r["seed"] == "1" and r["setting_model"] == "tiny" for r in rows)
     assert capsys.readouterr().out.count("| positives only, ") == 2
     assert (BENCHMARKS / "results" / "demo_seeds.csv").read_bytes() == committed
+
+
+def test_bits_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, bits = str(Path(__file__).with_name("golden_bits.py")), tmp_path / "bits.json"
+
+    def status(*arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [script, "--only", "tokens", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        return ended.value.code
+
+    assert status("--write", str(bits)) == 0
+    assert status("--check", str(bits)) == 0
+    known = json.loads(bits.read_text())
+    bits.write_text(json.dumps({**known, next(iter(known)): "another"}))
+    assert status("--check", str(bits)) == 1
+    assert f"differs: {next(iter(known))}" in capsys.readouterr().out

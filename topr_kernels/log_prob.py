@@ -13,20 +13,7 @@ from topr_kernels.fused_linear import Shard
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets, to_labels, to_rows
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
-
-
-class LogProbOutput(NamedTuple):
-    """Token results aligned with ``labels``, in its shape; fp32 (fp64 for fp64 logits).
-
-    Attributes:
-        log_prob: log pi of each label, <= 0, differentiable; 0 where nothing is scored.
-        lse: detached log-sum-exp of the (transformed) row that predicts the label.
-        entropy: detached entropy of that row in nats; NaN unless asked for.
-    """
-
-    log_prob: Tensor
-    lse: Tensor
-    entropy: Tensor
+from topr_kernels.output import LogProbOutput
 
 
 class LogProbInputs(NamedTuple):

@@ -11,48 +11,13 @@ from topr_kernels import choices, kernels, parallel, validation
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
 from topr_kernels.limits import TOPR, Limits
 from topr_kernels.log_prob import LogProbInputs, check_logits, describe, token_log_probs
-from topr_kernels.metrics import metrics
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
+from topr_kernels.output import TOPROutput
 from topr_kernels.sequence import SequenceLoss, SequenceStage
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
-
-
-class TOPROutput(NamedTuple):
-    """What a TOPR loss returns; fp32 (fp64 for fp64 inputs), all but ``loss`` detached.
-
-    Attributes:
-        loss: 0-dim, differentiable: -sum_s n_s R_s O_s (Eq. 6).
-        log_prob: shaped like ``labels``; log pi of each label, 0 where nothing is scored.
-        entropy: shaped like ``labels``, nats per token; NaN unless asked for.
-        token_log_ratio: shaped like ``labels``; log pi - log mu, 0 where nothing is scored; NaN when
-            log mu came summed per sequence.
-        log_ratio: [B], log of the full product pi/mu of the sequence, in nats.
-        weight: [B], clipped ratio that multiplies R * grad log pi; mean over tokens for "token".
-        objective: [B], O_s, the tapered ratio.
-        reward: [B], baseline subtracted.
-        length: [B] int64, number of scored tokens.
-        active_share: 0-dim, share of the vocabulary the backward touched; NaN where not measured.
-        left_out: 0-dim, relative norm of the logits' gradient left out; NaN where not measured.
-    """
-
-    loss: Tensor
-    log_prob: Tensor
-    entropy: Tensor
-    token_log_ratio: Tensor
-    log_ratio: Tensor
-    weight: Tensor
-    objective: Tensor
-    reward: Tensor
-    length: Tensor
-    active_share: Tensor
-    left_out: Tensor
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Device scalars worth logging; keys in :func:`topr_kernels.metrics.metrics`."""
-        return metrics(self)
 
 
 def topr_loss(

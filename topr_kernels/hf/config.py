@@ -188,6 +188,16 @@ class TOPRConfig(TrainingArguments):
                 "loop over topr_kernels.linear_topr_loss(sequence_group=...)"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process, a CPU without a number.
+
+        Of several processes accelerate calls it ``cpu:0``, and as that transformers 5.17 loads the
+        optimiser's state of a checkpoint, which ``torch.load`` refuses.
+        """
+        found: torch.device = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""
         settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]

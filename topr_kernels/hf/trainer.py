@@ -28,9 +28,7 @@ from topr_kernels.hf.watch import (
     warn_of_dropout,
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
-from topr_kernels.validation import (
-    check_workspace,
-)
+from topr_kernels.validation import check_workspace
 
 #: Arguments of ``Trainer`` that would never be called here, and what to use instead.
 _NEVER_CALLED = {

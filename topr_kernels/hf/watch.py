@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topr_kernels import Limits, TOPROutput
 from topr_kernels.hf.heads import base_model
-from topr_kernels.metrics import DEAD_WEIGHT
+from topr_kernels.output import DEAD_WEIGHT
 
 
 class NegativeWatch:

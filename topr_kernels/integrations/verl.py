@@ -19,7 +19,8 @@ from torch import Tensor
 from topr_kernels import choices, validation
 from topr_kernels.integrations.tokens import one_per_sequence
 from topr_kernels.limits import TOPR, Limits
-from topr_kernels.loss import TOPROutput, topr_loss_from_log_prob
+from topr_kernels.loss import topr_loss_from_log_prob
+from topr_kernels.output import TOPROutput
 
 #: verl's loss_agg_mode -> (our reduction, what verl calls the count of its units in the whole batch).
 AGGREGATIONS = {

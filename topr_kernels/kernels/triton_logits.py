@@ -37,6 +37,7 @@ from torch import Tensor
 from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
+    NO_FUSION,
     finish_row,
     is_aligned,
     join,
@@ -598,8 +599,10 @@ def logits_bwd_kernel(
     position = row
     c = 0.0
     if SHIFT:
-        position = row + 1
+        # The last row predicts nothing. It keeps its own position: a NaN scale takes it to the branch
+        # that reads, and after the last row of all there is no position.
         if i_t + 1 < T:
+            position = row + 1
             c = tl.load(p_d_log_prob + position)
     else:
         c = tl.load(p_d_log_prob + position)
@@ -798,6 +801,7 @@ class _Rows:
             "BV": self.settings.BV,
             "BT": BT,
             "num_warps": self.settings.num_warps,
+            **NO_FUSION,
         }
 
     def launch(
@@ -969,6 +973,7 @@ def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
                     SHIFT=shift,
                     BEHAVIOR_PER_TOKEN=seq.per_token,
                     **stage,
+                    **NO_FUSION,
                 )
             loss_fwd_kernel[(1,)](
                 rows.b,
@@ -978,6 +983,7 @@ def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
                 *seq.tail(),
                 REDUCTION=stage["REDUCTION"],
                 BT=BT,
+                **NO_FUSION,
             )
     return (
         seq.loss.clone(),
@@ -1057,6 +1063,7 @@ def _write_gradient(
             TILES=s.tiles_per_program,
             BV=s.BV,
             num_warps=s.num_warps,
+            **NO_FUSION,
         )
 
 

@@ -29,11 +29,11 @@ def tanh(x):
     # exp alone cancels near 0; below 0.625 an odd polynomial (Moshier, Cephes tanhf) keeps every digit.
     a = tl.abs(x)
     q = x * x
-    p = -5.70498872745e-3 * q + 2.06390887954e-2
-    p = p * q - 5.37397155531e-2
-    p = p * q + 1.33314422036e-1
-    p = p * q - 3.33332819422e-1
-    small = x + x * q * p
+    p = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.fma(p, q, -5.37397155531e-2)
+    p = tl.fma(p, q, 1.33314422036e-1)
+    p = tl.fma(p, q, -3.33332819422e-1)
+    small = tl.fma(x * q, p, x)
     large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
     return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
 
@@ -45,7 +45,7 @@ def transform(z, softcap, inv_temperature, SOFTCAP: tl.constexpr, TEMPERATURE: t
     if SOFTCAP:
         t = tanh(z / softcap)
         z = softcap * t
-        slope = 1.0 - t * t
+        slope = tl.fma(-t, t, 1.0)
     if TEMPERATURE:
         z = z * inv_temperature
     return z, slope
@@ -77,8 +77,8 @@ def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
         old = tl.where(s == 0, 0.0, rescale * (h + s * (m - m_new)))
         h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
     if SLOPE:
-        g = g * rescale + tl.sum(p * slope, axis=0)
-    s = s * rescale + tl.sum(p, axis=0)
+        g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))
+    s = tl.fma(s, rescale, tl.sum(p, axis=0))
     return m_new, s, h, g
 
 
@@ -193,6 +193,12 @@ def finish_row(
 
 
 # ---- the host side --------------------------------------------------------------------------------
+
+#: Launch option: the compiler fuses no product with a sum; where one should be fused, tl.fma says so.
+#: The maximum of a row is one of its logits, rounded after softcap and temperature. A fused
+#: ``z * inv_temperature - m`` would not round the product: at the maximum itself it would not be 0, and
+#: the log-prob could be positive. Said at every launch, since Triton's default depends on its version.
+NO_FUSION = {"enable_fp_fusion": False}
 
 
 def kernel(fn: Any) -> Any:

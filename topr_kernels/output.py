@@ -1,0 +1,128 @@
+"""What a call returns: the results of the loss and of the scorer, and what to log about a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: A negative whose weight is below this no longer teaches anything.
+DEAD_WEIGHT = 1e-6
+
+
+class LogProbOutput(NamedTuple):
+    """Token results aligned with ``labels``, in its shape; fp32 (fp64 for fp64 logits).
+
+    Attributes:
+        log_prob: log pi of each label, <= 0, differentiable; 0 where nothing is scored.
+        lse: detached log-sum-exp of the (transformed) row that predicts the label.
+        entropy: detached entropy of that row in nats; NaN unless asked for.
+    """
+
+    log_prob: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+
+class TOPROutput(NamedTuple):
+    """What a TOPR loss returns; fp32 (fp64 for fp64 inputs), all but ``loss`` detached.
+
+    Attributes:
+        loss: 0-dim, differentiable: -sum_s n_s R_s O_s (Eq. 6).
+        log_prob: shaped like ``labels``; log pi of each label, 0 where nothing is scored.
+        entropy: shaped like ``labels``, nats per token; NaN unless asked for.
+        token_log_ratio: shaped like ``labels``; log pi - log mu, 0 where nothing is scored; NaN when
+            log mu came summed per sequence.
+        log_ratio: [B], log of the full product pi/mu of the sequence, in nats.
+        weight: [B], clipped ratio that multiplies R * grad log pi; mean over tokens for "token".
+        objective: [B], O_s, the tapered ratio.
+        reward: [B], baseline subtracted.
+        length: [B] int64, number of scored tokens.
+        active_share: 0-dim, share of the vocabulary the backward touched; NaN where not measured.
+        left_out: 0-dim, relative norm of the logits' gradient left out; NaN where not measured.
+    """
+
+    loss: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    token_log_ratio: Tensor
+    log_ratio: Tensor
+    weight: Tensor
+    objective: Tensor
+    reward: Tensor
+    length: Tensor
+    active_share: Tensor
+    left_out: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Summarises one batch; every value is a 0-dim tensor on the device of the loss.
+
+        Only sequences with a scored token count. Positive means reward minus baseline > 0, negative < 0.
+        A figure without data (no negatives in the batch, say) is NaN. Keys:
+
+        - ``objective``: mean over sequences of R * O / |y|, the Eq. 6 estimate being maximised.
+        - ``reward_mean``; ``length_mean`` in scored tokens; ``entropy`` per token, in nats.
+        - ``positive_share``: p, by count. ``effective_positive_share``: p~ = sum of positive rewards
+          over sum of absolute rewards, both after the baseline (Eq. 7 for rewards of +-1).
+        - ``weight_negative_mean``; ``dead_share``: negatives with weight < 1e-6; ``saturated_share``:
+          negatives with weight exactly 1.
+        - ``ess_negative``: effective number of negatives (sum w)^2 / sum w^2; ``ess_negative_share``:
+          the same over their count.
+        - ``log_ratio_{positive,negative}_{mean,std,min,max}``: of the sequence log-ratio, in nats.
+        - ``kl_k1``, ``kl_k3``: per-token estimates of KL(mu || pi) from samples of mu, mean of -d and of
+          exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
+        - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
+        """
+        counted = self.length > 0
+        tokens = self.length.sum().to(self.loss.dtype)
+        positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
+        magnitude = torch.where(counted, self.reward.abs(), 0.0)
+        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
+        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
+        w = torch.where(negative, self.weight, 0.0)
+        negatives = negative.sum()
+        # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
+        scaled = w / _extreme(w, negative, torch.amax)
+        ess = scaled.sum().square() / scaled.square().sum()
+        d = self.token_log_ratio
+        result = {
+            "objective": _mean(objective, counted),
+            "reward_mean": _mean(self.reward, counted),
+            "length_mean": tokens / counted.sum(),
+            "entropy": self.entropy.sum() / tokens,
+            "positive_share": _mean(positive.to(w.dtype), counted),
+            "effective_positive_share": torch.where(positive, magnitude, 0.0).sum()
+            / magnitude.sum(),
+            "weight_negative_mean": _mean(self.weight, negative),
+            "dead_share": _mean((self.weight < DEAD_WEIGHT).to(w.dtype), negative),
+            "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
+            "ess_negative": ess,
+            "ess_negative_share": ess / negatives,
+            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
+            "kl_k3": (torch.expm1(d) - d).sum() / tokens,
+            "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
+        }
+        for name, members in (("positive", positive), ("negative", negative)):
+            mean = _mean(self.log_ratio, members)
+            variance = _mean((self.log_ratio - mean).square(), members)
+            result |= {
+                f"log_ratio_{name}_mean": mean,
+                f"log_ratio_{name}_std": variance.sqrt(),
+                f"log_ratio_{name}_min": _extreme(self.log_ratio, members, torch.amin),
+                f"log_ratio_{name}_max": _extreme(self.log_ratio, members, torch.amax),
+            }
+        return result
+
+
+def _mean(x: Tensor, members: Tensor) -> Tensor:
+    # Selected, not multiplied: a non-member may be infinite. No member gives 0 / 0 = NaN.
+    return torch.where(members, x, 0.0).sum() / members.sum()
+
+
+def _extreme(x: Tensor, members: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    # The appended neutral element makes the reduction of an empty batch legal.
+    neutral = torch.inf if reduce is torch.amin else -torch.inf
+    padded = torch.cat([torch.where(members, x, neutral), x.new_full((1,), neutral)])
+    return torch.where(members.any(), reduce(padded, dim=0), torch.nan)
