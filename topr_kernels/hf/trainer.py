@@ -312,8 +312,8 @@ class TOPRTrainer(Trainer):
         finally:
             self._eval_loader = None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._eval_metrics.result(self._gather)
-        metrics = {f"{prefix}_{k}": v for k, v in found.items()}
+        means = self._eval_metrics.result(self._gather)
+        metrics = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The final answer of a text: what a completion ends with, and what a line of a data file has."""
+"""The final answer of a completion, and the right answer in a line of a data file."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Statement(NamedTuple):
 
 
 def without_thinking(text: str) -> str:
-    """A text without what stands in thinking tags; an unclosed one takes the rest with it."""
+    """A text without the contents of thinking tags; an unclosed tag removes the rest of the text."""
     kept: list[str] = []
     start, inside = 0, False
     for tag in _THINKING.finditer(text):
@@ -104,14 +104,14 @@ def without_thinking(text: str) -> str:
             kept.append(text[start : tag.start()])
             inside = True
         elif closes:
-            # The prompt may have opened it.
+            # Without an opening tag it was the prompt that opened it: all before is thinking.
             kept = kept if inside else []
             inside, start = False, tag.end()
     return "".join(kept) + ("" if inside else text[start:])
 
 
 def boxes(text: str) -> tuple[list[Statement], bool]:
-    r"""Contents of ``\boxed`` and ``\fbox``, those of nested ones once; and whether the last is open."""
+    r"""Contents of ``\boxed`` and ``\fbox``, nested ones once; and whether the last one is unclosed."""
     closing: dict[int, int] = {}
     opened: list[int] = []
     for brace in _BRACE.finditer(text):
@@ -136,7 +136,7 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
                 continue
             statement = Statement(box.start(), bare.end(), bare.group().rstrip(".,;:"))
         if statements and statement.end <= statements[-1].end:
-            # A box of a box is the inner one.
+            # Of a box that holds just a box the inner one counts.
             if statement.end - statement.start == len(statements[-1].answer):
                 statements[-1] = Statement(
                     statements[-1].start, statements[-1].end, statement.answer
@@ -147,7 +147,7 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
 
 
 def boxed_answers(text: str) -> list[Statement]:
-    """The boxes of a text that hold something, those joined by "and", "or" or a comma as one."""
+    """The boxes of a text that are not empty; those joined by "and", "or" or a comma count as one."""
     joined: list[Statement] = []
     previous = ""
     for box in boxes(text)[0]:
@@ -233,7 +233,7 @@ def first_clause(tail: str) -> str:
             r"[\d\\]|^\W*(?:yes|no)\W*$", before, re.IGNORECASE
         ):
             return before
-    # No answer has so many letters; nor may the cut make one.
+    # No answer is so long, and the cut-off text must not count as one.
     return tail if len(tail) <= _LONGEST_TAIL else ""
 
 
@@ -243,7 +243,7 @@ def _without_subject(clause: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without what a sentence puts around it: $, emphasis, a last full stop."""
+    """An answer without the $, emphasis and full stop that a sentence puts around it."""
     text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip("$ ")
     return text.removesuffix("\\").strip()
 
@@ -252,7 +252,7 @@ def gold_answer(text: str) -> str:
     r"""The right answer of a data file's line: after the last ``####``, else in a box, else all of it.
 
     Raises:
-        ValueError: if there is none; says what there is instead.
+        ValueError: if there is none; the message says what is there instead.
     """
     _, hashes, after = text.rpartition("####")
     text = after.strip()
@@ -269,7 +269,7 @@ def gold_answer(text: str) -> str:
         finite = abs(float(answer)) < float("inf")
     except (ValueError, OverflowError):
         return answer
-    # A number in digits may be beyond what a float holds.
+    # "inf" and "nan" are refused, but not digits beyond the range of a float.
     if not finite and not any(map(str.isdigit, answer)):
         raise ValueError("not a finite number")
     return answer

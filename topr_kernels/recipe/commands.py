@@ -95,7 +95,11 @@ def run_generate(
 
 
 def generate_step(settings: GenerateSettings, out: Path) -> Step:
-    """What ``run_generate`` is, of settings with their backend.
+    """The step of ``run_generate``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        out: records file to write.
 
     Raises:
         RecordError: if ``out`` has another suffix.
@@ -153,7 +157,7 @@ def run_score(
         tokens = sum(len(record.completion_token_ids) for record in scored)
         log_prob_sum = sum(sum(record.behavior_log_prob or ()) for record in scored)
         score_figures = {"records": len(scored), "mean_log_prob": log_prob_sum / max(1, tokens)}
-        # What curate chose is for the training, which reads these records now.
+        # The baseline that curate chose is passed on to the training, which reads these records.
         baseline = noted_baseline(records)
         return score_figures if baseline is None else score_figures | {"baseline": baseline}
 
@@ -162,7 +166,7 @@ def run_score(
 
 
 def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
-    """What ``run_score`` is.
+    """The step of ``run_score``.
 
     Raises:
         RecordError: if a file has another suffix.
@@ -201,7 +205,7 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
 
 
 def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
-    """What ``run_curate`` is.
+    """The step of ``run_curate``.
 
     Raises:
         RecordError: if a file has another suffix.
@@ -230,14 +234,14 @@ def run_train(
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
     step = train_step(settings, records, out)
 
-    # Once: of several processes all train, and then the first saves what it has trained.
+    # Cached: all processes train, and then the first one saves what it has trained.
     @functools.cache
     def trained(partial: Path) -> tuple[LoadedModel, list[Record], list[dict[str, float]]]:
         trained_on = read_nonempty(records)
         if current().rank == 0:
             print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
-        # Of several processes what fails here may be a consequence: ``share`` tells which.
+        # In several processes an error here may be a consequence of another's, which ``share`` reports.
         alone = naming(f"--model {settings.model}: training failed", "--batch-size")
         with alone if processes == 1 else contextlib.nullcontext():
             history = train(
@@ -260,7 +264,7 @@ def run_train(
 
     def compute(partial: Path) -> dict[str, Any]:
         loaded, trained_on, history = trained(partial)
-        # A run that was killed after it had saved the model left it there.
+        # A run that was killed after it had saved the model has left a draft.
         shutil.rmtree(step.draft(out), ignore_errors=True)
         with naming(f"{out}: saving failed"), atomic_folder(step.draft(out)) as temporary:
             loaded.model.save_pretrained(temporary)
@@ -271,14 +275,19 @@ def run_train(
             "steps": len(history),
             "history": storable(history),
         }
-        # Sums over several processes are rounded in another order.
+        # Noted because sums over several processes round in another order.
         return train_figures | ({"processes": processes} if processes > 1 else {})
 
     return run_step(step, compute, share=trained, lockstep=True)
 
 
 def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step:
-    """What ``run_train`` is, of settings with their baseline.
+    """The step of ``run_train``.
+
+    Args:
+        settings: with their baseline (``find_baseline``).
+        records: scored records.
+        out: folder of the trained model.
 
     Raises:
         RecordError: if ``records`` has another suffix.
@@ -338,7 +347,11 @@ def run_evaluate(
 
 
 def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
-    """What ``run_evaluate`` is, of settings with their backend.
+    """The step of ``run_evaluate``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        out: ``.json`` file of the figures.
 
     Raises:
         SettingsError: if ``out`` has another suffix, or the model was trained on held-out questions.
@@ -351,12 +364,12 @@ def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
 
 
 def records_step(step: str, settings: dict[str, Any], model: str, records: Path, out: Path) -> Step:
-    """A step that makes records of records.
+    """A step that turns records into records.
 
     Args:
         step: name of the command.
         settings: as plain values.
-        model: that works on them; "" for none.
+        model: the model that it uses; "" for none.
         records: records file to read.
         out: records file to write.
 
@@ -370,7 +383,7 @@ def records_step(step: str, settings: dict[str, Any], model: str, records: Path,
 
 
 def check_json(out: Path) -> None:
-    """Refuses a name that is not of figures.
+    """Refuses a file name for figures without the suffix of JSON.
 
     Raises:
         SettingsError: if the suffix is not ``.json``.
@@ -380,14 +393,14 @@ def check_json(out: Path) -> None:
 
 
 def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
-    """The baseline asked for; else the one that ``curate`` noted beside the records; else 0."""
+    """The baseline of the settings; else the one in the manifest of the records; else 0."""
     if settings.baseline is not None:
         return settings.baseline
     return noted_baseline(records) or 0.0
 
 
 def noted_baseline(records: Path) -> float | None:
-    """The baseline that ``curate``, or ``score`` after it, noted beside records; else None."""
+    """The baseline that ``curate``, or ``score`` after it, left in the records' manifest; else None."""
     noted = (manifest_of(records) or {}).get("figures")
     value = noted.get("baseline") if isinstance(noted, Mapping) else None
     return None if value is None else float(value)
@@ -406,7 +419,7 @@ def read_nonempty(path: Path) -> list[Record]:
 
 
 def model_input(model: str) -> dict[str, Path]:
-    """The model as an input that is checked and whose checksum is noted, if it is a local folder."""
+    """The model as an input of a step, whose checksum is checked and noted, if it is a local folder."""
     return {"model": Path(model).resolve()} if model and Path(model).is_dir() else {}
 
 
@@ -414,7 +427,7 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
     for name in ("trust_scorer", "reward"):
-        # Manifests of runs without them stay as they were.
+        # Left out where they are not used, so that manifests from before they existed still match.
         if not values.get(name, "-"):
             del values[name]
     if "model" in values:
@@ -424,13 +437,13 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
         if colon:
             values[name] = f"{kind}:{Path(file).name}"
     if "engine" in values:
-        # As JSON gives it back.
+        # A list, as JSON reads it back.
         values["engine"] = list(values["engine"])
     return values | engine_facts(values)
 
 
 def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """A training log as JSON has it: no infinities, and nothing that differs between equal runs."""
+    """A training log for JSON: no infinities, and no figures that differ between equal runs."""
     return [
         {
             name: value if math.isfinite(value) else None
@@ -442,11 +455,11 @@ def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
 
 
 def check_training_processes(batch_size: int) -> None:
-    """Refuses to train in processes that would not give the model of one.
+    """Refuses to train in processes that would not train the model that one process would.
 
     Raises:
-        SettingsError: if they do not share a batch evenly or are more than the GPUs, or the launcher
-            shards the model over them.
+        SettingsError: if the processes cannot share a batch evenly, if they outnumber the GPUs, or if
+            the launcher shards the model over them.
     """
     count = current().count
     if batch_size % count:

@@ -1,7 +1,7 @@
 r"""Whether two answers have the same value: numbers, units and lists here, algebra by math-verify.
 
-math-verify reads LaTeX well, but takes ``3\frac{1}{2}`` for a product, ``1,2,3`` for 123, words for
-products of letters, and numbers below its precision for zero; so these are decided here.
+math-verify reads LaTeX well, but it takes ``3\frac{1}{2}`` for a product, ``1,2,3`` for 123, words for
+products of letters, and numbers below its precision for zero. So these are compared here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from topr_kernels.recipe.quantities import near, quantity, without_unit
 
 # Levels of nested lists that are compared.
 _DEEPEST = 5
-# Of longer lists and matrices the elements are compared as numbers and texts.
+# Elements of longer lists and matrices are compared by their canonical forms alone.
 _LONGEST_LIST = 9
 
 
@@ -43,15 +43,15 @@ _NAMES = {
 
 
 def canonical(answer: str) -> str:
-    """A form of an answer; answers of one form have the same value."""
+    """The canonical form of an answer; answers of equal form have the same value."""
     return _form(plain(answer))
 
 
 def same_answer(gold: str, answer: str) -> bool:
     """Whether an answer has the value of the right one.
 
-    A unit that one of them leaves out is no difference, another unit is. 50% is both 50 and 0.5.
-    Lists and sets have no order, tuples and intervals do. Decimals are exact but for ``TOLERANCE``.
+    A missing unit is no difference, another unit is. 50% equals both 50 and 0.5. Lists and sets have no
+    order, tuples and intervals do. Decimals must be exact, but for ``TOLERANCE``.
     """
     right, given = plain(gold), plain(answer)
     if not right or not given:
@@ -150,7 +150,7 @@ def _same_parts(gold: str, answer: str, depth: int) -> bool | None:
     if quantity(gold) is not None and quantity(answer) is not None and not (right and given):
         return None
     if (right is None or given is None) and re.search(r"\\[lg]e|[<>]", gold + answer):
-        # An interval against an inequality.
+        # Left to math-verify: an interval may equal an inequality.
         return None
     right = right or Parts([gold], r"\{", r"\}")
     given = given or Parts([answer], r"\{", r"\}")
@@ -223,7 +223,7 @@ def _same_choice(gold: str, answer: str, depth: int) -> bool | None:
     if right is None or given is None:
         return None
     letters, texts = zip(right, given, strict=True)
-    # One letter alone is settled by the letter; two labelled texts say the same only if both do.
+    # A letter alone decides. If both choices have texts, these must agree too.
     return letters[0] == letters[1] and (not all(texts) or _same(*texts, depth + 1))
 
 

@@ -86,8 +86,8 @@ class Prompts:
     Args:
         token_ids: ids of each prompt.
         inputs: ``input_ids``, ``attention_mask`` and ``position_ids``, one row per prompt.
-        cache: the argument that gives the model keys and values of all columns but the last, one row
-            per distinct prompt; {} where it computes them anew.
+        cache: the argument that passes keys and values of all columns but the last to the model, one
+            row per distinct prompt; {} if the model computes them anew.
         rows: [B], the row of each prompt in ``cache``.
     """
 
@@ -101,7 +101,7 @@ class Prompts:
 def read_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, chat: bool = False
 ) -> Prompts:
-    """Runs the prompts through the model: what they all begin with once, and equal ones once.
+    """Runs the prompts through the model: their common prefix once, and equal prompts once.
 
     Args:
         model: a causal language model in eval mode.
@@ -120,7 +120,7 @@ def read_prompts(
         for name, x in pad_left(distinct, tokenizer.pad_token_id, prefix).items()
     }
     cache: dict[str, Any] = {}
-    # The last token is left for generate, which needs one to go on from.
+    # The last token is left for generate, which needs one to start from.
     if shared and once["input_ids"].shape[1] > prefix + 1:
         cache = prefix_cache(model, once["input_ids"], prefix) if prefix else {}
         outputs = model(
@@ -169,7 +169,7 @@ def complete(
     """
     if not isinstance(prompts, Prompts):
         prompts = read_prompts(model, tokenizer, prompts, chat=chat)
-    # Copied: generation writes into it.
+    # A copy, since generation changes it.
     cache = copy.deepcopy(prompts.cache)
     for keys_and_values in cache.values():
         keys_and_values.batch_select_indices(prompts.rows)
@@ -198,10 +198,10 @@ def complete(
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Takes the model's own generation settings away while the block runs.
+    """Removes the model's own generation settings while the block runs.
 
-    transformers fills whatever the given settings leave open from them: a ``min_p`` or suppressed tokens
-    there would sample something else than the full softmax.
+    transformers takes from them whatever the given settings leave open: with a ``min_p`` or suppressed
+    tokens it would not sample from the full softmax.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -266,7 +266,7 @@ def generate(
         tokenizer: its tokenizer.
         task: parses and rewards the answers.
         questions: Q questions.
-        model_name: what the records call the model.
+        model_name: name of the model in the records.
         samples: completions per question.
         max_new_tokens: length at which a completion is cut.
         batch_size: completions sampled together.

@@ -1,4 +1,4 @@
-"""What the commands would do and cost, without doing it: ``--dry-run``. Nothing is written."""
+"""``--dry-run``: what the commands would do and cost. Nothing is written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from topr_kernels.recipe.verifier import Verification, choose_solutions
 from topr_kernels.recipe.verifier_commands import read_answers, verify_step, vote_step
 from topr_kernels.recipe.vllm_backend import check_scorable
 
-#: Bytes of a sampled token in records, text included, and of what else a record holds.
+#: Bytes in a records file: of a token with its text, and of the rest of a record.
 _TOKEN_BYTES, _RECORD_BYTES = 16, 200
 #: Weights and AdamW's two moments; the next checkpoint is written before the last is deleted.
 _CHECKPOINT = 2 * 3
@@ -204,7 +204,7 @@ def _training(settings: TrainingOptions, model: str, records: int) -> list[str]:
 
 
 def _state(step: Step) -> str:
-    # Refused for the same reasons as the command.
+    # Raises where the command would.
     state = state_of(step)
     parts = len(list(partial_path(step.manifest).glob("parts/*.parquet")))
     return _STATES[state] + (f" ({parts} parts done)" if state == "interrupted" and parts else "")

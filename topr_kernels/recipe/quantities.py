@@ -1,4 +1,4 @@
-"""Numbers with units: what number a text is, exactly, and of what."""
+"""Numbers with units: the exact value of a text, and its unit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Quantity(NamedTuple):
 
     Args:
         value: the number, exact.
-        unit: "%", or a unit of measure or money by its one name; "" for none, or a mere noun.
+        unit: "%", or the one name of a unit of measure or money; "" for none, or for another noun.
         digits: digits after the point of a decimal.
     """
 
@@ -60,7 +60,7 @@ _SCALES: dict[str, int | Fraction] = {
 _SCALE = re.compile(
     rf"\s*-?({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-zA-Z])", re.I
 )
-# Each line has the names of some units, each unit's one name first.
+# Units apart by commas, the names of a unit by spaces; its first name is the one that is used.
 _UNIT_NAMES = (
     "m meter metre,cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre",
     "in inch inche,ft foot feet,yd yard,mi mile,g gram gm,kg kilogram kilo,mg milligram",
@@ -77,7 +77,7 @@ _UNITS = {
     for unit in line.split(",")
     for name in unit.split()
 }
-# Words that make another value of the number before them, or another number beside it.
+# Words that change the value of the number before them, or join another number to it.
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|than|pi|factorial|squared|cubed|sqrt|root|base|mod|below|above|plus|minus|not|but|"
     r"times(?=\s+\w)|divided|multiplied|over(?=\s+\w)|sin|cos|tan|log|ln|exp|infinity|i|e|maybe|possibly|perhaps|bc|january|february|march|april|may|june|july|august|september|october|"
@@ -98,7 +98,7 @@ _CENTS = re.compile(r"(\d+) dollars?,? (?:and )?(\d{1,2}) cents?$")
 
 
 def quantity(text: str) -> Quantity | None:
-    """A plain text as a number with a unit; None for anything else."""
+    """A normalised text (``plain``) as a number with a unit; None for anything else."""
     text = _CENTS.sub(lambda m: f"{m.group(1)}.{int(m.group(2)):02} dollars", _in_digits(text))
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > _LONGEST_NUMBER:
@@ -154,7 +154,7 @@ def _value(groups: dict[str, str | None]) -> Fraction:
 
 
 def _unit(rest: str) -> str | None:
-    """The unit that follows a number; "" for a noun, None if what follows is no unit."""
+    """The unit in the text behind a number; "" for another noun, None if the text is neither."""
     apart = rest[:1].isspace() or rest[:1] == "-"
     rest = rest.strip(" .,;:").removeprefix("-")
     if not rest:
@@ -178,12 +178,12 @@ def _unit(rest: str) -> str | None:
         return name
     if not apart or len(first) < _SHORTEST_NOUN:
         return None
-    # A noun: the question has it, and not every answer.
+    # Another noun, which the question names and answers may leave out.
     return ""
 
 
 def _measure(words: str) -> str | None:
-    """Units of measure by one name, as "km/h" or "cm^2"; None for other words."""
+    """Units of measure by their first names, as "km/h" or "cm^2"; None for other words."""
     words = re.sub(r"(?<=[a-z])\.", "", words.lower())
     parts = re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", words)
     if parts[0].startswith("per "):

@@ -40,7 +40,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
 
 
 def own_share() -> dict[str, Any]:
-    """What ``generate`` and ``score`` take to do this process's share only."""
+    """Arguments with which ``generate`` and ``score`` do only this process's share."""
     return {"take": current().take, "progress": current().rank == 0}
 
 

@@ -1,4 +1,4 @@
-"""What answers are worth, found out in worker processes: answers can hang a scorer, or be executed.
+"""Judges answers in worker processes: an answer can hang its scorer, or be executed by it.
 
 ``verdicts`` starts a server process (``scoring_server``), which forks workers. They give up what judging
 does not need (``confine``), have a limit of processor time and of memory for each answer, and are
@@ -34,12 +34,12 @@ from topr_kernels.recipe.tasks import Judge, Question
 
 __all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]
 
-#: Seconds of the processor for one answer; four times as many of the clock.
+#: Seconds of processor time for one answer; it may take four times as long on the clock.
 SECONDS = 5.0
 #: Bytes that a worker may take for an answer.
 MEMORY = 2**30
 _MOST_WORKERS = 4
-#: What the server gets of the environment: no keys, no tokens.
+#: Environment variables that the server gets: none that hold keys or tokens.
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
 
 
@@ -49,7 +49,7 @@ class ScoringError(SettingsError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth.
+    """The verdict on an answer.
 
     Args:
         answer: what ``parse`` found; None if nothing, or if ``problem`` says why there is no verdict.

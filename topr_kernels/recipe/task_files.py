@@ -1,4 +1,4 @@
-"""Tasks by name: reasoning-gym's, and JSONL files of questions and answers as GSM8K and MATH are."""
+"""Tasks by name: reasoning-gym's, and JSONL files of questions and answers like GSM8K and MATH."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class FileTask:
         return 1.0 if same_answer(str(question.entry["answer"]), answer) else -1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        # To another process it goes without the questions of its file.
+        # Pickled without the questions of its file.
         return {"kind": self.kind, "path": self.path}
 
     @cached_property
@@ -247,7 +247,7 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: what changes rewards, a function of one's own or the math-verify that judged."""
+    """For the manifest: what rewards depend on, a custom function or the version of math-verify."""
     if options.reward:
         return reward_key(options.reward)
     if not task_inputs(options):
@@ -274,12 +274,12 @@ def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) 
 
 
 def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Warns of training questions that are held-out ones but for case and spaces."""
+    """Warns of training questions that equal held-out ones but for case and spaces."""
     held = {" ".join(q.text.casefold().split()) for q in held_out}
     alike = [q.text for q in train if " ".join(q.text.casefold().split()) in held]
     if alike:
         warnings.warn(
-            f"{len(alike)} training questions are held-out ones but for case and spaces, for instance "
+            f"{len(alike)} training questions equal held-out ones but for case and spaces, for instance "
             f"{alike[0][:80]!r}; remove them from the file, or accuracy is measured on what was trained",
             stacklevel=3,
         )
@@ -306,7 +306,7 @@ def _entry(line: str, where: str) -> dict[str, str]:
 
 
 def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, str]:
-    """The first of two fields that is there: its name and its text."""
+    """Name and text of the first of two fields that is present."""
     name = next((name for name in names if raw.get(name) is not None), names[0])
     text = raw.get(name)
     if isinstance(text, (int, float)) and not isinstance(text, bool):

@@ -1,4 +1,4 @@
-"""Trains on scored records with ``TOPRTrainer``, resuming where a killed run stopped."""
+"""Trains on scored records with ``TOPRTrainer``; resumes where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the model in place, as a policy at temperature 1.
 
-    Several processes (``processes.joined``) share every update. Where the records are no multiple of
-    ``batch_size``, the last update of an epoch then repeats some of them.
+    Several processes (``processes.joined``) share every update. If ``batch_size`` does not divide the
+    number of records, the last update of an epoch then repeats some of them.
 
     Args:
         model: a causal language model, at the weights that sampled the records.
@@ -120,7 +120,7 @@ def train(
         processing_class=tokenizer,
         callbacks=[_ProgressBar(f"train {label}".strip())],
     )
-    # Prints every log as a dict; the bar shows what matters and the history keeps the rest.
+    # It would print every log; the bar shows the figures that matter and the history keeps all.
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     model.eval()
@@ -128,11 +128,11 @@ def train(
 
 
 def trainable_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The fields of records that the Trainer takes, if their mu is one.
+    """The fields of records that the Trainer takes.
 
     Raises:
-        RecordError: if a record has not been scored, if mu comes from several sources, or is not of the
-            policy that sampled.
+        RecordError: if a record has not been scored, if mu comes from several sources, or if it is not
+            that of the policy that sampled.
     """
     fields = training_fields(records)
     check_sources(records)
@@ -141,7 +141,7 @@ def trainable_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 class _ProgressBar(TrainerCallback):
-    """One bar over the optimizer steps with the figures to watch; no checkpoint at the end."""
+    """A progress bar over the optimizer steps with the figures to watch; no checkpoint at the end."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -174,7 +174,7 @@ class _ProgressBar(TrainerCallback):
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints in a folder, first to last; what else lies there is not ours."""
+    """The Trainer's checkpoints in a folder, first to last; other files are ignored."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
     return [path for _, path in sorted((int(m[1]), p) for m, p in named if m and p.is_dir())]
 

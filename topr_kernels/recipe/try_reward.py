@@ -1,4 +1,4 @@
-"""``topr reward``: what a reward of one's own says of the completions in a file."""
+"""``topr reward``: tries a custom reward on the completions in a file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 
 def try_reward(function: str, path: Path) -> list[str]:
-    """The verdicts on the completions of a file, in workers as those of a run, as lines of text.
+    """Judges the completions of a file, in workers as in a run; returns lines of text.
 
     Args:
         function: as in ``RewardTask``.
-        path: JSONL file; each line an object with the texts ``question`` and ``completion``, and what
-            else the function reads of its ``entry``, which is the whole object.
+        path: JSONL file. Each line is an object with the texts ``question`` and ``completion``; the
+            function gets the whole object as its ``entry``.
 
     Raises:
         SettingsError: if there is no such function.
-        FileError: naming the line that is no such object.
+        FileError: naming the line that is not such an object.
     """
     try:
-        # The task of the questions is not asked for any.
+        # Any task will do: the questions are those of the file.
         task = RewardTask(ARITHMETIC, function)
     except ValueError as error:
         raise SettingsError(f"--reward {function}: {error}") from error

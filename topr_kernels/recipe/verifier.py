@@ -40,7 +40,7 @@ class Verification:
         one_line: whether a judgement ends with its line.
     """
 
-    #: A judgement is read as text, in one pass: nothing that a worker would have to hold.
+    #: A judgement is read as text, in one pass: it needs no worker process.
     in_process: ClassVar[bool] = True
 
     template: str
@@ -53,7 +53,7 @@ class Verification:
             record: the solution; its reward tells whether it is right.
             number: of the solution, which becomes the group of its judgements.
         """
-        # One pass: a solution that writes {prompt} gets no prompt there.
+        # In one pass, so that {prompt} in the text of a solution stays.
         parts = {"{prompt}": record.prompt, "{completion}": record.completion.rstrip()}
         text = re.sub(r"\{prompt\}|\{completion\}", lambda m: parts[m.group()], self.template)
         return Question(number, text, text, {"right": record.reward > 0})
@@ -83,7 +83,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class VerifierFigures:
-    """How good judgements are; shares in [0, 1].
+    """How accurate judgements are; shares in [0, 1].
 
     Args:
         solutions: number of judged solutions.
@@ -244,7 +244,7 @@ def weighted_accuracy(
 def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
     """The score of each of ``count`` solutions: how many of its judgements say that it is right.
 
-    A judgement that cannot be parsed says nothing for it. A solution that was not judged scores 0.
+    A judgement that cannot be parsed does not count. A solution that was not judged scores 0.
 
     Raises:
         RecordError: if a record judges none of the solutions.
@@ -255,7 +255,7 @@ def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
             raise RecordError(
                 f"record {i}, field 'judged': got {record.judged}; expected one of {count} solutions"
             )
-        # It says "right" if it is right about a right solution, or wrong about a wrong one.
+        # Its verdict was "right" if it was rewarded on a right solution, or not rewarded on a wrong one.
         right_verdict = record.reward > 0
         scores[record.judged.record] += bool(record.valid) and (
             right_verdict == record.judged.right
@@ -264,14 +264,14 @@ def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
 
 
 def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> list[Record]:
-    """The solutions to judge, with their numbers in ``judged``: as many as the settings say.
+    """The solutions to judge, as many as the settings say; ``judged`` holds their numbers.
 
     Raises:
         RecordError: if a record is a judgement itself.
     """
     chosen = _numbered(records)
     if settings.solutions:
-        # A stream of its own: the share is drawn from what this leaves.
+        # Its own stream of random numbers: the draw of the share below uses the seed itself.
         draw = random.Random(f"{settings.seed}/solutions")
         groups: dict[int, list[Record]] = {}
         for record in chosen:

@@ -75,7 +75,12 @@ def run_verify(
 
 
 def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
-    """What ``run_verify`` is, of settings with their backend.
+    """The step of ``run_verify``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        records: the solutions.
+        out: records file to write.
 
     Raises:
         RecordError: if a file has another suffix.
@@ -147,7 +152,12 @@ def run_vote(
 
 
 def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
-    """What ``run_vote`` is, of settings with their backend.
+    """The step of ``run_vote``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        records: the answers.
+        out: ``.json`` file of the figures.
 
     Raises:
         RecordError, SettingsError: if a file has another suffix, or the verifier was trained to answer

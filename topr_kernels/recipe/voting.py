@@ -23,15 +23,15 @@ class SampledAccuracy:
         questions: Q.
         samples: N.
         pass_at_1: mean over questions of the share of right answers.
-        pass_at_1_low: lower end of its 95 % interval: Wilson's, for as many independent answers as the
-            spread over questions tells of, at least Q and at most Q * N.
+        pass_at_1_low: lower end of its 95 % interval: Wilson's, with the number of independent answers
+            estimated from the spread over questions, at least Q and at most Q * N.
         pass_at_1_high: upper end.
         votes: K.
         maj_at_k: accuracy of the majority of K of the N answers, mean over the draws of K. Answers
             that cannot be parsed do not vote; of equal counts the answer drawn first wins.
         maj_at_k_error: its standard error sqrt(K V / (N - K)), V the variance over the draws; None for
-            K = N, where there is one draw. It is of the sampling of answers, not of questions, and errs
-            on the large side: the mean over draws is surer than the formula knows.
+            K = N, where there is one draw. It covers the sampling of answers, not of questions, and is
+            too large rather than too small: the mean over draws varies less than the formula assumes.
         invalid_share: answers that could not be parsed.
         truncated_share: answers that were cut off.
         mean_length: of an answer, in tokens.
@@ -184,8 +184,8 @@ def weighted_majority(
 ) -> tuple[float, float | None]:
     """Accuracy of the answer with the largest sum of weights among K of N, mean over draws of K.
 
-    An answer of form None does not vote. Of equal sums the answer with more votes wins, so that weights
-    that say nothing give the plain majority; of equal numbers of votes, the one drawn first.
+    An answer of form None does not vote. Of equal sums the answer with more votes wins, so that equal
+    weights give the plain majority; of equal numbers of votes, the one drawn first.
 
     Args:
         answers: for each question N answers: form, whether it is right, weight. Whole numbers as weights
