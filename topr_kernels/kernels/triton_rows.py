@@ -74,7 +74,7 @@ def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
     rescale = tl.exp(m - m_new)
     if ENTROPY:
         # By selection: an empty lane has m - m_new = -inf, a banned token z - m_new = -inf.
-        old = tl.where(s == 0, 0.0, rescale * (h + s * (m - m_new)))
+        old = tl.where(s == 0, 0.0, rescale * tl.fma(s, m - m_new, h))
         h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
     if SLOPE:
         g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))
