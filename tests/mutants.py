@@ -205,14 +205,14 @@ KERNELS = [
     ),
     Mutant(
         "prompt-in-the-length",
-        "topr_kernels/kernels/triton_logits.py",
+        "topr_kernels/kernels/triton_sequences.py",
         "share = share / tokens",
         "share = share / tl.maximum(end - start, 1).to(tl.float32)",
         ("tests/test_triton.py",),
     ),
     Mutant(
         "mean-over-tokens-not-divided",
-        "topr_kernels/kernels/triton_logits.py",
+        "topr_kernels/kernels/triton_sequences.py",
         "weight = tl.sum(weights, axis=0) / tokens",
         "weight = tl.sum(weights, axis=0)",
         ("tests/test_triton.py",),
@@ -254,7 +254,7 @@ KERNELS = [
     ),
     Mutant(
         "the-row-after-the-last",
-        "topr_kernels/kernels/triton_logits.py",
+        "topr_kernels/kernels/triton_gradient.py",
         "            position = row + 1\n            c = tl.load(p_d_log_prob + position)\n",
         "            c = tl.load(p_d_log_prob + row + 1)\n        position = row + 1\n",
         ("tests/test_triton_bounds.py::test_backward",),

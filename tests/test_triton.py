@@ -428,23 +428,21 @@ def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
     outputs = [x.to(DEVICE) for x in outputs]
     triton_logits.sequences_fwd_kernel[(1,)](
         labels,
-        labels,
+        None,
         n,
         1,
         lp_d,
         mu_d,
-        mu_d,
+        None,
         reward,
         *outputs,
         length.to(DEVICE),
         d.to(DEVICE),
         *TOPR.log(),
         0.0,
-        PACKED=False,
         SHIFT=False,
         RATIO=0,
         REDUCTION=0,
-        BEHAVIOR_PER_TOKEN=True,
         BT=512,
     )
     exact = (lp - mu).double().sum()
