@@ -27,8 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from topr_kernels import kernels, linear_topr_loss
-from topr_kernels.hf.collator import CompletionCollator, completion_hidden, shares_prefix
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.forward import completion_hidden
 from topr_kernels.hf.heads import find_head
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.linear.operators import linear_kernels
 from topr_kernels.linear.tile import RowStats
 from topr_kernels.ops import linear as ops
@@ -36,10 +38,12 @@ from topr_kernels.ops.options import Transforms
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import evaluate
 from topr_kernels.recipe.generate import generate
+from topr_kernels.recipe.manifests import claim
 from topr_kernels.recipe.models import LoadedModel, load_model
-from topr_kernels.recipe.records import Record, read_records, training_rows, write_records
+from topr_kernels.recipe.options import SettingsError, model_key
+from topr_kernels.recipe.record_checks import training_rows
+from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import score, workspace_bytes
-from topr_kernels.recipe.steps import SettingsError, claim, model_key
 from topr_kernels.recipe.tasks import ARITHMETIC, Question, held_out_split
 
 BATCH = 8

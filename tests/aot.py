@@ -7,6 +7,7 @@ With ``each`` it takes every variant once, in one dtype or another, instead of i
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from triton.compiler import ASTSource
 
 from topr_kernels.kernels import triton_linear as lin
 from topr_kernels.kernels import triton_logits as tk
+from topr_kernels.kernels.triton_rows import NO_FUSION
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,23 +35,30 @@ Case = tuple[str, Any, str, dict[str, Any]]
 FULL = {"SOFTCAP": True, "TEMPERATURE": True, "ENTROPY": True}
 
 
+def parameters(kernel: Any) -> Any:
+    return inspect.signature(kernel.fn).parameters.items()
+
+
 def cases() -> list[Case]:
     """(name, kernel, dtype of the logits, constants), with the constants of real launches."""
     found = []
+    # The arguments of the later stages, which log_prob has no use for.
+    absent = dict.fromkeys(n for n, p in parameters(tk.rows_fwd_kernel) if p.default is None)
     for dtype, size in SIZES.items():
         s = tk.settings(128256, size, True, 1 << 20, 132)
         narrow = {"ALIGNED": False, "U": tk.settings(50257, size, False, 1 << 20, 132).U}
-        rows = dict(FUSED=True, PACKED=True, SHIFT=True, ALIGNED=True, SOFTCAP=False)
-        rows |= dict(TEMPERATURE=False, ENTROPY=False, RATIO=0, REDUCTION=0, SPLIT=1)
-        rows |= dict(BEHAVIOR_PER_TOKEN=True, U=s.U, BV=s.BV, BT=tk.BT, p_normalizer=None)
+        rows = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False, ENTROPY=False)
+        rows |= dict(RATIO=0, REDUCTION=0, SPLIT=1, U=s.U, BV=s.BV, BT=tk.BT)
+        rows |= dict.fromkeys(("p_parts", "p_row_counter", "p_behavior_low", "p_normalizer"))
+        split = {k: v for k, v in rows.items() if k not in ("p_parts", "p_row_counter")}
         backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False)
         backward |= dict(TILES=s.tiles_per_program, BV=s.BV)
         found += [
             ("forward", tk.rows_fwd_kernel, dtype, rows),
             ("forward, all options", tk.rows_fwd_kernel, dtype, rows | FULL | {"RATIO": 2}),
             ("forward, narrow", tk.rows_fwd_kernel, dtype, rows | narrow),
-            ("forward, split", tk.rows_fwd_kernel, dtype, rows | {"SPLIT": tk.SPLIT}),
-            ("log_prob", tk.rows_fwd_kernel, dtype, rows | {"FUSED": False}),
+            ("forward, split", tk.rows_fwd_kernel, dtype, split | {"SPLIT": tk.SPLIT}),
+            ("log_prob", tk.rows_fwd_kernel, dtype, rows | absent),
             ("backward", tk.logits_bwd_kernel, dtype, backward),
             (
                 "backward, all options",
@@ -58,7 +67,7 @@ def cases() -> list[Case]:
                 backward | {"ALIGNED": False, "SOFTCAP": True, "TEMPERATURE": True},
             ),
         ]
-    stage = dict(PACKED=True, SHIFT=True, RATIO=2, REDUCTION=0, BEHAVIOR_PER_TOKEN=True, BT=tk.BT)
+    stage = dict(SHIFT=True, RATIO=2, REDUCTION=0, BT=tk.BT, p_behavior_low=None)
     found.append(("sequences", tk.sequences_fwd_kernel, "fp32", stage))
     loss = dict(REDUCTION=0, BT=tk.BT, p_normalizer=None)
     found.append(("loss", tk.loss_fwd_kernel, "fp32", loss))
@@ -124,7 +133,8 @@ def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPU
     signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
     constexprs = {(names.index(k),): v for k, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=target, options={"num_warps": 4})
+    fusion = lin.SUM_FUSION if kernel is lin.linear_columns_kernel else NO_FUSION
+    return triton.compile(source, target=target, options={"num_warps": 4} | fusion)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -151,6 +161,9 @@ def main() -> None:
             ptx = asm["ptx"]
             report |= {
                 "f64": len(re.findall(r"\.f64", ptx)),
+                # Without .rn, which rounds by itself: ptxas may fuse them.
+                "fusible": len(re.findall(r"\b(?:add|sub|mul)\.f32", ptx)),
+                "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
                 "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
                 "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
                 "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),

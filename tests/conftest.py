@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         kernels.load(kernels.LOGITS[name])
         kernels.load(kernels.LINEAR[name])
     return name
+
+
+@pytest.fixture
+def in_bounds() -> Iterator[None]:
+    """Triton's interpreter compares every access with the argument that it came from."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from bounds import checked  # after the interpreter was asked for
+
+    with checked():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -192,7 +192,7 @@ KERNELS = [
     Mutant(
         "slopes-not-rescaled",
         "topr_kernels/kernels/triton_rows.py",
-        "g = g * rescale + tl.sum(p * slope, axis=0)",
+        "g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))",
         "g = g + tl.sum(p * slope, axis=0)",
         ("tests/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
     ),
@@ -205,14 +205,14 @@ KERNELS = [
     ),
     Mutant(
         "prompt-in-the-length",
-        "topr_kernels/kernels/triton_logits.py",
+        "topr_kernels/kernels/triton_sequences.py",
         "share = share / tokens",
         "share = share / tl.maximum(end - start, 1).to(tl.float32)",
         ("tests/test_triton.py",),
     ),
     Mutant(
         "mean-over-tokens-not-divided",
-        "topr_kernels/kernels/triton_logits.py",
+        "topr_kernels/kernels/triton_sequences.py",
         "weight = tl.sum(weights, axis=0) / tokens",
         "weight = tl.sum(weights, axis=0)",
         ("tests/test_triton.py",),
@@ -250,6 +250,20 @@ KERNELS = [
         "topr_kernels/kernels/triton_linear.py",
         "        V = V // 16 * 16\n",
         "        V = V + 0\n",
+        ("tests/test_triton_aot.py::test_sm_90",),
+    ),
+    Mutant(
+        "the-row-after-the-last",
+        "topr_kernels/kernels/triton_gradient.py",
+        "            position = row + 1\n            c = tl.load(p_d_log_prob + position)\n",
+        "            c = tl.load(p_d_log_prob + row + 1)\n        position = row + 1\n",
+        ("tests/test_triton_bounds.py::test_backward",),
+    ),
+    Mutant(
+        "fused-with-the-maximum",
+        "topr_kernels/kernels/triton_rows.py",
+        'NO_FUSION = {"enable_fp_fusion": False}',
+        'NO_FUSION = {"enable_fp_fusion": True}',
         ("tests/test_triton_aot.py::test_sm_90",),
     ),
     Mutant(
@@ -480,7 +494,7 @@ HF = [
     ),
     Mutant(
         "weights-of-one-process",
-        "topr_kernels/hf/trainer.py",
+        "topr_kernels/hf/watch.py",
         "totals, weights = gather(totals), gather(weights)",
         "totals = gather(totals)",
         ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),

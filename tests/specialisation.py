@@ -40,10 +40,12 @@ class Spy:
         backend = make_backend(GPUTarget("cuda", 90, 32))
         self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         self.keys: set[str] = set()
+        self.fusion: set[bool | None] = set()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             _, specialization, options = self.bind(*args, **kwargs)
+            self.fusion.add(kwargs.get("enable_fp_fusion"))
             self.keys.add(repr((specialization, sorted(options.items()))))
 
         return launch
@@ -86,7 +88,9 @@ def main() -> None:
             step(t, vocab)
             linear_step(t, vocab)
             counts.append({name: len(spy.keys) for name, spy in spies.items()})
-        print(json.dumps({"vocab": vocab, "first": counts[0], "last": counts[-1]}))
+        fusion = {name: list(spy.fusion) for name, spy in spies.items()}
+        report = {"vocab": vocab, "first": counts[0], "last": counts[-1], "fusion": fusion}
+        print(json.dumps(report))
         for name, module in KERNELS.items():
             setattr(module, name, ORIGINAL[name])
 

@@ -241,6 +241,7 @@ def test_sft_equals_weighted_cross_entropy() -> None:
     torch.testing.assert_close(grad, logits.grad)
 
 
+@pytest.mark.slow
 def test_canonical_objective_is_bounded_where_a_positive_lower_limit_runs_away() -> None:
     """Prop. 3.2 on a bandit: one bad arm, behavior policy uniform over three."""
     mu = torch.full((1, 1), -1.0986122886681098)

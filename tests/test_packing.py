@@ -20,12 +20,8 @@ from test_trainer import PeftLike, rows
 from transformers import AttentionInterface, DataCollatorWithFlattening, masking_utils
 
 from topr_kernels import linear_topr_loss, log_prob, topr_loss
-from topr_kernels.hf.collator import (
-    CompletionCollator,
-    completion_hidden,
-    completion_logits,
-    model_inputs,
-)
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.forward import completion_hidden, completion_logits, model_inputs
 from topr_kernels.hf.heads import find_head
 from topr_kernels.hf.packing import check_packing, pack, packing_problem
 from topr_kernels.hf.signature import VARLEN

@@ -29,7 +29,9 @@ from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings, IterateSettings
 from topr_kernels.recipe.trained_on import digest
 
-commands = importlib.import_module("topr_kernels.recipe.commands")
+commands, sampling = (
+    importlib.import_module(f"topr_kernels.recipe.{name}") for name in ("commands", "sampling")
+)
 TASK = [
     *("--task", "chain_sum", "--questions", "24", "--held-out", "5", "--max-new-tokens", "6"),
     *("--task-config", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'),
@@ -919,11 +921,11 @@ def test_what_a_file_manager_leaves_in_a_folder_changes_nothing(
     ("command", "target", "error", "said"),
     [
         (
-            *("generate", "commands.generate", RuntimeError("CUDA error:\n  misaligned")),
+            *("generate", "sampling.generate", RuntimeError("CUDA error:\n  misaligned")),
             "--model {model}, --backend hf: sampling failed: RuntimeError: CUDA error: misaligned",
         ),
         (
-            *("evaluate", "commands.generate", torch.OutOfMemoryError("CUDA out of memory.\nTry")),
+            *("evaluate", "sampling.generate", torch.OutOfMemoryError("CUDA out of memory.\nTry")),
             "out of memory. Try; a smaller --sample-batch takes less memory",
         ),
         (
@@ -1086,7 +1088,7 @@ def test_a_bug_shows_its_traceback(model: Path, tmp_path: Path, monkeypatch: Any
     def mistaken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(commands, "generate", mistaken)
+    monkeypatch.setattr(sampling, "generate", mistaken)
     with pytest.raises(ZeroDivisionError):
         run("generate", tmp_path, model)
     assert not list(tmp_path.iterdir())

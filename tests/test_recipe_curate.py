@@ -33,7 +33,7 @@ from topr_kernels.recipe import (
     write_records,
 )
 from topr_kernels.recipe.curate import anna_karenina, as_text, to_positive_share
-from topr_kernels.recipe.records import tokenizer_fingerprint
+from topr_kernels.recipe.models import tokenizer_fingerprint
 from topr_kernels.recipe.tasks import Question
 
 SAMPLING = Sampling("tiny", 1.0, 0, 1.0, 6, 7)

@@ -30,11 +30,11 @@ from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.commands import plain
 from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.generate import generate
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import Record, Sampling
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import ScoringError, Verdict, count_problems, verdicts
 from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.task_files import find_task, find_tasks, scorer
 from topr_kernels.recipe.tasks import ARITHMETIC, REFUSED, Question, Task
 

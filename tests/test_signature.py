@@ -14,14 +14,11 @@ from test_trainer import random_model, rows
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from topr_kernels.hf import collator
-from topr_kernels.hf.collator import (
-    CompletionCollator,
-    completion_logits,
-    prefix_sharing_problem,
-    shares_prefix,
-)
+from topr_kernels.hf import prefix
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.forward import completion_logits
 from topr_kernels.hf.packing import packing_problem
+from topr_kernels.hf.prefix import prefix_sharing_problem, shares_prefix
 from topr_kernels.hf.signature import (
     CACHE,
     KEEP,
@@ -180,7 +177,7 @@ def test_a_model_that_carries_a_state_does_not_share_a_prefix():
 
 def test_sharing_that_is_off_says_so_once(caplog: pytest.LogCaptureFixture):
     # What other tests of this process heard is not said again.
-    collator._log_once.cache_clear()
+    prefix._log_once.cache_clear()
     model = random_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert not shares_prefix(model)

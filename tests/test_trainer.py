@@ -21,6 +21,7 @@ from transformers import (
     HfArgumentParser,
     LlamaForCausalLM,
     PrinterCallback,
+    TrainingArguments,
 )
 
 from topr_kernels import (
@@ -42,8 +43,8 @@ from topr_kernels.hf import (
     completion_logits,
 )
 from topr_kernels.hf import causal_lm as causal_lm_module
-from topr_kernels.hf.collator import common_prefix_length, prefix_sharing_problem
-from topr_kernels.hf.trainer import MetricMean, warn_if_never_negative
+from topr_kernels.hf.prefix import common_prefix_length, prefix_sharing_problem
+from topr_kernels.hf.watch import MetricMean, warn_if_never_negative
 
 Row = dict[str, Any]
 
@@ -436,6 +437,16 @@ def test_config_reads_a_command_line(tmp_path: Path):
 def test_config_refuses(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("named", "expected"), [("cpu:0", "cpu"), ("cuda:1", "cuda:1")])
+def test_a_cpu_among_several_processes_has_no_number(
+    named: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """``torch.load(map_location="cpu:0")`` fails, and transformers 5.17 resumes with that."""
+    settings = config(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device(named)))
+    assert str(settings.device) == expected
 
 
 def test_trainer_without_a_pad_id_says_what_to_pass(tmp_path: Path):

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from topr_kernels import log_prob
 from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits, initial
 from topr_kernels.hf import trainer as trainer_module
-from topr_kernels.hf.trainer import NegativeWatch
+from topr_kernels.hf.watch import NegativeWatch
 
 TEXT = [
     {"prompt": "2+2=", "completion": "4", "reward": 1.0},

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from topr_kernels.kernels import triton_logits, triton_taper
 
+pytestmark = pytest.mark.usefixtures("in_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABS = [2, 11, 193, 1024, 4097, 50257]
 RATIOS = ["sequence", "geometric", "token"]
@@ -76,8 +77,15 @@ def check_against_reference(batch: Batch, **kw: Any) -> None:
     torch.testing.assert_close(out.loss.cpu().double(), ref.loss, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize(
+    ("vocab", "ratio"),
+    [
+        *((v, "sequence") for v in VOCABS if v <= 4096),
+        *(pytest.param(v, "sequence", marks=pytest.mark.slow) for v in VOCABS if v > 4096),
+        (193, "geometric"),
+        (193, "token"),
+    ],
+)
 def test_equals_the_reference_at_every_vocabulary(vocab: int, ratio: str) -> None:
     batch = make_batch(LENGTHS, vocab, dtype=torch.float32, seed=vocab)
     batch = batch._replace(reward=torch.tensor([1.0, -1.0, 0.5, -0.25]))
@@ -197,6 +205,54 @@ def test_a_large_common_offset_costs_the_gradient_nothing() -> None:
     _, moved = run(batch._replace(logits=batch.logits + 65536))
     assert grad.any()
     torch.testing.assert_close(moved, grad, rtol=2e-5, atol=1e-8)
+
+
+def confident_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
+    """Rows whose token 0 is certain, at any height."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab, generator=g)
+    logits[:, 0] = 40 + 400 * torch.rand(rows, generator=g)
+    return logits
+
+
+SCALES = [(0.7, None), (1.3, None), (0.9, 30.0), (1.0, 30.0), (0.6, 200.0)]
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), SCALES)
+def test_log_prob_of_a_confident_row_is_not_positive(
+    temperature: float, softcap: float | None
+) -> None:
+    logits = confident_logits(20_000 if DEVICE == "cuda" else 64, 37).to(DEVICE)
+    labels = torch.zeros(1, len(logits), dtype=torch.int64, device=DEVICE)
+    out = log_prob(
+        logits[None],
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        shift=False,
+        impl="triton",
+    )
+    assert (out.log_prob <= 0).all() and (out.log_prob > -1e-3).any()
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), SCALES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_product_would_make_log_probs_positive(
+    temperature: float, softcap: float | None, fused: bool
+) -> None:
+    # Why launches say enable_fp_fusion: what a compiler makes of z * inv_temperature - m, in torch.
+    a = confident_logits(20_000, 5)
+    b = torch.full_like(a, 1 / temperature)
+    if softcap is not None:
+        a = softcap * torch.tanh(a / softcap)
+        if temperature == 1:
+            a, b = torch.tanh(confident_logits(20_000, 5) / softcap), torch.full_like(a, softcap)
+    z = a * b
+    m = z.amax(1, keepdim=True)
+    # The product of two fp32 numbers is exact in fp64.
+    shifted = (a.double() * b.double() - m).float() if fused else z - m
+    log_prob = (z[:, :1] - m) - shifted.exp().sum(1, keepdim=True).log()
+    assert (log_prob > 0).any() == fused
 
 
 def test_strided_sliced_and_expanded_input() -> None:
@@ -355,29 +411,28 @@ def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
     outputs = [x.to(DEVICE) for x in outputs]
     triton_logits.sequences_fwd_kernel[(1,)](
         labels,
-        labels,
+        None,
         n,
         1,
         lp_d,
         mu_d,
-        mu_d,
+        None,
         reward,
         *outputs,
         length.to(DEVICE),
         d.to(DEVICE),
         *TOPR.log(),
         0.0,
-        PACKED=False,
         SHIFT=False,
         RATIO=0,
         REDUCTION=0,
-        BEHAVIOR_PER_TOKEN=True,
         BT=512,
     )
     exact = (lp - mu).double().sum()
     assert abs(outputs[1].item() - exact.item()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_operators_keep_their_contract(layout: str) -> None:
     batch: Any = to_device(make_batch(LENGTHS, 61, dtype=torch.float32))

@@ -47,6 +47,11 @@ def test_sm_90() -> None:
     for r in reports:
         assert r["local"] == 0 and r["stack"] == 0, f"spills: {r}"
         assert r["f64"] == 0, f"fp64 instructions: {r}"
+        # A product that is fused with a sum is rounded in another way than the row's maximum was.
+        columns = r["kernel"].startswith("linear columns")
+        assert columns or r["fusible"] == 0, f"products that ptxas may fuse: {r}"
+        capped = r["kernel"].endswith("all options")
+        assert not capped or r["fma"], f"the polynomial of tanh is not fused: {r}"
         aligned = ("forward", "forward, split", "log_prob", "backward", *LINEAR_STREAMS)
         assert r["kernel"] not in aligned or r["wide_loads"], f"no 128-bit load: {r}"
         written = r["kernel"] in WRITES_J
@@ -80,3 +85,7 @@ def test_no_length_or_batch_size_needs_another_compilation() -> None:
             "linear_gather_kernel": 1,
         }
         assert report["last"] == report["first"], report["vocab"]
+        # Every launch says it, and the same in all of them: the default depends on the version.
+        fused = {name for name, said in report["fusion"].items() if said == [True]}
+        assert fused == {"linear_columns_kernel"}
+        assert all(said in ([True], [False]) for said in report["fusion"].values())

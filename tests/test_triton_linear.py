@@ -20,6 +20,7 @@ from topr_kernels.testing import assert_within_budget, make_batch
 pytest.importorskip("triton")
 from topr_kernels.kernels import triton_linear
 
+pytestmark = pytest.mark.usefixtures("in_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = (
     "linear_rows_kernel",

@@ -13,8 +13,8 @@ from benchmarks.learning import page
 from benchmarks.learning.cells import GRIDS, SIZES, cells_of
 from benchmarks.learning.run import Runner
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import RecordError
-from topr_kernels.recipe.steps import SettingsError
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent

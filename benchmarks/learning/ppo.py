@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topr_kernels import IS, TOPROutput, linear_log_prob, topr_loss_from_log_prob
 from topr_kernels.hf import TOPRTrainer
-from topr_kernels.hf.collator import model_inputs
+from topr_kernels.hf.forward import model_inputs
 from topr_kernels.hf.heads import Head, loss_in_head
 from topr_kernels.layout import IGNORE_INDEX
 

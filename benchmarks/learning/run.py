@@ -38,8 +38,10 @@ from topr_kernels.recipe import (
     run_vote,
 )
 from topr_kernels.recipe.files import read_json, write_json
+from topr_kernels.recipe.manifests import refuse_other
+from topr_kernels.recipe.options import SettingsError, model_key
 from topr_kernels.recipe.report import accuracy_json, environment
-from topr_kernels.recipe.steps import SettingsError, Step, model_key, refuse_other, run_step
+from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of
 
 #: Figures of the training that are kept for every update.

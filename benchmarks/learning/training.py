@@ -13,9 +13,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.learning.ppo import PPOTrainer
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
-from topr_kernels.hf.collator import shares_prefix
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe import Record
-from topr_kernels.recipe.records import training_rows
+from topr_kernels.recipe.record_checks import training_rows
 from topr_kernels.recipe.score import workspace_bytes
 
 

@@ -2,11 +2,13 @@
 
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
-from topr_kernels.hf.collator import CompletionCollator, completion_hidden, completion_logits
+from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
+from topr_kernels.hf.forward import completion_hidden, completion_logits
 from topr_kernels.hf.heads import Head, find_head
 from topr_kernels.hf.packing import check_packing
-from topr_kernels.hf.trainer import TOPRConfig, TOPRTrainer
+from topr_kernels.hf.trainer import TOPRTrainer
 
 __all__ = [
     "CompletionCollator",

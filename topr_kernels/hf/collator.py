@@ -1,4 +1,4 @@
-"""From prompt + completion records to a batch, and the forward pass that fits its layout.
+"""From prompt + completion records to a batch, padded or packed.
 
 A batch is right-aligned: every row ends with its completion, so all logits that are scored lie in
 the last ``K + 1`` columns (K: the longest completion) and the prompts' logits are never computed::
@@ -22,47 +22,17 @@ attention keeps them apart (``topr_kernels.hf.packing``)::
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
-from topr_kernels.hf.packing import is_packed, pack, packed_inputs
-from topr_kernels.hf.signature import (
-    CACHE,
-    KEEP,
-    POSITIONS,
-    VARLEN,
-    accepts,
-    cache_argument,
-    cache_of,
-    takes,
-)
+from topr_kernels.hf.packing import pack
+from topr_kernels.hf.prefix import common_prefix_length
 from topr_kernels.layout import IGNORE_INDEX
-
-logger = logging.getLogger(__name__)
-
-#: What a batch holds for the loss, or for the functions below; the rest is the model's.
-_NOT_MODEL_INPUTS = frozenset(
-    {
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "labels",
-        "behavior_log_prob",
-        "reward",
-        "group",
-        "logits_to_keep",
-        "prefix_length",
-        *VARLEN,
-    }
-)
 
 
 @dataclass
@@ -181,15 +151,6 @@ class CompletionCollator:
         return [not tokens or tokens[-1] not in ends for tokens in completions]
 
 
-def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that all prompts begin with, leaving each at least one token of its own."""
-    length = min(map(len, prompts)) - 1
-    first = prompts[0]
-    for prompt in prompts[1:]:
-        length = next((i for i in range(length) if prompt[i] != first[i]), length)
-    return length
-
-
 def pad_left(
     rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0
 ) -> dict[str, Tensor]:
@@ -227,243 +188,6 @@ def _right_align(
     for i, row in enumerate(rows):
         result[i, -len(row) :] = torch.tensor(row, dtype=dtype)
     return result
-
-
-def completion_logits(
-    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
-) -> Tensor:
-    """Logits of the last ``logits_to_keep`` columns of a batch, and of no others.
-
-    Equal to ``model(...).logits[:, -logits_to_keep:]`` of a forward pass over whole rows. Models
-    whose forward takes no ``logits_to_keep`` compute all logits, which are then sliced.
-
-    Args:
-        model: a Hugging Face causal language model, wrapped (PEFT, DistributedDataParallel) or not.
-        batch: what ``CompletionCollator`` returned, on the model's device, or another collator's
-            batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
-            are counted from ``attention_mask`` [B, T]. Further entries (``token_type_ids``, ...)
-            go to the model if its forward names them.
-        signature_of: the unwrapped model, to be asked which arguments its forward takes. A PEFT
-            model is asked for its base model, whose arguments it passes on.
-
-    Returns:
-        [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
-
-    Raises:
-        ValueError: as ``model_inputs``.
-    """
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
-    logits: Tensor = model(**inputs).logits
-    return logits[:, -keep:]
-
-
-def completion_hidden(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    signature_of: nn.Module | None = None,
-    check: Head | None = None,
-) -> Tensor:
-    """What the model's head would make ``completion_logits`` of; the head's product is not made.
-
-    Args:
-        model: as in ``completion_logits``.
-        batch: as in ``completion_logits``.
-        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
-        check: the model's head, to be compared with the logits the model makes of up to 4 rows.
-
-    Returns:
-        [B, logits_to_keep, D], of a packed batch [1, N, D], attached to the graph: for
-        ``linear_topr_loss`` with the head of ``find_head``.
-
-    Raises:
-        ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
-    """
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
-    unwrapped = model if signature_of is None else signature_of
-    with capture_hidden(unwrapped, sample=check is not None) as capture:
-        logits = model(**inputs).logits
-    if check is not None:
-        check_logits(check, capture, logits)
-    return capture.hidden[:, -keep:]
-
-
-def model_inputs(
-    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
-) -> tuple[dict[str, Any], int]:
-    """Arguments of the forward pass over a batch, and how many of its last columns to keep.
-
-    Args:
-        model: as in ``completion_logits``; runs the common prefix, if there is one.
-        batch: as in ``completion_logits``, or packed: with ``cu_seq_lens_q`` and the like, see
-            ``CompletionCollator``.
-        signature_of: as in ``completion_logits``.
-
-    Returns:
-        ``(inputs, keep)``: keyword arguments for ``model``, and ``logits_to_keep`` of a padded batch,
-        all columns N of a packed one.
-
-    Raises:
-        ValueError: if the batch has a shared prefix and the model cannot share it (see
-            ``check_prefix_sharing``); if padding moves tokens and the model takes no
-            ``position_ids``; if there are neither positions nor a mask to count them from; if the
-            batch has entries that the model's forward does not name; if the batch is packed and
-            has an ``attention_mask``, lacks a field, or the model would let its sequences see each
-            other (see ``packing_problem``).
-    """
-    base = model if signature_of is None else signature_of
-    inputs = _further_inputs(base, batch)
-    if is_packed(batch):
-        return inputs | packed_inputs(base, batch), batch["input_ids"].shape[1]
-    keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
-    prefix = int(batch.get("prefix_length", 0))
-    if batch.get("attention_mask") is not None:
-        inputs["attention_mask"] = batch["attention_mask"]
-    # Without explicit positions most models number the padding too, which moves every token.
-    position_ids = _position_ids(batch)
-    if accepts(base, POSITIONS):
-        inputs[POSITIONS] = position_ids[:, prefix:]
-    else:
-        _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
-    if accepts(base, KEEP):
-        inputs[KEEP] = keep
-    if prefix:
-        check_prefix_sharing(base)
-        inputs |= prefix_cache(model, batch["input_ids"], prefix, signature_of=base)
-    inputs |= {"input_ids": batch["input_ids"][:, prefix:], "use_cache": bool(prefix)}
-    return inputs, keep
-
-
-def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = {name: x for name, x in batch.items() if name not in _NOT_MODEL_INPUTS}
-    unknown = sorted(n for n in inputs if not takes(model, n))
-    if unknown:
-        raise ValueError(
-            f"the batch holds {', '.join(unknown)}, which {type(base_model(model)).__name__}.forward "
-            "does not take by name and the loss does not use; drop them in the data collator, or "
-            "name them in the model's forward"
-        )
-    if inputs and batch.get("prefix_length", 0):
-        raise ValueError(
-            f"share_prefix=True, but the batch holds further model inputs ({', '.join(inputs)}), "
-            "which a prefix that is run once would not see; use share_prefix=False"
-        )
-    return inputs
-
-
-def _position_ids(batch: Mapping[str, Any]) -> Tensor:
-    position_ids: Tensor | None = batch.get("position_ids")
-    if position_ids is not None:
-        return position_ids
-    mask: Tensor | None = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        found = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
-        raise ValueError(
-            f"the batch has no position_ids and {found}, so real tokens cannot be counted; give it "
-            "attention_mask [B, T] or position_ids in the data collator"
-        )
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, model: Any) -> None:
-    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
-    moved = position_ids.ne(columns)
-    if mask is not None and mask.dim() == 2:
-        moved = moved & mask.bool()
-    if bool(moved.any()):
-        raise ValueError(
-            f"{type(base_model(model)).__name__}.forward takes no position_ids, but the batch is "
-            "padded before its tokens: the model would count the padding and move them; use "
-            "batches without padding (one sequence each), or let the model's forward take "
-            "position_ids (and ignore them where it needs no positions)"
-        )
-
-
-def prefix_cache(
-    model: nn.Module, input_ids: Tensor, prefix: int, *, signature_of: nn.Module | None = None
-) -> dict[str, Any]:
-    """Keys and values of the first ``prefix`` columns, computed once and repeated for every row.
-
-    Gradients flow back through the repetition: the prefix gets the sum over the rows.
-
-    Args:
-        model: runs the prefix.
-        input_ids: [B, T], equal in the first ``prefix`` columns.
-        prefix: number of columns, at least 1.
-        signature_of: as in ``completion_logits``.
-
-    Returns:
-        The keyword argument that gives them to the model, under the name that it knows.
-
-    Raises:
-        ValueError: if the model takes no keys and values.
-    """
-    base = model if signature_of is None else signature_of
-    name = cache_argument(base)
-    if name is None:
-        raise ValueError(
-            f"{type(base_model(base)).__name__}.forward takes no {' or '.join(CACHE)}, which hold the "
-            "prefix; use share_prefix=False"
-        )
-    first = input_ids[:1, :prefix]
-    # The prefix's own logits are not needed; one is the least that models offer.
-    outputs = model(
-        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **{KEEP: 1}
-    )
-    prefixes = cache_of(outputs)
-    prefixes.batch_repeat_interleave(input_ids.shape[0])
-    return {name: prefixes}
-
-
-def check_prefix_sharing(model: nn.Module) -> None:
-    """Raises ``ValueError`` where running a common prefix once would not be exact."""
-    problem = prefix_sharing_problem(model)
-    if problem:
-        raise ValueError(
-            f"share_prefix=True, but {problem}: the padding after a shared prefix would not be "
-            "exact; use share_prefix=False"
-        )
-
-
-def prefix_sharing_problem(model: nn.Module) -> str | None:
-    """Says why this model cannot run a common prefix once, or None if it can."""
-    config: Any = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        return f"the model has layers of type {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"the model attends to a window of {config.sliding_window} tokens only"
-    missing = [name for name in (KEEP, POSITIONS) if not takes(model, name)]
-    if cache_argument(model) is None:
-        missing.append(" or ".join(CACHE))
-    if missing:
-        return f"the model's forward does not take {', '.join(missing)}"
-    if getattr(base_model(model), "_is_stateful", False):
-        return "the model carries a state, which padding after the prefix would change"
-    if model.training and _recomputes_activations(model):
-        return "gradient checkpointing keeps no keys and values"
-    return None
-
-
-def shares_prefix(model: nn.Module) -> bool:
-    """Whether ``prefix_sharing_problem`` knows none; a problem is logged, once."""
-    problem = prefix_sharing_problem(model)
-    if problem:
-        _log_once(f"What the prompts of a batch have in common is run once per prompt: {problem}")
-    return problem is None
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _recomputes_activations(model: Any) -> bool:
-    # transformers renames is_gradient_checkpointing; the old name warns where the new one exists.
-    name = "is_activation_checkpointing"
-    if not hasattr(model, name):
-        name = "is_gradient_checkpointing"
-    return bool(getattr(model, name, False))
 
 
 def _check(record: Mapping[str, Any], i: int) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
     INFINITY,
+    NO_FUSION,
     finish_row,
     is_aligned,
     kernel,
@@ -386,6 +387,8 @@ COLUMN_ROWS = 128
 #: Rows of a gather program, columns in flight, and steps of so many columns.
 GATHER_U, GATHER_BA, GATHER_TILES = 4, 256, 8
 WARPS = 4
+#: The column kernel sums a product per group and logit. Nothing there is compared with a maximum.
+SUM_FUSION = {"enable_fp_fusion": True}
 
 
 def _tiles_in_flight(vocab: int) -> int:
@@ -407,7 +410,8 @@ def _scalars(transforms: Transforms) -> tuple[float, float]:
 
 def _constants(transforms: Transforms) -> dict[str, Any]:
     scaled = transforms.logit_scale != transforms.temperature
-    return {"SOFTCAP": transforms.softcap is not None, "FACTOR": scaled, "num_warps": WARPS}
+    softcap = transforms.softcap is not None
+    return {"SOFTCAP": softcap, "FACTOR": scaled, "num_warps": WARPS, **NO_FUSION}
 
 
 def rows(
@@ -492,7 +496,7 @@ def columns(
             *_scalars(transforms),
             ALIGNED=is_aligned(z),
             **constants,
-            **_constants(transforms),
+            **_constants(transforms) | SUM_FUSION,
         )
     sums = parts.sum(0)
     return sums[0], sums[1:]

@@ -29,11 +29,11 @@ def tanh(x):
     # exp alone cancels near 0; below 0.625 an odd polynomial (Moshier, Cephes tanhf) keeps every digit.
     a = tl.abs(x)
     q = x * x
-    p = -5.70498872745e-3 * q + 2.06390887954e-2
-    p = p * q - 5.37397155531e-2
-    p = p * q + 1.33314422036e-1
-    p = p * q - 3.33332819422e-1
-    small = x + x * q * p
+    p = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.fma(p, q, -5.37397155531e-2)
+    p = tl.fma(p, q, 1.33314422036e-1)
+    p = tl.fma(p, q, -3.33332819422e-1)
+    small = tl.fma(x * q, p, x)
     large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
     return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
 
@@ -45,7 +45,7 @@ def transform(z, softcap, inv_temperature, SOFTCAP: tl.constexpr, TEMPERATURE: t
     if SOFTCAP:
         t = tanh(z / softcap)
         z = softcap * t
-        slope = 1.0 - t * t
+        slope = tl.fma(-t, t, 1.0)
     if TEMPERATURE:
         z = z * inv_temperature
     return z, slope
@@ -65,9 +65,9 @@ def two_sum(a, b):
 
 @triton.jit
 def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Folds a tile [U, BV] into what every lane holds of the row.
+    """Adds a tile [U, BV] to what each of BV lanes holds of the row.
 
-    That is the max m, s = sum e^(z-m), h = sum e^(z-m) (z-m) and g = sum e^(z-m) slope.
+    A lane holds the max m, s = sum e^(z-m), h = sum e^(z-m) (z-m) and g = sum e^(z-m) slope.
     """
     m_new = tl.maximum(m, tl.max(z, axis=0))
     p = tl.exp(z - m_new[None, :])
@@ -77,26 +77,26 @@ def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
         old = tl.where(s == 0, 0.0, rescale * (h + s * (m - m_new)))
         h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
     if SLOPE:
-        g = g * rescale + tl.sum(p * slope, axis=0)
-    s = s * rescale + tl.sum(p, axis=0)
+        g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))
+    s = tl.fma(s, rescale, tl.sum(p, axis=0))
     return m_new, s, h, g
 
 
 @triton.jit
 def join(m, s, h, g, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Joins lanes or parts: vectors (m, s, h, g) -> scalars of the same meaning."""
+    """Joins lanes or parts of a row: vectors (m, s, h, g) -> scalars of the same meaning."""
     top = tl.max(m, axis=0)
     scale = tl.exp(m - top)
-    total = tl.sum(s * scale, axis=0)
+    s_all = tl.sum(s * scale, axis=0)
     if ENTROPY:
-        h_total = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
+        h_all = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
     else:
-        h_total = total * 0.0
+        h_all = s_all * 0.0
     if SLOPE:
-        g_total = tl.sum(g * scale, axis=0)
+        g_all = tl.sum(g * scale, axis=0)
     else:
-        g_total = total * 0.0
-    return top, total, h_total, g_total
+        g_all = s_all * 0.0
+    return top, s_all, h_all, g_all
 
 
 @triton.jit
@@ -193,6 +193,12 @@ def finish_row(
 
 
 # ---- the host side --------------------------------------------------------------------------------
+
+#: Launch option: the compiler fuses no product with a sum; where one should be fused, tl.fma says so.
+#: The maximum of a row is one of its logits, rounded after softcap and temperature. A fused
+#: ``z * inv_temperature - m`` would not round the product: at the maximum itself it would not be 0, and
+#: the log-prob could be positive. Said at every launch, since Triton's default depends on its version.
+NO_FUSION = {"enable_fp_fusion": False}
 
 
 def kernel(fn: Any) -> Any:

@@ -7,7 +7,6 @@ Needs the ``recipe`` extra.
 """
 
 from topr_kernels.recipe.commands import (
-    Models,
     run_curate,
     run_evaluate,
     run_generate,
@@ -18,7 +17,8 @@ from topr_kernels.recipe.curate import Curation, CurationOptions, curate, subsam
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate, wilson_interval
 from topr_kernels.recipe.generate import Completion, complete, generate
 from topr_kernels.recipe.iterate import run_iterate
-from topr_kernels.recipe.models import load_model
+from topr_kernels.recipe.models import Models, load_model
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.processes import ProcessError, joined
 from topr_kernels.recipe.records import (
     Judged,
@@ -39,18 +39,16 @@ from topr_kernels.recipe.settings import (
     VerifySettings,
     VoteSettings,
 )
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.task_files import FileTask
 from topr_kernels.recipe.tasks import Question, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, train
 from topr_kernels.recipe.verifier import (
     VerifierFigures,
     WeightedAccuracy,
-    run_verify,
-    run_vote,
     verifier_figures,
     weighted_accuracy,
 )
+from topr_kernels.recipe.verifier_commands import run_verify, run_vote
 from topr_kernels.recipe.voting import SampledAccuracy, sampled_accuracy
 
 __all__ = [

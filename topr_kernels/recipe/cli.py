@@ -128,10 +128,10 @@ def _main(given: Sequence[str]) -> int:
 def _step(argv: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.processes import ProcessError, joined, launched
     from topr_kernels.recipe.records import RecordError
     from topr_kernels.recipe.step_cli import config_flags, run_command
-    from topr_kernels.recipe.steps import SettingsError
 
     debug = "--debug" in argv
     try:
@@ -163,7 +163,7 @@ def _fail(error: Exception, debug: bool, status: int = 2) -> int:
 
 def _reward(args: argparse.Namespace) -> int:
     from topr_kernels.recipe.files import FileError
-    from topr_kernels.recipe.steps import SettingsError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.try_reward import try_reward
 
     try:
@@ -186,9 +186,9 @@ def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.demo import DemoSettings, restart, run_demo
     from topr_kernels.recipe.files import FileError
+    from topr_kernels.recipe.options import SettingsError
     from topr_kernels.recipe.processes import launched
     from topr_kernels.recipe.records import RecordError
-    from topr_kernels.recipe.steps import SettingsError
 
     _quieten()
     names = [field.name for field in dataclasses.fields(DemoSettings)]

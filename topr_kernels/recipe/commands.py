@@ -8,103 +8,49 @@ import functools
 import math
 import os
 import shutil
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from topr_kernels.recipe.curate import as_text, curate, figures, warn_if_none_right
-from topr_kernels.recipe.files import atomic_folder, one_line
-from topr_kernels.recipe.generate import Completion, generate
-from topr_kernels.recipe.models import LoadedModel, load_model, weights_fingerprint
+from topr_kernels.recipe.files import atomic_folder
+from topr_kernels.recipe.manifests import manifest_of, manifest_path
+from topr_kernels.recipe.models import (
+    LoadedModel,
+    Models,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from topr_kernels.recipe.options import Options, SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
+from topr_kernels.recipe.record_checks import check_sources, check_tokens
 from topr_kernels.recipe.records import (
     Record,
     RecordError,
-    check_sources,
     check_suffix,
-    check_tokens,
     read_records,
-    tokenizer_fingerprint,
     write_records,
 )
+from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.score import score
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
     GenerateSettings,
-    SamplerOptions,
     ScoreSettings,
     TrainCommandSettings,
-    engine_settings,
 )
-from topr_kernels.recipe.steps import (
-    Options,
-    SettingsError,
-    Step,
-    manifest_of,
-    manifest_path,
-    model_key,
-    naming,
-    run_step,
-)
+from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
 from topr_kernels.recipe.trained_on import check_unseen, write_trained_on
 from topr_kernels.recipe.vllm_backend import (
-    choose_backend,
     engine_facts,
-    vllm_sampler,
-    with_engine,
 )
 from topr_kernels.recipe.voting import sampled_accuracy
-
-AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
-
-
-Made = TypeVar("Made")
-
-
-def named_model(source: str, load: Callable[[str], Made]) -> Made:
-    """What is loaded of a model; what libraries raise about its files is theirs, and of any kind.
-
-    Raises:
-        SettingsError: naming the flag, if it cannot be loaded.
-    """
-    try:
-        return load(source)
-    except Exception as error:
-        raise SettingsError(f"--model {source}: {one_line(error)}") from error
-
-
-class Models:
-    """The model that was loaded last, so that steps in a row load it once."""
-
-    def __init__(self) -> None:
-        self._source = ""
-        self._loaded: LoadedModel | None = None
-
-    def get(self, source: str) -> LoadedModel:
-        """The model; loaded, if it is not the last one.
-
-        Raises:
-            SettingsError: if it cannot be loaded.
-        """
-        if self._loaded is None or self._source != source:
-            # Before the next is loaded: two at a time may be more than the memory holds.
-            self._loaded = None
-            self._loaded = named_model(source, load_model)
-            self._source = source
-        return self._loaded
-
-    def take(self, source: str) -> LoadedModel:
-        """The model, for a caller that changes it."""
-        loaded, self._loaded = self.get(source), None
-        return loaded
 
 
 def run_generate(
@@ -428,23 +374,6 @@ def check_json(out: Path) -> None:
         raise SettingsError(f"out: got {out.name!r}; expected a name that ends in .json")
 
 
-def with_backend(settings: AnySampler) -> AnySampler:
-    """The settings with "auto" resolved, so that a resumed run cannot change what samples.
-
-    Raises:
-        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
-            processes.
-    """
-    backend = choose_backend(settings.backend, settings.model)
-    if backend == "vllm" and current().count > 1:
-        if settings.backend == "vllm":
-            raise SettingsError(
-                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
-            )
-        backend = "hf"
-    return with_engine(dataclasses.replace(settings, backend=backend))
-
-
 def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
     """The baseline asked for; else the one that ``curate`` noted beside the records; else 0."""
     if settings.baseline is not None:
@@ -507,11 +436,6 @@ def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
     ]
 
 
-def own_share() -> dict[str, Any]:
-    """What ``generate`` and ``score`` take to do this process's share only."""
-    return {"take": current().take, "progress": current().rank == 0}
-
-
 def check_training_processes(batch_size: int) -> None:
     """Refuses to train in processes that would not give the model of one.
 
@@ -538,124 +462,6 @@ def check_training_processes(batch_size: int) -> None:
                 "does not save; launch without it, or train with topr_kernels.hf.TOPRTrainer in a "
                 "script of your own"
             )
-
-
-def sample_task(
-    settings: SamplerOptions,
-    task: Any,
-    questions: list[Any],
-    samples: int,
-    models: Models,
-    partial: Path,
-    label: str,
-    take: Callable[[int], Iterable[int]] = range,
-    progress: bool = True,
-    problems: Counter[str] | None = None,
-) -> list[Record]:
-    """Samples answers to questions of a task as the settings say, in parts under ``partial``.
-
-    Args:
-        settings: the model, and how it is sampled.
-        task: as in ``generate``.
-        questions: as in ``generate``.
-        samples: answers to each question.
-        models: loads the model.
-        partial: folder of an unfinished step.
-        label: named on the progress bar.
-        take: as in ``generate``.
-        progress: as in ``generate``.
-        problems: as in ``generate``.
-    """
-    engine = engine_settings(settings.engine)
-    what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
-    with naming(what, "--sample-batch"), ExitStack() as held:
-        sampler: Callable[..., list[Completion]] | None = None
-        if settings.backend == "vllm":
-            loaded = models.take(settings.model)
-            # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
-            loaded.model.to("cpu")
-            sampler = held.enter_context(vllm_sampler(settings.model, engine))
-        else:
-            loaded = models.get(settings.model)
-        check_chat(settings, loaded.tokenizer)
-        return generate(
-            loaded.model,
-            loaded.tokenizer,
-            task,
-            questions,
-            model_name=loaded.name,
-            samples=samples,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.sample_batch,
-            seed=settings.seed,
-            temperature=settings.temperature,
-            shards=partial / "parts",
-            chat=settings.chat,
-            weights=weights_fingerprint(loaded.model),
-            sampler=sampler,
-            dtype=engine.get("dtype"),
-            positions=engine.get("max_model_len"),
-            label=label,
-            take=take,
-            progress=progress,
-            problems=problems,
-        )
-
-
-def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
-    if problems:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
-        print(f"answers whose scorer failed, rewarded -1: {causes}")
-    return {"scorer_problems": dict(sorted(problems.items()))}
-
-
-def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
-    """Refuses to ask through a chat template that is not there or fails, and warns of one with a clock.
-
-    Raises:
-        SettingsError: if it is asked for, and the tokenizer has none, or it cannot be filled in.
-    """
-    if not settings.chat:
-        return
-    name = model_key(settings.model)
-    if not tokenizer.chat_template:
-        raise SettingsError(
-            f"chat: the tokenizer of the model {name!r} has no chat template; leave it out, or give a "
-            "model that has one"
-        )
-    try:
-        template = tokenizer.get_chat_template()
-        _asked(tokenizer, template)
-    except Exception as error:
-        raise SettingsError(
-            f"chat: the chat template of the model {name!r} fails: {one_line(error)}; mend it, or leave "
-            "--chat out"
-        ) from error
-    if current().rank == 0 and _reads_the_clock(tokenizer, template):
-        warnings.warn(
-            f"chat: the chat template of the model {name!r} writes the date into every prompt, so the "
-            "same command asks other prompts tomorrow, and a run continued then is of both; put a date "
-            "in the place of strftime_now(...) in the template in the model's folder",
-            stacklevel=2,
-        )
-
-
-def _reads_the_clock(tokenizer: Any, template: str) -> bool:
-    """Whether a template that can be filled in asks its only clock, ``strftime_now``, for a prompt."""
-    stopped = "{% macro strftime_now(format) %}{{ raise_exception('clock') }}{% endmacro %}"
-    try:
-        _asked(tokenizer, stopped + template)
-    except Exception:
-        return True
-    return False
-
-
-def _asked(tokenizer: Any, template: str) -> None:
-    message = [{"role": "user", "content": "1 + 1 ="}]
-    tokenizer.apply_chat_template(
-        message, chat_template=template, add_generation_prompt=True, tokenize=False
-    )
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

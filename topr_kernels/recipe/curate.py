@@ -11,8 +11,8 @@ from typing import Any
 
 from topr_kernels import baseline_for_positive_share, effective_positive_share
 from topr_kernels.choices import BALANCES
+from topr_kernels.recipe.options import Options, SettingsError, option
 from topr_kernels.recipe.records import Record, RecordError
-from topr_kernels.recipe.steps import Options, SettingsError, option
 
 
 @dataclass(frozen=True)

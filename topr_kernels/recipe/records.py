@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -207,123 +206,6 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         if pa.types.is_decimal(column.type):
             table = table.set_column(i, column.name, table[i].cast(pa.float64()))
     return list(table.to_pylist())
-
-
-def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """The fields of records that ``CompletionCollator`` takes.
-
-    Raises:
-        RecordError: if a record has not been scored.
-    """
-    rows = []
-    for i, record in enumerate(records):
-        if record.behavior_log_prob is None:
-            raise RecordError(f"record {i}, field 'behavior_log_prob': missing; run score first")
-        rows.append(
-            {
-                "prompt_token_ids": record.prompt_token_ids,
-                "completion_token_ids": record.completion_token_ids,
-                "behavior_log_prob": record.behavior_log_prob,
-                "reward": record.reward,
-            }
-        )
-    return rows
-
-
-def check_sources(records: Sequence[Record]) -> None:
-    """Refuses records whose mu do not come from one policy, by one way.
-
-    Raises:
-        RecordError: naming the first record whose source differs from that of record 0.
-    """
-    for i, record in enumerate(records):
-        for name, value, first in (
-            *(
-                (f"sampling.{n}", getattr(record.sampling, n), getattr(records[0].sampling, n))
-                for n in ("model", "weights", "tokenizer", "dtype")
-            ),
-            ("behavior_source", record.behavior_source, records[0].behavior_source),
-        ):
-            if value != first:
-                raise RecordError(
-                    f"record {i}, field {name!r}: got {value!r}, but record 0 has {first!r}; mu must "
-                    "come from one source: score all records with the model that sampled them, and "
-                    "train on the samples of one model at a time"
-                )
-
-
-def check_full_softmax(records: Sequence[Record]) -> None:
-    """Refuses records whose log-probabilities under the full softmax are not mu.
-
-    Raises:
-        RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p.
-    """
-    for i, record in enumerate(records):
-        sampling = record.sampling
-        for name, value, fine in (
-            ("temperature", sampling.temperature, sampling.temperature > 0),
-            ("top_k", sampling.top_k, sampling.top_k == 0),
-            ("top_p", sampling.top_p, sampling.top_p == 1),
-        ):
-            if not fine:
-                raise RecordError(
-                    f"record {i}, field 'sampling.{name}': got {value}; mu is taken from the full "
-                    "softmax, which did not sample this record; sample with temperature > 0, top_k=0 "
-                    "and top_p=1"
-                )
-
-
-def check_dtype(records: Sequence[Record], dtype: str) -> None:
-    """Refuses records that were sampled in another dtype than they are to be scored in.
-
-    Args:
-        records: N records. Those that do not tell theirs ("") pass.
-        dtype: of the model that scores, as "float32".
-
-    Raises:
-        RecordError: naming the record.
-    """
-    for i, record in enumerate(records):
-        if record.sampling.dtype not in ("", dtype):
-            raise RecordError(
-                f"record {i}, field 'sampling.dtype': got {record.sampling.dtype!r}, but mu would "
-                f"be scored in {dtype!r}, which is another policy: log-ratios of sequences are off by "
-                f"up to a nat. Sample anew with --engine dtype={dtype}, or leave score out and train "
-                "on the log-probabilities that the sampler reported"
-            )
-
-
-def check_tokens(records: Sequence[Record], vocabulary: int, fingerprint: str) -> None:
-    """Refuses records whose token ids mean something else to the model.
-
-    Args:
-        records: N records.
-        vocabulary: number of ids of the model.
-        fingerprint: of its tokenizer. Records that do not tell theirs ("") pass.
-
-    Raises:
-        RecordError: naming the record and the field.
-    """
-    for i, record in enumerate(records):
-        if record.sampling.tokenizer not in ("", fingerprint):
-            raise RecordError(
-                f"record {i}, field 'sampling.tokenizer': got {record.sampling.tokenizer!r}, but the "
-                f"model's tokenizer is {fingerprint!r}: its token ids mean something else; use the "
-                "model that sampled the records, or one trained from it"
-            )
-        for name in ("prompt_token_ids", "completion_token_ids"):
-            largest = max(getattr(record, name), default=0)
-            if largest >= vocabulary:
-                raise RecordError(
-                    f"record {i}, field {name!r}: got the id {largest}, but the model has {vocabulary} "
-                    "ids; the records come from another tokenizer"
-                )
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits that tell which token each id stands for."""
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def _from_json(line: str, where: str) -> Record:

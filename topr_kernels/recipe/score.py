@@ -12,17 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from topr_kernels.hf.behavior import score_behavior
-from topr_kernels.hf.collator import CompletionCollator, shares_prefix
+from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.heads import head_shape
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe.models import dtype_name
-from topr_kernels.recipe.records import (
-    Record,
-    RecordError,
-    check_dtype,
-    check_full_softmax,
-    read_records,
-    write_records,
-)
+from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax
+from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
 
 #: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
 _TILE_ROWS = 64

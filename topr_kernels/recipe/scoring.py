@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from topr_kernels.recipe import scoring_server
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.scoring_server import CAUSES, read_frame, write_frame
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import Judge, Question
 
 __all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]

@@ -10,7 +10,7 @@ from typing import Any
 from topr_kernels.choices import RATIOS
 from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
-from topr_kernels.recipe.steps import Options, SettingsError, option, with_default
+from topr_kernels.recipe.options import Options, SettingsError, option, with_default
 
 #: The largest that the order of training takes; a batch's own seed, made of it, fits 64 bits.
 MOST_SEED = 2**32 - 1

@@ -13,8 +13,8 @@ from typing import Any
 
 from topr_kernels.recipe import settings as kinds
 from topr_kernels.recipe.files import check_link, one_line, user_path
+from topr_kernels.recipe.options import Options, SettingsError
 from topr_kernels.recipe.processes import current
-from topr_kernels.recipe.steps import Options, SettingsError
 
 #: Command to its settings, whether it reads records, and what ``--out`` is.
 _COMMANDS: dict[str, tuple[type[Options], bool, str]] = {
@@ -29,7 +29,7 @@ _COMMANDS: dict[str, tuple[type[Options], bool, str]] = {
 }
 
 #: Where the function of a command is, if not in ``commands``.
-_MODULES = {"iterate": "iterate", "verify": "verifier", "vote": "verifier"}
+_MODULES = {"iterate": "iterate", "verify": "verifier_commands", "vote": "verifier_commands"}
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str, debug: str) -> None:

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.rewards import RewardTask, reward_key
 from topr_kernels.recipe.settings import QuestionOptions
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import (
     ARITHMETIC,
     REFUSED,

@@ -14,18 +14,18 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
-from topr_kernels.hf.collator import shares_prefix
 from topr_kernels.hf.heads import head_shape
+from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.limits import Limits
+from topr_kernels.recipe.models import tokenizer_fingerprint
 from topr_kernels.recipe.processes import current
-from topr_kernels.recipe.records import (
-    Record,
+from topr_kernels.recipe.record_checks import (
     check_full_softmax,
     check_sources,
     check_tokens,
-    tokenizer_fingerprint,
     training_rows,
 )
+from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.score import workspace_bytes
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import Record
-from topr_kernels.recipe.steps import SettingsError
 
 _FILE = "trained_on.txt"
 

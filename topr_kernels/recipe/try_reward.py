@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import count_problems, verdicts
-from topr_kernels.recipe.steps import SettingsError
 from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 

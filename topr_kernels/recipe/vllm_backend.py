@@ -27,8 +27,8 @@ from transformers import AutoConfig
 from topr_kernels.recipe import vllm_process
 from topr_kernels.recipe.generate import Completion, as_completion, prompt_token_ids
 from topr_kernels.recipe.models import LOADED_DTYPE, SMOLLM2
+from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.settings import DTYPES, SamplerOptions, engine_settings
-from topr_kernels.recipe.steps import SettingsError
 
 AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
 

@@ -1,0 +1,205 @@
+"""Settings of ``TOPRTrainer``: those of ``TrainingArguments`` and those of the loss, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from topr_kernels import PRESETS, Limits, kernels
+from topr_kernels.choices import BEHAVIORS, MEAN_REDUCTIONS, RATIOS
+from topr_kernels.validation import (
+    check_choice,
+    check_number,
+    check_tolerance,
+    check_transforms,
+    check_workspace,
+)
+
+if TYPE_CHECKING:
+    _LimitsOption = Any
+else:
+    # HfArgumentParser converts the text of --limits to this: the name of a preset.
+    _LimitsOption = str
+
+
+_SWITCHES = ("entropy", "fused_head", "share_prefix", "packing", "mask_truncated")
+
+
+@dataclass
+class TOPRConfig(TrainingArguments):
+    """Settings of ``TOPRTrainer``: those of ``TrainingArguments`` and the loss's.
+
+    Args:
+        limits: name of a preset ("topr", "tis", "is", "reinforce", "sft") or a ``Limits``.
+        ratio: "sequence" (the paper's), "geometric" or "token".
+        baseline: subtracted from every reward before the sign is taken; see
+            ``baseline_for_positive_share``.
+        reduction: "sequence_mean" (the paper's: 1/B of 1/|y|) or "token_mean".
+        temperature: divides the logits, as in sampling.
+        entropy: also log the mean entropy of the policy; costs a little.
+        impl: implementation of the loss, as in ``topr_loss`` and ``linear_topr_loss``.
+        fused_head: compute the loss from the hidden states and the head (``linear_topr_loss``), so that
+            logits are never made. False makes the logits of the completions: for heads that are
+            quantised, sharded over processes or have LoRA on them.
+        workspace_bytes: budget for a tile of logits of the fused head, as in ``linear_topr_loss``.
+        grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
+        share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
+            most of the time with few-shot prompts; needs plain full attention.
+        packing: lay the sequences of a batch out in one row without padding (FlashAttention's varlen
+            convention; the same results with sdpa and eager). The first batch checks that the model
+            keeps them apart.
+        mask_truncated: do not count completions that were cut off.
+        behavior: "recorded" takes ``behavior_log_prob`` of the records; "initial" scores it with the
+            model as it is when the trainer is made, for data sampled from that very model at
+            ``temperature``, under the autocast of training: ratios start at exactly 1. FSDP and
+            DeepSpeed round in places of their own in half precision, and ratios start at 1 up to that.
+            Each process must hold the whole model then (no ZeRO-3 while it is loaded, no
+            ``cpu_ram_efficient_loading``). A resumed run must be given the same initial model.
+        beta: refused unless 0, as is entropy_coef: neither a KL penalty nor an entropy bonus is a part
+            of TOPR, whose taper is what keeps it stable.
+
+    ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
+
+    Raises:
+        TypeError: if ``baseline``, ``temperature`` or ``grad_tolerance`` is not a number,
+            ``workspace_bytes`` not an int, or a switch not a bool.
+        ValueError: on an unknown preset, ratio, reduction or implementation, a temperature that is not
+            above 0, a baseline that is not finite, a ``grad_tolerance`` outside [0, 1), a KL penalty or
+            entropy bonus, ``remove_unused_columns=True``, ``label_smoothing_factor``, context or
+            sequence parallelism, or settings that do not go together.
+    """
+
+    limits: _LimitsOption = field(
+        default="topr", metadata={"help": f"Preset of the clip limits: {', '.join(PRESETS)}."}
+    )
+    ratio: str = field(default="sequence", metadata={"help": "sequence, geometric or token."})
+    baseline: float = field(default=0.0, metadata={"help": "Subtracted from every reward."})
+    reduction: str = field(
+        default="sequence_mean", metadata={"help": "sequence_mean or token_mean."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits."})
+    entropy: bool = field(default=False, metadata={"help": "Log the policy's entropy."})
+    impl: str = field(default="auto", metadata={"help": "Implementation of the loss."})
+    fused_head: bool = field(
+        default=True, metadata={"help": "Compute the loss from hidden states, without logits."}
+    )
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Budget for a tile of logits of the fused head."}
+    )
+    grad_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Relative norm of the gradient the fused head may leave out; 0 is exact."
+        },
+    )
+    share_prefix: bool = field(
+        default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Lay sequences out in one row, without padding."}
+    )
+    mask_truncated: bool = field(
+        default=False, metadata={"help": "Do not train on completions that were cut off."}
+    )
+    behavior: str = field(
+        default="recorded",
+        metadata={
+            "help": "Where log mu comes from: recorded, or initial (the model as it starts)."
+        },
+    )
+    beta: float = field(default=0.0, metadata={"help": "Must stay 0: TOPR has no KL penalty."})
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Must stay 0: TOPR has no entropy bonus."}
+    )
+    # The Trainer would drop reward and behavior_log_prob: no model's forward takes them.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the loss needs the extra columns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if isinstance(self.limits, str) and self.limits in PRESETS:
+            self.limits = PRESETS[self.limits]
+        elif isinstance(self.limits, Mapping):
+            self.limits = Limits(**self.limits)
+        if not isinstance(self.limits, Limits):
+            raise ValueError(
+                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)}"
+            )
+        check_choice("ratio", self.ratio, RATIOS)
+        check_number("baseline", self.baseline)
+        check_transforms(self.temperature, None)
+        if self.reduction not in MEAN_REDUCTIONS:
+            raise ValueError(
+                f"reduction: got {self.reduction!r}; expected one of {MEAN_REDUCTIONS}"
+            )
+        check_choice("behavior", self.behavior, BEHAVIORS)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in ("beta", "entropy_coef"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}; TOPR has no KL penalty and no entropy bonus, "
+                    "its taper is what keeps it stable. For a loss with one write a loop over "
+                    "topr_kernels.linear_log_prob, which is differentiable per token"
+                )
+        if self.packing and self.share_prefix:
+            raise ValueError("packing: got True with share_prefix=True; expected one of them")
+        check_tolerance(self.grad_tolerance, torch.float32, False, 0.0)
+        self._check_fused_head()
+        self._check_inherited()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: got True, which would drop reward and behavior_log_prob "
+                "from the data set; leave it False"
+            )
+
+    def _check_fused_head(self) -> None:
+        for name in ("workspace_bytes", "grad_tolerance"):
+            if not self.fused_head and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} with fused_head=False, which has no use for it; "
+                    "drop one of them"
+                )
+        path = kernels.LINEAR if self.fused_head else kernels.LOGITS
+        check_choice("impl", self.impl, ("auto", *path))
+        # The least that any head needs; TOPRTrainer knows the vocabulary.
+        check_workspace(self.workspace_bytes, torch.empty(0), 1)
+
+    def _check_inherited(self) -> None:
+        """Refuses settings of ``TrainingArguments`` that would be without effect, or wrong."""
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: got {self.label_smoothing_factor}; TOPR scores the tokens "
+                "that were sampled and no others, leave it 0"
+            )
+        parallel = self.parallelism_config
+        if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+            raise ValueError(
+                f"parallelism_config: got cp_size={parallel.cp_size} and sp_size={parallel.sp_size}, "
+                "with which transformers cuts the labels along the sequence, but not "
+                "behavior_log_prob; expected 1 for both. For sequences spread over processes write a "
+                "loop over topr_kernels.linear_topr_loss(sequence_group=...)"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process, a CPU without a number.
+
+        Of several processes accelerate calls it ``cpu:0``, and as that transformers 5.17 loads the
+        optimiser's state of a checkpoint, which ``torch.load`` refuses.
+        """
+        found: torch.device = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        settings["limits"] = dataclasses.asdict(self.limits)
+        return settings

@@ -1,0 +1,180 @@
+"""The forward pass over a batch of any layout: which arguments the model gets, which rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
+from topr_kernels.hf.packing import is_packed, packed_inputs
+from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
+from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, takes
+
+#: What a batch holds for the loss, or for the functions below; the rest is the model's.
+_NOT_MODEL_INPUTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "labels",
+        "behavior_log_prob",
+        "reward",
+        "group",
+        "logits_to_keep",
+        "prefix_length",
+        *VARLEN,
+    }
+)
+
+
+def completion_logits(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+) -> Tensor:
+    """Logits of the last ``logits_to_keep`` columns of a batch, and of no others.
+
+    Equal to ``model(...).logits[:, -logits_to_keep:]`` of a forward pass over whole rows. Models
+    whose forward takes no ``logits_to_keep`` compute all logits, which are then sliced.
+
+    Args:
+        model: a Hugging Face causal language model, wrapped (PEFT, DistributedDataParallel) or not.
+        batch: what ``CompletionCollator`` returned, on the model's device, or another collator's
+            batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
+            are counted from ``attention_mask`` [B, T]. Further entries (``token_type_ids``, ...)
+            go to the model if its forward names them.
+        signature_of: the unwrapped model, to be asked which arguments its forward takes. A PEFT
+            model is asked for its base model, whose arguments it passes on.
+
+    Returns:
+        [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
+
+    Raises:
+        ValueError: as ``model_inputs``.
+    """
+    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
+    logits: Tensor = model(**inputs).logits
+    return logits[:, -keep:]
+
+
+def completion_hidden(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: nn.Module | None = None,
+    check: Head | None = None,
+) -> Tensor:
+    """What the model's head would make ``completion_logits`` of; the head's product is not made.
+
+    Args:
+        model: as in ``completion_logits``.
+        batch: as in ``completion_logits``.
+        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
+        check: the model's head, to be compared with the logits the model makes of up to 4 rows.
+
+    Returns:
+        [B, logits_to_keep, D], of a packed batch [1, N, D], attached to the graph: for
+        ``linear_topr_loss`` with the head of ``find_head``.
+
+    Raises:
+        ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
+    """
+    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
+    unwrapped = model if signature_of is None else signature_of
+    with capture_hidden(unwrapped, sample=check is not None) as capture:
+        logits = model(**inputs).logits
+    if check is not None:
+        check_logits(check, capture, logits)
+    return capture.hidden[:, -keep:]
+
+
+def model_inputs(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+) -> tuple[dict[str, Any], int]:
+    """Arguments of the forward pass over a batch, and how many of its last columns to keep.
+
+    Args:
+        model: as in ``completion_logits``; runs the common prefix, if there is one.
+        batch: as in ``completion_logits``, or packed: with ``cu_seq_lens_q`` and the like, see
+            ``CompletionCollator``.
+        signature_of: as in ``completion_logits``.
+
+    Returns:
+        ``(inputs, keep)``: keyword arguments for ``model``, and ``logits_to_keep`` of a padded batch,
+        all columns N of a packed one.
+
+    Raises:
+        ValueError: if the batch has a shared prefix and the model cannot share it (see
+            ``check_prefix_sharing``); if padding moves tokens and the model takes no
+            ``position_ids``; if there are neither positions nor a mask to count them from; if the
+            batch has entries that the model's forward does not name; if the batch is packed and
+            has an ``attention_mask``, lacks a field, or the model would let its sequences see each
+            other (see ``packing_problem``).
+    """
+    base = model if signature_of is None else signature_of
+    inputs = _further_inputs(base, batch)
+    if is_packed(batch):
+        return inputs | packed_inputs(base, batch), batch["input_ids"].shape[1]
+    keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
+    prefix = int(batch.get("prefix_length", 0))
+    if batch.get("attention_mask") is not None:
+        inputs["attention_mask"] = batch["attention_mask"]
+    # Without explicit positions most models number the padding too, which moves every token.
+    position_ids = _position_ids(batch)
+    if accepts(base, POSITIONS):
+        inputs[POSITIONS] = position_ids[:, prefix:]
+    else:
+        _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
+    if accepts(base, KEEP):
+        inputs[KEEP] = keep
+    if prefix:
+        check_prefix_sharing(base)
+        inputs |= prefix_cache(model, batch["input_ids"], prefix, signature_of=base)
+    inputs |= {"input_ids": batch["input_ids"][:, prefix:], "use_cache": bool(prefix)}
+    return inputs, keep
+
+
+def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {name: x for name, x in batch.items() if name not in _NOT_MODEL_INPUTS}
+    unknown = sorted(n for n in inputs if not takes(model, n))
+    if unknown:
+        raise ValueError(
+            f"the batch holds {', '.join(unknown)}, which {type(base_model(model)).__name__}.forward "
+            "does not take by name and the loss does not use; drop them in the data collator, or "
+            "name them in the model's forward"
+        )
+    if inputs and batch.get("prefix_length", 0):
+        raise ValueError(
+            f"share_prefix=True, but the batch holds further model inputs ({', '.join(inputs)}), "
+            "which a prefix that is run once would not see; use share_prefix=False"
+        )
+    return inputs
+
+
+def _position_ids(batch: Mapping[str, Any]) -> Tensor:
+    position_ids: Tensor | None = batch.get("position_ids")
+    if position_ids is not None:
+        return position_ids
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        found = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
+        raise ValueError(
+            f"the batch has no position_ids and {found}, so real tokens cannot be counted; give it "
+            "attention_mask [B, T] or position_ids in the data collator"
+        )
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, model: Any) -> None:
+    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    moved = position_ids.ne(columns)
+    if mask is not None and mask.dim() == 2:
+        moved = moved & mask.bool()
+    if bool(moved.any()):
+        raise ValueError(
+            f"{type(base_model(model)).__name__}.forward takes no position_ids, but the batch is "
+            "padded before its tokens: the model would count the padding and move them; use "
+            "batches without padding (one sequence each), or let the model's forward take "
+            "position_ids (and ignore them where it needs no positions)"
+        )

@@ -1,0 +1,110 @@
+"""Options of the commands: fields that are flags too, checked when settings are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from topr_kernels.recipe.files import FileError, one_line
+from topr_kernels.recipe.processes import ProcessError
+from topr_kernels.recipe.records import RecordError
+
+S = TypeVar("S")
+
+
+#: What a mistake in code raises, which shows its traceback.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be run, or that are not those of the results in the folder."""
+
+
+@contextmanager
+def naming(what: str, memory: str = "") -> Iterator[None]:
+    """Has a failure of a library in the block tell, in one line, what flag or file it is of.
+
+    Args:
+        what: the flag or file, and what was done with it.
+        memory: the flag to lower where memory does not suffice.
+
+    Raises:
+        SettingsError: for any error but a bug's, and those that name their file or field themselves.
+    """
+    try:
+        yield
+    except (SettingsError, FileError, RecordError, ProcessError, *_BUGS):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        said = one_line(error)
+        short = isinstance(error, MemoryError) or "memory" in said
+        remedy = f"; a smaller {memory} takes less memory" if memory and short else ""
+        raise SettingsError(f"{what}: {said}{remedy}") from error
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag: its default, its help, and what values it takes.
+
+    Args:
+        default: also tells the flag's type, unless ``type`` is given.
+        help: one line.
+        limits: ``least``, ``most`` (numbers, inclusive), ``above`` (exclusive), ``choices``, ``type``.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def with_default(kind: type, name: str, default: Any) -> Any:
+    """The option ``name`` of other settings, with another default."""
+    (known,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field(default=default, metadata=known.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings whose fields are made by ``option``; checked when they are made.
+
+    Raises:
+        SettingsError: naming the field, if a value is not one that it takes.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            for wrong, expected in (
+                # NaN is neither below nor above any limit.
+                (isinstance(value, float) and not math.isfinite(value), "a finite number"),
+                ("least" in limits and value < limits["least"], f"at least {limits.get('least')}"),
+                ("most" in limits and value > limits["most"], f"at most {limits.get('most')}"),
+                ("above" in limits and not value > limits["above"], f"above {limits.get('above')}"),
+                (
+                    "choices" in limits and value not in limits["choices"],
+                    f"one of {', '.join(map(str, limits.get('choices', ())))}",
+                ),
+            ):
+                if wrong:
+                    raise SettingsError(f"{field.name}: got {value!r}; expected {expected}")
+
+
+def pick(kind: type[S], settings: Options, **changes: Any) -> S:
+    """Settings of one step out of those of a whole run: fields of equal name, and ``changes``."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    shared = {n: v for n, v in vars(settings).items() if n in names}
+    return kind(**{**shared, **changes})
+
+
+def model_key(model: str) -> str:
+    """The model as settings name it: a local folder by its name, without this machine's path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,162 @@
+"""What the commands that sample share: the backend, the chat template, and the call of ``generate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+from topr_kernels.recipe.files import one_line
+from topr_kernels.recipe.generate import Completion, generate
+from topr_kernels.recipe.models import Models, weights_fingerprint
+from topr_kernels.recipe.options import SettingsError, model_key, naming
+from topr_kernels.recipe.processes import current
+from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.settings import SamplerOptions, engine_settings
+from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_engine
+
+AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
+
+
+def with_backend(settings: AnySampler) -> AnySampler:
+    """The settings with "auto" resolved, so that a resumed run cannot change what samples.
+
+    Raises:
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
+            processes.
+    """
+    backend = choose_backend(settings.backend, settings.model)
+    if backend == "vllm" and current().count > 1:
+        if settings.backend == "vllm":
+            raise SettingsError(
+                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
+            )
+        backend = "hf"
+    return with_engine(dataclasses.replace(settings, backend=backend))
+
+
+def own_share() -> dict[str, Any]:
+    """What ``generate`` and ``score`` take to do this process's share only."""
+    return {"take": current().take, "progress": current().rank == 0}
+
+
+def sample_task(
+    settings: SamplerOptions,
+    task: Any,
+    questions: list[Any],
+    samples: int,
+    models: Models,
+    partial: Path,
+    label: str,
+    take: Callable[[int], Iterable[int]] = range,
+    progress: bool = True,
+    problems: Counter[str] | None = None,
+) -> list[Record]:
+    """Samples answers to questions of a task as the settings say, in parts under ``partial``.
+
+    Args:
+        settings: the model, and how it is sampled.
+        task: as in ``generate``.
+        questions: as in ``generate``.
+        samples: answers to each question.
+        models: loads the model.
+        partial: folder of an unfinished step.
+        label: named on the progress bar.
+        take: as in ``generate``.
+        progress: as in ``generate``.
+        problems: as in ``generate``.
+    """
+    engine = engine_settings(settings.engine)
+    what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
+    with naming(what, "--sample-batch"), ExitStack() as held:
+        sampler: Callable[..., list[Completion]] | None = None
+        if settings.backend == "vllm":
+            loaded = models.take(settings.model)
+            # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
+            loaded.model.to("cpu")
+            sampler = held.enter_context(vllm_sampler(settings.model, engine))
+        else:
+            loaded = models.get(settings.model)
+        check_chat(settings, loaded.tokenizer)
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            task,
+            questions,
+            model_name=loaded.name,
+            samples=samples,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.sample_batch,
+            seed=settings.seed,
+            temperature=settings.temperature,
+            shards=partial / "parts",
+            chat=settings.chat,
+            weights=weights_fingerprint(loaded.model),
+            sampler=sampler,
+            dtype=engine.get("dtype"),
+            positions=engine.get("max_model_len"),
+            label=label,
+            take=take,
+            progress=progress,
+            problems=problems,
+        )
+
+
+def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+    if problems:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        print(f"answers whose scorer failed, rewarded -1: {causes}")
+    return {"scorer_problems": dict(sorted(problems.items()))}
+
+
+def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
+    """Refuses to ask through a chat template that is not there or fails, and warns of one with a clock.
+
+    Raises:
+        SettingsError: if it is asked for, and the tokenizer has none, or it cannot be filled in.
+    """
+    if not settings.chat:
+        return
+    name = model_key(settings.model)
+    if not tokenizer.chat_template:
+        raise SettingsError(
+            f"chat: the tokenizer of the model {name!r} has no chat template; leave it out, or give a "
+            "model that has one"
+        )
+    try:
+        template = tokenizer.get_chat_template()
+        _asked(tokenizer, template)
+    except Exception as error:
+        raise SettingsError(
+            f"chat: the chat template of the model {name!r} fails: {one_line(error)}; mend it, or leave "
+            "--chat out"
+        ) from error
+    if current().rank == 0 and _reads_the_clock(tokenizer, template):
+        warnings.warn(
+            f"chat: the chat template of the model {name!r} writes the date into every prompt, so the "
+            "same command asks other prompts tomorrow, and a run continued then is of both; put a date "
+            "in the place of strftime_now(...) in the template in the model's folder",
+            stacklevel=2,
+        )
+
+
+def _reads_the_clock(tokenizer: Any, template: str) -> bool:
+    """Whether a template that can be filled in asks its only clock, ``strftime_now``, for a prompt."""
+    stopped = "{% macro strftime_now(format) %}{{ raise_exception('clock') }}{% endmacro %}"
+    try:
+        _asked(tokenizer, stopped + template)
+    except Exception:
+        return True
+    return False
+
+
+def _asked(tokenizer: Any, template: str) -> None:
+    message = [{"role": "user", "content": "1 + 1 ="}]
+    tokenizer.apply_chat_template(
+        message, chat_template=template, add_generation_prompt=True, tokenize=False
+    )

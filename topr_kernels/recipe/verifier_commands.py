@@ -1,0 +1,202 @@
+"""The commands of the verifier on files: ``topr verify`` and ``topr vote``. Each resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from topr_kernels.recipe.commands import (
+    check_json,
+    model_input,
+    plain,
+    read_nonempty,
+    records_step,
+)
+from topr_kernels.recipe.curate import figures
+from topr_kernels.recipe.models import Models
+from topr_kernels.recipe.options import SettingsError, model_key
+from topr_kernels.recipe.records import Record, check_suffix, write_records
+from topr_kernels.recipe.sampling import own_share, sample_task, with_backend
+from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
+from topr_kernels.recipe.steps import Step, run_step
+from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
+from topr_kernels.recipe.tasks import Question
+from topr_kernels.recipe.trained_on import check_unseen, count_seen
+from topr_kernels.recipe.verifier import (
+    Verification,
+    answers_to_judge,
+    choose_solutions,
+    verifier_figures,
+    verifier_scores,
+    weighted_accuracy,
+)
+
+
+def run_verify(
+    settings: VerifySettings, records: Path, out: Path, *, models: Models | None = None
+) -> dict[str, Any]:
+    """Samples judgements of solutions and rewards them: +1 for a right verdict, else -1.
+
+    Args:
+        settings: see ``VerifySettings``.
+        records: the solutions, as ``run_generate`` writes them.
+        out: records file to write; the group of a judgement is the number of its solution in
+            ``records``, and ``judged`` tells more of it.
+        models: as in ``run_generate``.
+
+    Returns:
+        The manifest; its "figures" say how good the judgements are.
+
+    Raises:
+        RecordError: if a record is a judgement itself.
+        SettingsError, FileError: as ``run_generate``.
+    """
+    settings = with_backend(settings)
+    step = verify_step(settings, records, out)
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        solutions = choose_solutions(read_nonempty(records), settings)
+        return _judge(settings, solutions, settings.samples, kept, partial, "verify", **share)
+
+    def compute(partial: Path) -> dict[str, Any]:
+        judgements = sample(partial)
+        write_records(step.draft(out), judgements)
+        found = verifier_figures(judgements)
+        print(found)
+        return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
+
+    share = functools.partial(sample, **own_share())
+    return run_step(step, compute, share=share)
+
+
+def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
+    """What ``run_verify`` is, of settings with their backend.
+
+    Raises:
+        RecordError: if a file has another suffix.
+    """
+    return records_step("verify", plain(settings), settings.model, records, out)
+
+
+def run_vote(
+    settings: VoteSettings, records: Path, out: Path, *, models: Models | None = None
+) -> dict[str, Any]:
+    """Has a verifier judge sampled answers, and measures self-consistency with and without it.
+
+    An answer's score is the number of its judgements that say it is right. Answers that cannot be parsed
+    do not vote, so they are not judged.
+
+    Args:
+        settings: see ``VoteSettings``; the model is the verifier.
+        records: the answers, as ``run_evaluate`` writes them.
+        out: ``.json`` file of the figures, which is the manifest; the judgements go beside it, as
+            records in a ``.parquet`` file of the same name.
+        models: as in ``run_generate``.
+
+    Raises:
+        RecordError: if the records are not answers to the held-out questions.
+        SettingsError, FileError: as ``run_generate``.
+    """
+    settings = with_backend(settings)
+    step = vote_step(settings, records, out)
+    written = step.outputs[0]
+    task = find_tasks(settings)[1]
+    kept = models or Models()
+
+    def sample(partial: Path, **share: Any) -> list[Record]:
+        judged = read_answers(settings, records)[2]
+        if not judged:
+            return []
+        return _judge(settings, judged, settings.judgements, kept, partial, "vote", **share)
+
+    def compute(partial: Path) -> dict[str, Any]:
+        answers, questions, _ = read_answers(settings, records)
+        judgements = sample(partial)
+        write_records(step.draft(written), judgements)
+        accuracy = weighted_accuracy(
+            answers,
+            verifier_scores(judgements, len(answers)),
+            task,
+            questions,
+            votes=settings.votes,
+            draws=settings.draws,
+            seed=settings.seed,
+        )
+        print(accuracy)
+        # Where no answer can be parsed there is nothing to judge.
+        verifier = verifier_figures(judgements) if judgements else None
+        if verifier is not None:
+            print(verifier)
+        return {
+            **dataclasses.asdict(accuracy),
+            "verifier": verifier and dataclasses.asdict(verifier),
+        }
+
+    share = functools.partial(sample, **own_share())
+    return run_step(step, compute, share=share)
+
+
+def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
+    """What ``run_vote`` is, of settings with their backend.
+
+    Raises:
+        RecordError, SettingsError: if a file has another suffix, or the verifier was trained to answer
+            held-out questions.
+    """
+    check_suffix(records, "records")
+    check_json(out)
+    check_unseen(settings.model, [q.prompt for q in questions_of(settings, 0)[1]])
+    inputs = {"records": records, **model_input(settings.model), **task_inputs(settings)}
+    plan = plain(settings, "questions") | scorer(settings)
+    return Step("vote", out, plan, inputs, [out.with_suffix(".parquet")])
+
+
+def read_answers(
+    settings: VoteSettings, records: Path
+) -> tuple[list[Record], list[Question], list[Record]]:
+    """The answers, their questions, and those of the answers that vote.
+
+    Raises:
+        RecordError: as ``answers_to_judge``.
+        SettingsError: if a question has fewer answers than votes, or the verifier was trained to
+            judge some of them.
+    """
+    answers = read_nonempty(records)
+    questions = questions_of(settings, 0)[1]
+    judged = answers_to_judge(answers, find_tasks(settings)[1], questions, records.name)
+    samples = len(answers) // len(questions)
+    if settings.votes > samples:
+        raise SettingsError(
+            f"votes: got {settings.votes}; expected at most {samples}, the answers to a question in "
+            f"{records.name}"
+        )
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
+    seen = count_seen(settings.model, prompts)
+    if seen:
+        raise SettingsError(
+            f"records: {seen} of the {len(judged)} answers are among those that the model "
+            f"{model_key(settings.model)!r} was trained to judge; give answers to other questions than "
+            "topr verify was given"
+        )
+    return answers, questions, judged
+
+
+def _judge(
+    settings: JudgementOptions,
+    solutions: Sequence[Record],
+    samples: int,
+    models: Models,
+    partial: Path,
+    label: str,
+    **share: Any,
+) -> list[Record]:
+    """Judgements of numbered solutions, ``samples`` of each, in their order."""
+    task = Verification(settings.template, settings.one_line)
+    judged = {record.judged.record: record for record in solutions if record.judged is not None}
+    questions = [task.question(record, number) for number, record in judged.items()]
+    records = sample_task(settings, task, questions, samples, models, partial, label, **share)
+    return [dataclasses.replace(r, judged=judged[r.group].judged) for r in records]
