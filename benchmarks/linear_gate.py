@@ -38,10 +38,10 @@ from topr_kernels.ops.options import Transforms
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import evaluate
 from topr_kernels.recipe.generate import generate
-from topr_kernels.recipe.manifests import claim
+from topr_kernels.recipe.manifests import write_or_check_settings
 from topr_kernels.recipe.models import LoadedModel, load_model
 from topr_kernels.recipe.options import SettingsError, model_key
-from topr_kernels.recipe.record_checks import training_rows
+from topr_kernels.recipe.record_checks import training_fields
 from topr_kernels.recipe.records import Record, read_records, write_records
 from topr_kernels.recipe.score import score, workspace_bytes
 from topr_kernels.recipe.tasks import ARITHMETIC, Question, held_out_split
@@ -155,7 +155,7 @@ def trained(
     model.train()
     head = find_head(model)
     before = head.weight.detach().clone()
-    rows = training_rows(records)
+    rows = training_fields(records)
     collate = CompletionCollator(loaded.tokenizer.pad_token_id, share_prefix=shares_prefix(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         shared = setting._replace(model=model_key(setting.model))._asdict()
-        claim(args.out / "settings.json", shared, args.out)
+        write_or_check_settings(args.out / "settings.json", shared, args.out)
     except SettingsError as error:
         raise SystemExit(str(error)) from error
     report(run(args.out, setting, args.seeds, [2.0**t for t in args.log2_tau]))

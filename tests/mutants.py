@@ -414,7 +414,7 @@ HF = [
     Mutant(
         "mu-of-temperature-1",
         "topr_kernels/hf/behavior.py",
-        "                temperature=temperature,\n",
+        "        temperature=temperature,\n",
         "",
         ("tests/test_recipe.py::test_scores_are_taken_at_the_sampling_temperature",),
     ),
@@ -502,8 +502,8 @@ HF = [
     Mutant(
         "repeats-counted",
         "topr_kernels/hf/loading.py",
-        "return min(max(left, 0), rows)",
-        "return rows",
+        "return min(max(left, 0), sequences)",
+        "return sequences",
         ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
     ),
     Mutant(
@@ -624,7 +624,7 @@ RECIPE = [
     Mutant(
         "folder-of-a-lost-first-process",
         "topr_kernels/recipe/steps.py",
-        "        with _held(claimed):\n            pass\n",
+        "        with _held(settings_file):\n            pass\n",
         "        pass\n",
         (
             "tests/test_recipe_processes.py"

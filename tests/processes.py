@@ -1,8 +1,15 @@
-"""Starts several processes of one torch.distributed group on this machine, by forking."""
+"""Starts several processes of one torch.distributed group on this machine, by forking.
+
+A test adds a case by a function of its module that every rank runs, and ``launch(2, "test_it.worker")``.
+Where a worker has several cases, each stands in ``with case("its name"):``, so that one which fails does
+not hide the others. A case must make its collective calls before it asserts: a rank that leaves it
+early would keep the others waiting.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -14,10 +21,29 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+#: ``PYTHONPATH`` of the processes: every folder of tests, and what pytest itself imports from.
+_FOLDERS = sorted({str(path.parent) for path in TESTS.rglob("test_*.py")})
+IMPORTED_FROM = os.pathsep.join(
+    dict.fromkeys([str(TESTS), *_FOLDERS, str(TESTS.parent), *sys.path])
+)
+#: Names of the cases of this rank that have failed.
+failed: list[str] = []
+
+
+@contextlib.contextmanager
+def case(name: str) -> Iterator[None]:
+    """A case of a worker: if it fails, the rank fails, but only after its other cases have run."""
+    try:
+        yield
+    except AssertionError:
+        print(f"case {name}")
+        traceback.print_exc()
+        failed.append(name)
 
 
 def free_port() -> int:
@@ -69,13 +95,17 @@ def ask(job: dict[str, Any]) -> list[int]:
 @functools.cache
 def started() -> subprocess.Popen[str]:
     """The process that runs ``serve``, until this one ends."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
     server = subprocess.Popen(
         [sys.executable, "-c", "import processes; processes.serve()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": IMPORTED_FROM,
+        },
     )
     # The end of its input is the end of it; whoever measures this process is told its time as well.
     atexit.register(server.communicate)
@@ -114,7 +144,7 @@ def run(
                 os.dup2(output, 1), os.dup2(output, 2)
                 os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
                 getattr(sys.modules[module], name)(*args)
-                status = 0
+                status = len(failed)
             except BaseException:
                 traceback.print_exc()
             finally:

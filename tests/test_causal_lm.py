@@ -24,7 +24,7 @@ from topr_kernels.hf import (
     causal_lm_topr_loss,
     completion_logits,
 )
-from topr_kernels.hf.heads import loss_in_head
+from topr_kernels.hf.capture import loss_in_head
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 #: Architectures and settings, tied and untied heads among them.
@@ -318,7 +318,7 @@ def test_fsdp2_shards_take_the_gradients_of_one_process(own_head: bool, trained:
 def test_labels_before_what_is_kept_are_not_left_out_in_silence(
     fused_head: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """A collator of one's own that counts K where K + 1 columns hold what K labels need."""
+    """A custom collator that counts K where K + 1 columns hold what K labels need."""
     model, good = random_model().eval(), CompletionCollator(0)(rows(4))
     keep, width = good["logits_to_keep"], good["labels"].shape[1]
     short = {**good, "logits_to_keep": keep - 1}

@@ -630,11 +630,11 @@ def test_the_check_finds_offsets_that_are_not_those_of_the_positions():
     model, batch = build("Llama"), CompletionCollator(0, packing=True)(ragged())
     moved = batch["cu_seq_lens_q"].clone()
     moved[1] += 1
-    with pytest.raises(ValueError, match=r"position_ids of the packed batch is not what"):
+    with pytest.raises(ValueError, match=r"position_ids of the packed batch does not match"):
         check_packing(model, {**batch, "cu_seq_lens_q": moved, "cu_seq_lens_k": moved})
-    with pytest.raises(ValueError, match=r"cu_seq_lens_k of the packed batch is not what"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k of the packed batch does not match"):
         check_packing(model, {**batch, "cu_seq_lens_k": moved})
-    with pytest.raises(ValueError, match=r"max_length_q of the packed batch is not what"):
+    with pytest.raises(ValueError, match=r"max_length_q of the packed batch does not match"):
         check_packing(model, {**batch, "max_length_q": 3})
 
 

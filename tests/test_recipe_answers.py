@@ -218,7 +218,7 @@ def test_nearly_equal_questions_are_warned_of(tmp_path: Path):
     )
     options = QuestionOptions(task=f"math:{train}", test_task=f"math:{test}", held_out=2)
     with pytest.warns(
-        UserWarning, match=r"2 training questions are held-out ones .* 'How  MANY [01]\?'"
+        UserWarning, match=r"2 training questions equal held-out ones .* 'How  MANY [01]\?'"
     ):
         questions_of(options, 4)
     with warnings.catch_warnings():

@@ -183,6 +183,6 @@ def test_sharing_that_is_off_says_so_once(caplog: pytest.LogCaptureFixture):
     assert not shares_prefix(model)
     assert not shares_prefix(model)
     assert [r.getMessage() for r in caplog.records if "once per prompt" in r.getMessage()] == [
-        "What the prompts of a batch have in common is run once per prompt: the model has layers of "
-        "type sliding_attention"
+        "The common prefix of a batch's prompts is run once per prompt: the model has layers of type "
+        "sliding_attention"
     ]

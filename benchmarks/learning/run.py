@@ -38,7 +38,7 @@ from topr_kernels.recipe import (
     run_vote,
 )
 from topr_kernels.recipe.files import read_json, write_json
-from topr_kernels.recipe.manifests import refuse_other
+from topr_kernels.recipe.manifests import refuse_other_settings
 from topr_kernels.recipe.options import SettingsError, model_key
 from topr_kernels.recipe.report import accuracy_json, environment
 from topr_kernels.recipe.steps import Step, run_step
@@ -85,7 +85,7 @@ class Runner:
         path = self.results / f"{cell.name}.json"
         settings = {"model": model_key(self.size.model), **cell_settings(cell, self.size)}
         if path.exists():
-            refuse_other(read_json(path), {"settings": settings}, path)
+            refuse_other_settings(read_json(path), {"settings": settings}, path)
         return settings
 
     def run(self, cell: Cell) -> Path:
@@ -132,7 +132,7 @@ class Runner:
             folder / f"{name}.parquet" for name in ("samples", "scored", "train")
         )
         if path.exists():
-            refuse_other(read_json(path), {"settings": settings}, path)
+            refuse_other_settings(read_json(path), {"settings": settings}, path)
             if chosen.exists():
                 return path
         generating = GenerateSettings(**sampler, **asked, samples=size.samples)

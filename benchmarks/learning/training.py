@@ -15,7 +15,7 @@ from benchmarks.learning.ppo import PPOTrainer
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe import Record
-from topr_kernels.recipe.record_checks import training_rows
+from topr_kernels.recipe.record_checks import training_fields
 from topr_kernels.recipe.score import workspace_bytes
 
 
@@ -85,7 +85,7 @@ def train_epochs(
     trainer = kind(
         model=model,
         args=args,
-        train_dataset=training_rows(records),
+        train_dataset=training_fields(records),
         processing_class=tokenizer,
         callbacks=[_AfterEpoch(after_epoch, epochs)],
     )

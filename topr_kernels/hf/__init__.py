@@ -1,4 +1,4 @@
-"""TOPR at home in Hugging Face: Trainer, collator, functions of model and batch. Needs transformers."""
+"""TOPR for Hugging Face: Trainer, collator, functions of model and batch. Needs transformers."""
 
 from topr_kernels.hf.behavior import score_behavior
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
-from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.collator import CompletionCollator, check_token_ids
 from topr_kernels.hf.packing import eval_mode
 from topr_kernels.layout import IGNORE_INDEX
 
@@ -29,7 +29,7 @@ def score_behavior(
 ) -> list[list[float]]:
     """Log-probabilities of each record's completion tokens under a model.
 
-    With the collator, the batches, the settings and the autocast of training they are bitwise those that
+    Scored with the collator, batches, settings and autocast of training, they equal to the bit what
     training sees before its first update: every ratio is then exactly 1.
 
     Args:
@@ -37,7 +37,7 @@ def score_behavior(
         records: with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``.
         collator: as in training; its ``mask_truncated`` is not applied.
         batch_size: records scored together; use the training batch's.
-        temperature: that of the sampler.
+        temperature: of the sampler.
         fused_head: as in :func:`causal_lm_log_prob`.
         workspace_bytes: as in :func:`causal_lm_log_prob`.
         impl: as in :func:`causal_lm_log_prob`.
@@ -50,6 +50,41 @@ def score_behavior(
         ValueError: as :func:`causal_lm_log_prob`, or if a record lacks token ids or has an empty prompt.
     """
     check_records(records, "the data")
+    return score_checked(
+        model,
+        records,
+        collator,
+        batch_size=batch_size,
+        temperature=temperature,
+        fused_head=fused_head,
+        workspace_bytes=workspace_bytes,
+        impl=impl,
+        progress=progress,
+    )
+
+
+def score_checked(
+    model: nn.Module,
+    records: Sequence[Mapping[str, Any]],
+    collator: CompletionCollator,
+    *,
+    batch_size: int,
+    progress: bool,
+    **options: Any,
+) -> list[list[float]]:
+    """``score_behavior`` of records that ``check_records`` has seen already.
+
+    Args:
+        model: as in ``score_behavior``.
+        records: as in ``score_behavior``.
+        collator: as in ``score_behavior``.
+        batch_size: as in ``score_behavior``.
+        progress: as in ``score_behavior``.
+        **options: ``temperature``, ``fused_head``, ``workspace_bytes`` and ``impl``.
+
+    Returns:
+        As ``score_behavior``.
+    """
     collate = CompletionCollator(collator.pad_token_id, collator.share_prefix, collator.packing)
     device = next(model.parameters()).device
     scored: list[list[float]] = []
@@ -61,17 +96,9 @@ def score_behavior(
                 name: x.to(device) if isinstance(x, Tensor) else x
                 for name, x in collate(part).items()
             }
-            log_prob = causal_lm_log_prob(
-                model,
-                batch,
-                temperature=temperature,
-                fused_head=fused_head,
-                workspace_bytes=workspace_bytes,
-                impl=impl,
-                check=start == 0,
-            ).log_prob
+            log_prob = causal_lm_log_prob(model, batch, check=start == 0, **options).log_prob
             kept = batch["labels"][:, -log_prob.shape[1] :].ne(IGNORE_INDEX)
-            # Row-major, so record by record in both layouts.
+            # In row-major order, which is record by record in both layouts.
             values = log_prob[kept].cpu()
             lengths = [len(record["completion_token_ids"]) for record in part]
             scored += [row.tolist() for row in torch.split(values, lengths)]
@@ -80,23 +107,14 @@ def score_behavior(
 
 
 def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
-    """Raises ``ValueError`` where a record cannot be scored, naming it as one ``of`` these."""
+    """Raises ``ValueError`` if a record cannot be scored; the message calls it a record ``of`` these."""
+    remedy = "Give it token ids, which prepare_records makes of text and messages"
     for i, record in enumerate(records):
-        for name in ("prompt_token_ids", "completion_token_ids"):
-            if record.get(name) is None:
-                raise ValueError(
-                    f"record {i} of {of} has no {name!r}; it has {sorted(record)}. Give it token ids, "
-                    "which prepare_records makes of text and messages"
-                )
-        if len(record["prompt_token_ids"]) == 0:
-            raise ValueError(
-                f"record {i} of {of}: prompt_token_ids is empty, so nothing predicts the first "
-                "token of the completion; give the prompt at least a BOS token"
-            )
+        check_token_ids(record, f"record {i} of {of}", (), remedy)
 
 
 def _unscored(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with what the collator asks for and scoring does not read."""
+    """The record with placeholders for the fields that the collator needs and scoring ignores."""
     completion = record["completion_token_ids"]
     return {
         "prompt_token_ids": record["prompt_token_ids"],

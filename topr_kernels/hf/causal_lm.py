@@ -18,8 +18,9 @@ from topr_kernels import (
     log_prob,
     topr_loss,
 )
+from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import model_inputs
-from topr_kernels.hf.heads import Head, base_model, loss_in_head
+from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
@@ -45,7 +46,7 @@ def causal_lm_topr_loss(
     impl: str = "auto",
     check: bool = False,
 ) -> TOPROutput:
-    """Runs a causal language model over a batch and computes its TOPR loss, without making logits.
+    """Runs a causal language model over a batch and computes its TOPR loss, without logits.
 
     The loss is computed inside the model's own forward, where it would multiply by its head: logit
     scale, softcap, bias and LoRA of the head are read from the model, and the hooks of wrappers
@@ -58,7 +59,7 @@ def causal_lm_topr_loss(
         batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
             least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
             or a mask to count them from.
-        unwrapped: the model inside its wrapper; needed if it is wrapped but by PEFT.
+        unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
         baseline: as in :func:`topr_kernels.topr_loss`.
@@ -66,14 +67,14 @@ def causal_lm_topr_loss(
         normalizer: as in :func:`topr_kernels.topr_loss`.
         temperature: as in :func:`topr_kernels.topr_loss`.
         entropy: as in :func:`topr_kernels.topr_loss`.
-        fused_head: False lets the model make the logits of the completions: for heads that
+        fused_head: False has the model compute the logits of the completions: for heads that
             :func:`find_head` refuses.
         grad_tolerance: of the fused head, as in :func:`topr_kernels.linear_topr_loss`.
         workspace_bytes: of the fused head, as in :func:`topr_kernels.linear_topr_loss`.
         impl: as in :func:`topr_kernels.topr_loss`.
-        check: compare the logits the model makes of up to 4 rows with those of its head: a model may
-            do something to them that its config does not tell; and look, off the CPU too, whether
-            ``logits_to_keep`` leaves out a scored label. Worth its while on a first batch.
+        check: compare the model's own logits of up to 4 rows with those computed from its head, since a
+            model may transform its logits in ways that its config does not say; and check, also off
+            the CPU, that ``logits_to_keep`` leaves out no scored label. Meant for the first batch.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
@@ -106,7 +107,7 @@ def causal_lm_topr_loss(
         out = topr_loss(outputs.logits[:, -keep:], labels, behavior, reward, **options)
         return _with_router_loss(out, base, outputs, reduction, normalizer)
 
-    found: list[TOPROutput] = []
+    captured: list[TOPROutput] = []
 
     def compute(hidden: Tensor, head: Head) -> Tensor:
         out = linear_topr_loss(
@@ -120,13 +121,13 @@ def causal_lm_topr_loss(
             workspace_bytes=workspace_bytes,
             **options,
         )
-        found.append(out)
+        captured.append(out)
         return out.loss
 
     with loss_in_head(model if unwrapped is None else unwrapped, compute, sample=check) as inside:
         outputs = model(**inputs)
     loss = inside.arrive(outputs.logits)
-    return _with_router_loss(found[0]._replace(loss=loss), base, outputs, reduction, normalizer)
+    return _with_router_loss(captured[0]._replace(loss=loss), base, outputs, reduction, normalizer)
 
 
 def causal_lm_log_prob(
@@ -143,19 +144,19 @@ def causal_lm_log_prob(
 ) -> LogProbOutput:
     """Runs a causal language model over a batch and scores its labels: the log mu of a frozen policy.
 
-    With the batches, ``workspace_bytes`` and ``temperature`` of training the log-probs are bitwise those
-    that :func:`causal_lm_topr_loss` sees before the first update.
+    With the batches, ``workspace_bytes`` and ``temperature`` of training the log-probs equal to the bit
+    those that :func:`causal_lm_topr_loss` sees before the first update.
 
     Args:
         model: as in :func:`causal_lm_topr_loss`.
-        batch: as there; ``behavior_log_prob`` and ``reward`` are not read.
-        unwrapped: as there.
-        temperature: divides the logits; that of the sampler.
+        batch: as in :func:`causal_lm_topr_loss`; ``behavior_log_prob`` and ``reward`` are not read.
+        unwrapped: as in :func:`causal_lm_topr_loss`.
+        temperature: divides the logits; use the sampler's.
         entropy: also compute the entropy of every scored row.
-        fused_head: as there.
-        workspace_bytes: as there.
-        impl: as there.
-        check: as there.
+        fused_head: as in :func:`causal_lm_topr_loss`.
+        workspace_bytes: as in :func:`causal_lm_topr_loss`.
+        impl: as in :func:`causal_lm_topr_loss`.
+        check: as in :func:`causal_lm_topr_loss`.
 
     Returns:
         LogProbOutput, detached: [B, K] of the last K columns, or [1, N] packed.
@@ -175,7 +176,7 @@ def causal_lm_log_prob(
     with torch.no_grad():
         if not fused_head:
             return log_prob(model(**inputs).logits[:, -keep:], labels, **options)
-        found: list[LogProbOutput] = []
+        captured: list[LogProbOutput] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
             out = linear_log_prob(
@@ -186,17 +187,17 @@ def causal_lm_log_prob(
                 workspace_bytes=workspace_bytes,
                 **options,
             )
-            found.append(out)
+            captured.append(out)
             return out.log_prob.sum()
 
         base = model if unwrapped is None else unwrapped
         with loss_in_head(base, compute, sample=check) as inside:
             inside.arrive(model(**inputs).logits)
-    return found[0]
+    return captured[0]
 
 
 def _kept(tokens: Tensor, keep: int) -> Tensor:
-    """The last columns of a tensor per token; a tensor per sequence as it is."""
+    """The last columns of a tensor with one value per token; others are returned unchanged."""
     return tokens[:, -keep:] if tokens.dim() == 2 else tokens
 
 
@@ -220,7 +221,7 @@ def _with_router_loss(
     out: TOPROutput, base: Any, outputs: Any, reduction: str, normalizer: float | Tensor | None
 ) -> TOPROutput:
     balancing: Tensor | None = getattr(outputs, "aux_loss", None)
-    # Models that were not asked for it return None, some of them 0.
+    # Models return None, or the number 0, unless their config asks for it.
     if not isinstance(balancing, Tensor):
         return out
     weights = (getattr(part, n, None) for n in _ROUTER_WEIGHTS for part in (base, base.config))

@@ -42,7 +42,7 @@ class CompletionCollator:
     Each record is a mapping with ``prompt_token_ids`` (P int, P >= 1), ``completion_token_ids``
     (C int, may be empty: such a sequence is not counted), ``behavior_log_prob`` (C float, the
     log-probability of each completion token under the policy that sampled it) and ``reward``
-    (float, signed). Token ids are used as they are: re-tokenising a completion drifts.
+    (float, signed). Token ids are used as they are: tokenising a text again may give other ids.
     ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
     the question, of which there are several samples) and ``finish_reason`` ("length": cut off).
 
@@ -65,21 +65,21 @@ class CompletionCollator:
 
     Args:
         pad_token_id: id that fills the padding; any id of the vocabulary will do.
-        share_prefix: lay the common prefix of the prompts out in the first columns, to be computed
-            once per batch. Exact for models whose attention reaches all earlier tokens.
+        share_prefix: put the common prefix of the prompts into the first columns, so that it is
+            computed once per batch. Exact for models whose attention reaches all earlier tokens.
         packing: lay the sequences out in one row without padding, for models that keep them apart
             (see ``check_packing``).
         mask_truncated: do not score completions that were cut off: their ``finish_reason`` is
-            "length" or, where no record of the batch has one, they do not end with ``eos_token_id``.
+            "length" or, if no record of the batch has one, they do not end with ``eos_token_id``.
             Such a sequence is not counted, as if it were empty.
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
 
     Raises:
-        ValueError: if ``packing`` and ``share_prefix`` are both asked for; on a call, if a record
-            lacks a field, has an empty prompt, or its ``behavior_log_prob`` is not as long as its
-            completion, if only some have a ``group`` or ``finish_reason``, or if it is not known
+        ValueError: if both ``packing`` and ``share_prefix`` are set. On a call: if a record lacks a
+            field or has an empty prompt; if its ``behavior_log_prob`` is not as long as its
+            completion; if only some records have a ``group`` or ``finish_reason``; if it is unknown
             which completions were cut off.
-        TypeError: on a call, if a ``group`` is neither int nor str, or both occur.
+        TypeError: on a call, if a ``group`` is neither int nor str, or if both kinds occur.
     """
 
     pad_token_id: int
@@ -102,7 +102,7 @@ class CompletionCollator:
             _check(record, i)
         prompts = [list(record["prompt_token_ids"]) for record in features]
         completions = [list(record["completion_token_ids"]) for record in features]
-        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
         scored = [not cut for cut in self._truncated(features)]
         labels = [
             [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
@@ -114,13 +114,13 @@ class CompletionCollator:
         ]
         batch: dict[str, Any]
         if self.packing:
-            batch = pack(rows)
+            batch = pack(sequences)
             batch["labels"] = torch.tensor([x for row in labels for x in row])[None]
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
         else:
             prefix = common_prefix_length(prompts) if self.share_prefix else 0
-            batch = dict(pad_left(rows, self.pad_token_id, prefix))
+            batch = dict(pad_left(sequences, self.pad_token_id, prefix))
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
@@ -190,18 +190,33 @@ def _right_align(
     return result
 
 
-def _check(record: Mapping[str, Any], i: int) -> None:
-    for name in ("prompt_token_ids", "completion_token_ids", "behavior_log_prob", "reward"):
+def check_token_ids(
+    record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
+) -> None:
+    """Checks that a record has token ids, and a prompt of at least one.
+
+    Args:
+        record: the record.
+        where: what the messages call it.
+        more: further fields that it must have.
+        remedy: what to do about a missing field.
+
+    Raises:
+        ValueError: if a field is missing or the prompt is empty.
+    """
+    for name in ("prompt_token_ids", "completion_token_ids", *more):
         if record.get(name) is None:
-            raise ValueError(
-                f"record {i} of the batch has no {name!r}; it has {sorted(record)}. Score the "
-                "records first, and keep remove_unused_columns=False"
-            )
+            raise ValueError(f"{where} has no {name!r}; it has {sorted(record)}. {remedy}")
     if len(record["prompt_token_ids"]) == 0:
         raise ValueError(
-            f"record {i} of the batch: prompt_token_ids is empty, so nothing predicts the first "
-            "token of the completion; give the prompt at least a BOS token"
+            f"{where}: prompt_token_ids is empty, so nothing predicts the first token of the "
+            "completion; give the prompt at least a BOS token"
         )
+
+
+def _check(record: Mapping[str, Any], i: int) -> None:
+    remedy = "Score the records first, and keep remove_unused_columns=False"
+    check_token_ids(record, f"record {i} of the batch", ("behavior_log_prob", "reward"), remedy)
     scored, tokens = len(record["behavior_log_prob"]), len(record["completion_token_ids"])
     if scored != tokens:
         raise ValueError(
@@ -211,7 +226,7 @@ def _check(record: Mapping[str, Any], i: int) -> None:
 
 
 def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
-    """A column that all records have, or None where none has it."""
+    """The values of a field that all records have; None if none has it."""
     values = [record.get(name) for record in features]
     absent = [i for i, value in enumerate(values) if value is None]
     if len(absent) == len(values):

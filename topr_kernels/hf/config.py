@@ -43,25 +43,25 @@ class TOPRConfig(TrainingArguments):
         temperature: divides the logits, as in sampling.
         entropy: also log the mean entropy of the policy; costs a little.
         impl: implementation of the loss, as in ``topr_loss`` and ``linear_topr_loss``.
-        fused_head: compute the loss from the hidden states and the head (``linear_topr_loss``), so that
-            logits are never made. False makes the logits of the completions: for heads that are
-            quantised, sharded over processes or have LoRA on them.
+        fused_head: compute the loss from the hidden states and the head (``linear_topr_loss``), without
+            logits. False computes the logits of the completions: for heads that ``find_head`` refuses,
+            as quantised ones.
         workspace_bytes: budget for a tile of logits of the fused head, as in ``linear_topr_loss``.
         grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
         share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
             most of the time with few-shot prompts; needs plain full attention.
-        packing: lay the sequences of a batch out in one row without padding (FlashAttention's varlen
-            convention; the same results with sdpa and eager). The first batch checks that the model
-            keeps them apart.
+        packing: put the sequences of a batch into one row without padding (FlashAttention's varlen
+            convention; the same results with sdpa and eager). On the first batch it is checked that the
+            model keeps them apart.
         mask_truncated: do not count completions that were cut off.
-        behavior: "recorded" takes ``behavior_log_prob`` of the records; "initial" scores it with the
-            model as it is when the trainer is made, for data sampled from that very model at
-            ``temperature``, under the autocast of training: ratios start at exactly 1. FSDP and
-            DeepSpeed round in places of their own in half precision, and ratios start at 1 up to that.
-            Each process must hold the whole model then (no ZeRO-3 while it is loaded, no
-            ``cpu_ram_efficient_loading``). A resumed run must be given the same initial model.
-        beta: refused unless 0, as is entropy_coef: neither a KL penalty nor an entropy bonus is a part
-            of TOPR, whose taper is what keeps it stable.
+        behavior: "recorded" takes ``behavior_log_prob`` from the records. "initial" scores it with the
+            model as the trainer gets it, for data sampled from that model at ``temperature``, under
+            the autocast of training: ratios start at exactly 1. With FSDP or DeepSpeed in half
+            precision they start at 1 but for rounding, which these do in other places. Each process
+            must hold the whole model then (no ZeRO-3 while it is loaded, no
+            ``cpu_ram_efficient_loading``). A resumed run must get the same initial model.
+        beta: must be 0, like entropy_coef: TOPR has neither a KL penalty nor an entropy bonus; its taper
+            keeps it stable.
 
     ``HfArgumentParser`` reads all of them from a command line; there, ``limits`` is a preset's name.
 
@@ -164,16 +164,16 @@ class TOPRConfig(TrainingArguments):
         for name in ("workspace_bytes", "grad_tolerance"):
             if not self.fused_head and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)} with fused_head=False, which has no use for it; "
+                    f"{name}: got {getattr(self, name)} with fused_head=False, which does not use it; "
                     "drop one of them"
                 )
         path = kernels.LINEAR if self.fused_head else kernels.LOGITS
         check_choice("impl", self.impl, ("auto", *path))
-        # The least that any head needs; TOPRTrainer knows the vocabulary.
+        # For a vocabulary of 1, the least that any head needs; TOPRTrainer checks with the real one.
         check_workspace(self.workspace_bytes, torch.empty(0), 1)
 
     def _check_inherited(self) -> None:
-        """Refuses settings of ``TrainingArguments`` that would be without effect, or wrong."""
+        """Refuses settings of ``TrainingArguments`` that would have no effect, or a wrong one."""
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor: got {self.label_smoothing_factor}; TOPR scores the tokens "

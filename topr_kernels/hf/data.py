@@ -1,7 +1,7 @@
-"""From the data sets people have to the records that ``CompletionCollator`` takes.
+"""Turns data sets of text, messages or token ids into the records that ``CompletionCollator`` takes.
 
-Text and messages become token ids here, once. Where the border between prompt and completion lies,
-and which token ends a completion, is decided by ids and never by comparing text.
+Text and messages are tokenised here, once. The border between prompt and completion, and the token that
+ends a completion, are found by ids and never by comparing text.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def prepare_records(
     - **messages**, as in TRL's conversational prompt-completion format: ``prompt`` a list of messages
       and ``completion`` the assistant's message (or a list of that one). Both go through the chat
       template; the completion is what follows the ids of the prompt with its generation prompt.
-      What the template writes after the last EOS is cut, since a sampler would have stopped there;
-      if the completion was cut off, EOS goes too. Where the template writes no EOS the completion
-      stays as the template made it. ``tools`` and ``chat_template_kwargs`` of the record are given
-      to the template.
+      What the template writes after the last EOS is removed, since a sampler would have stopped
+      there; if the completion was cut off, EOS is removed too. If the template writes no EOS, the
+      completion stays as the template made it. ``tools`` and ``chat_template_kwargs`` of the record
+      are passed to the template.
 
     A completion was cut off if its ``finish_reason`` is "length". Without ``behavior_log_prob`` the
     records can be scored, but not yet collated.
 
     Args:
-        dataset: a list of mappings, or a ``datasets.Dataset`` or ``IterableDataset``. A column that a
-            data set has in some records only is None in the others and counts as absent there.
+        dataset: a list of mappings, or a ``datasets.Dataset`` or ``IterableDataset``. None in a column
+            counts as absent.
         tokenizer: of the model; its chat template for messages.
         chat_template_kwargs: for every call of the chat template (``enable_thinking``, ...).
-        eos_token_id: id, or ids, that end a completion, the first of which is appended to text. Give
-            ``model.generation_config.eos_token_id`` where turns end with another token than the
+        eos_token_id: id, or ids, that end a completion; the first is appended to text. Pass
+            ``model.generation_config.eos_token_id`` if turns end with another token than the
             tokenizer's EOS. None for the tokenizer's.
 
     Returns:
@@ -79,7 +79,7 @@ def prepare_records(
     if hasattr(dataset, "map") and hasattr(dataset, "column_names"):
         names = dataset.column_names
         if names is None:
-            # A stream that nobody has looked into yet; it starts again from its beginning.
+            # A stream that does not know its columns. Reading one record does not consume it.
             names = list(next(iter(dataset), {}))
         if set(_TOKENS) <= set(names):
             return dataset
@@ -94,7 +94,7 @@ def prepare_records(
 
 
 class _Prepare:
-    """One record to token ids; a class, so that ``Dataset.map`` can send it to other processes."""
+    """Turns one record into token ids. A class, so that ``Dataset.map`` can pickle it."""
 
     def __init__(self, tokenizer: Any, template: dict[str, Any], eos: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
@@ -140,7 +140,7 @@ class _Prepare:
     ) -> tuple[list[int], list[int]]:
         bare = list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
         before = list(self._tokenizer(prompt)["input_ids"])
-        # Some tokenizers end every text with EOS: here the text goes on.
+        # Some tokenizers end every text with EOS, but this text goes on.
         appended = self._ends(before) - self._ends(bare)
         before = before[: len(before) - max(appended, 0)]
         after = list(self._tokenizer(completion, add_special_tokens=False)["input_ids"])
@@ -228,7 +228,7 @@ def _check_reward(record: Mapping[str, Any], i: int) -> None:
             f"record {i}, field 'reward': is missing; it has {sorted(record)}; give every record its "
             f"signed reward{hint}"
         )
-    # True would be 1, and False no failure but nothing at all.
+    # True would count as 1, but False as 0, which teaches nothing.
     if isinstance(reward, bool) or not isinstance(reward, Real):
         raise TypeError(
             f"record {i}, field 'reward': got {reward!r} of type {type(reward).__name__}; expected a "
@@ -285,7 +285,7 @@ def _check_messages(messages: Any, i: int, name: str) -> list[dict[str, Any]]:
 
 
 def _given(value: Any) -> Any:
-    """Without the None that Arrow fills in where one message has a field and another has not."""
+    """A value without the None that Arrow fills in for fields that other messages have."""
     if isinstance(value, Mapping):
         return {key: _given(x) for key, x in value.items() if x is not None}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The forward pass over a batch of any layout: which arguments the model gets, which rows are kept."""
+"""The forward pass over a padded or packed batch: the model's arguments, and the rows that are kept."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
+from topr_kernels.hf.capture import capture_hidden, check_logits
+from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import is_packed, packed_inputs
 from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
 from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, takes
 
-#: What a batch holds for the loss, or for the functions below; the rest is the model's.
+#: Entries of a batch for the loss or the functions below; all others go to the model.
 _NOT_MODEL_INPUTS = frozenset(
     {
         "input_ids",
@@ -44,8 +45,8 @@ def completion_logits(
             batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
             are counted from ``attention_mask`` [B, T]. Further entries (``token_type_ids``, ...)
             go to the model if its forward names them.
-        signature_of: the unwrapped model, to be asked which arguments its forward takes. A PEFT
-            model is asked for its base model, whose arguments it passes on.
+        signature_of: the unwrapped model, whose forward says which arguments it takes. Of a PEFT
+            model it is the base model's forward, to which PEFT passes arguments on.
 
     Returns:
         [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
@@ -65,16 +66,16 @@ def completion_hidden(
     signature_of: nn.Module | None = None,
     check: Head | None = None,
 ) -> Tensor:
-    """What the model's head would make ``completion_logits`` of; the head's product is not made.
+    """The hidden states that ``completion_logits`` are computed from; logits are not computed.
 
     Args:
         model: as in ``completion_logits``.
         batch: as in ``completion_logits``.
-        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
-        check: the model's head, to be compared with the logits the model makes of up to 4 rows.
+        signature_of: as in ``completion_logits``; needed for every wrapper but PEFT's.
+        check: the model's head, to compare its logits of up to 4 rows with the model's own.
 
     Returns:
-        [B, logits_to_keep, D], of a packed batch [1, N, D], attached to the graph: for
+        [B, logits_to_keep, D], of a packed batch [1, N, D], with gradient: for
         ``linear_topr_loss`` with the head of ``find_head``.
 
     Raises:
@@ -108,9 +109,9 @@ def model_inputs(
         ValueError: if the batch has a shared prefix and the model cannot share it (see
             ``check_prefix_sharing``); if padding moves tokens and the model takes no
             ``position_ids``; if there are neither positions nor a mask to count them from; if the
-            batch has entries that the model's forward does not name; if the batch is packed and
-            has an ``attention_mask``, lacks a field, or the model would let its sequences see each
-            other (see ``packing_problem``).
+            batch has entries that the model's forward does not name; if a packed batch has an
+            ``attention_mask`` or lacks a field, or the model would let its sequences see each other
+            (see ``packing_problem``).
     """
     base = model if signature_of is None else signature_of
     inputs = _further_inputs(base, batch)
@@ -158,9 +159,9 @@ def _position_ids(batch: Mapping[str, Any]) -> Tensor:
         return position_ids
     mask: Tensor | None = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        found = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
+        got = "no attention_mask" if mask is None else f"a {mask.dim()}-dim attention_mask"
         raise ValueError(
-            f"the batch has no position_ids and {found}, so real tokens cannot be counted; give it "
+            f"the batch has no position_ids and {got}, so real tokens cannot be counted; give it "
             "attention_mask [B, T] or position_ids in the data collator"
         )
     return (mask.long().cumsum(1) - 1).clamp(min=0)

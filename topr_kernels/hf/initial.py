@@ -1,4 +1,4 @@
-"""Log mu under the model as training begins, scored by all processes before any of them trains."""
+"""Log mu under the initial model, scored by all processes before training begins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDY = (
     "score the records beforehand (topr score, or score_behavior with the whole model in one process) "
     "and use behavior='recorded'"
 )
-#: Nats by which processes may differ on a token: rounding on unlike devices. Other weights differ more.
+#: Nats by which processes may differ on a token: unlike devices round apart. Other weights differ more.
 _ALLOWED = 0.1
 #: Share of the free memory that weights may take; the rest is for activations and a tile of logits.
 _MOST_MEMORY = 0.8
@@ -41,39 +41,39 @@ def score_initial(
         model: Hugging Face causal language model, before it is wrapped.
         records: all of them, the same on every process.
         score: from records to a list of log-probs for each, under ``model``.
-        device: where training will run. A model that was left on the CPU for FSDP or DeepSpeed to
-            take from there is scored on that device if it fits, and put back.
-        processes: how many there are; every one must call this.
-        rank: which of them this is.
+        device: where training will run. A model that waits on the CPU for FSDP or DeepSpeed is moved to
+            that device for scoring if it fits, and then back.
+        processes: number of processes; each must call this.
+        rank: of this process.
 
     Returns:
         One list of log-probabilities per record, in their order, on every process.
 
     Raises:
-        ValueError: on all processes, if a record cannot be scored (see ``check_records``), or the model
-            is not whole on each process, or not the same.
+        ValueError: on all processes: if a record cannot be scored (see ``check_records``), or if the
+            model is not whole on each process, or not the same on all.
 
     Warns:
         UserWarning: if the model is scored on the CPU although training will not run there.
     """
-    # Before they are shared out: of a process that fails alone, the others would wait for an answer.
+    # Before the records are shared out: if one process failed alone, the others would wait for it.
     check_records(records, "the data set")
-    found = _problem(model)
-    problems = gather_object([found]) if processes > 1 else [found]
+    own_problem = _problem(model)
+    problems = gather_object([own_problem]) if processes > 1 else [own_problem]
     problem = next((p for p in problems if p is not None), None)
     if problem is not None:
         raise ValueError(f"behavior: got 'initial', but {problem}; {_REMEDY}")
     with _on(model, device):
-        rows = score(records[rank::processes])
+        log_probs = score(records[rank::processes])
         if processes == 1:
-            return rows
+            return log_probs
         probe = next((r for r in records if len(r["completion_token_ids"])), None)
         probed = score([probe])[0] if probe is not None else []
-    shares = gather_object([(rows, probed)])
+    shares = gather_object([(log_probs, probed)])
     differences = [
         abs(a - b) for _, other in shares for a, b in zip(shares[0][1], other, strict=True)
     ]
-    # NaN is no agreement.
+    # Written so that NaN fails.
     if not all(x <= _ALLOWED for x in differences):
         raise ValueError(
             f"behavior: got 'initial', but under the models of {processes} processes the log-probs of "
@@ -85,7 +85,7 @@ def score_initial(
 
 
 def _problem(model: nn.Module) -> str | None:
-    """Why this process cannot run the model by itself, if it cannot."""
+    """Why this process cannot run the model by itself; None if it can."""
     for name, p in model.named_parameters():
         if hasattr(p, "ds_id") and p.numel() == 0:
             return (
@@ -104,7 +104,7 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a model that waits on the CPU to the device that will train it, and back."""
     tensors = list(chain(model.parameters(), model.buffers()))
     waits = device.type != "cpu" and all(t.device.type == "cpu" for t in tensors)
-    # Quantised and offloaded models place themselves.
+    # Quantised and offloaded models choose their own devices.
     placed = any(hasattr(model, name) for name in ("quantization_method", "hf_device_map"))
     if not waits or placed:
         yield

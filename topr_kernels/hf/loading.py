@@ -13,12 +13,11 @@ from topr_kernels.layout import IGNORE_INDEX
 
 
 def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
-    """Refuses ways of loading that join or cut batches, whose rows then no longer fit together.
+    """Refuses ways of loading that join batches of unequal shape or cut them up.
 
     Args:
         args: ``TOPRConfig``.
-        collator: of the Trainer; only ``CompletionCollator`` is known to make batches as wide as they
-            need be.
+        collator: of the Trainer; only ``CompletionCollator`` is known to make batches of unequal width.
         datasets: each a data set, a mapping of them, or None.
 
     Raises:
@@ -37,12 +36,12 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
 
 
 def check_loader(loader: Any, collator: Any, processes: int) -> None:
-    """Refuses or warns of a loader for evaluation that was given its data set late.
+    """Refuses a loader for evaluation, or warns of it, whose data set ``check_loading`` has not seen.
 
     Args:
         loader: accelerate's.
         collator: of the Trainer.
-        processes: how many there are.
+        processes: number of processes.
 
     Raises:
         ValueError: as ``check_loading``.
@@ -65,18 +64,18 @@ def check_loader(loader: Any, collator: Any, processes: int) -> None:
 
 
 def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
-    """The batch of a process with the records that accelerate repeated left unscored.
+    """A process's batch in which the records that accelerate repeated are not scored.
 
-    All processes run equally many batches of equally many records; to that end the last ones are filled
-    up with records from the beginning, which must not count a second time.
+    All processes run equally many batches of equally many records. To that end accelerate fills up the
+    last ones with records from the beginning, which must not count a second time.
 
     Args:
         inputs: padded or packed batch of this process.
-        loader: accelerate's, at this batch.
+        loader: accelerate's, while it yields this batch.
     """
-    rows = inputs["reward"].shape[0]
-    first = _first_repeat(loader, rows)
-    if first == rows:
+    sequences = inputs["reward"].shape[0]
+    first = _first_repeat(loader, sequences)
+    if first == sequences:
         return inputs
     labels = inputs["labels"].clone()
     offsets = inputs.get("cu_seq_lens_q")
@@ -87,23 +86,23 @@ def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
     return {**inputs, "labels": labels}
 
 
-def _first_repeat(loader: Any, rows: int) -> int:
-    """Which of the rows of this process's batch is the first repeat; ``rows`` if there is none."""
-    # -1: of a stream, or an incomplete batch is dropped; 0: all batches are full.
+def _first_repeat(loader: Any, sequences: int) -> int:
+    """Index of the first repeated sequence in this process's batch; ``sequences`` if none is."""
+    # remainder is -1 for a stream, or if an incomplete batch is dropped; 0 if all batches are full.
     if not getattr(loader, "end_of_dataloader", False) or loader.remainder <= 0:
-        return rows
+        return sequences
     sampler = loader.batch_sampler
     if isinstance(loader, DataLoaderDispatcher):
         rank = loader.state.process_index
     elif isinstance(sampler, BatchSamplerShard) and sampler.even_batches:
         rank = sampler.process_index
-        # A collator of one's own may make more or fewer rows than there are records.
-        if rows * sampler.num_processes != loader.total_batch_size:
-            return rows
+        # A custom collator may make more or fewer sequences than there are records.
+        if sequences * sampler.num_processes != loader.total_batch_size:
+            return sequences
     else:
-        return rows
-    left: int = loader.remainder - rank * rows
-    return min(max(left, 0), rows)
+        return sequences
+    left: int = loader.remainder - rank * sequences
+    return min(max(left, 0), sequences)
 
 
 def _check_not_dispatched(collator: Any, processes: int) -> None:

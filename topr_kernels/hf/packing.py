@@ -1,4 +1,4 @@
-"""Sequences one after another in one row, without padding, and the proof that they stay apart.
+"""Packing: sequences one after another in one row, without padding; and the check that they stay apart.
 
 A packed batch follows FlashAttention's convention for sequences of various lengths, under the names
 that transformers knows (``transformers.modeling_flash_attention_utils``)::
@@ -10,7 +10,7 @@ that transformers knows (``transformers.modeling_flash_attention_utils``)::
 transformers keeps the sequences apart in one of two ways. Flash attention gets the offsets; ``sdpa``,
 ``eager`` and ``flex_attention`` get a mask that transformers makes where the position ids restart, but
 only without ``attention_mask`` and without cache. Some models never ask for that mask (in transformers
-5.24 GPT-OSS and OPT, among others), and nothing warns: hence ``check_packing``.
+5.24 GPT-OSS and OPT, among others), and nothing warns of it: hence ``check_packing``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from transformers import masking_utils
 from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
 
-#: Layers in which a token sees its own sequence only, given offsets or a mask.
+#: Layers in which a token sees only its own sequence, given offsets or a mask.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 #: Implementations for which transformers makes a mask from the position ids.
 _MASKED = frozenset({"eager", "sdpa", "flex_attention"})
 _REMEDY = "use packing=False"
 
-#: Tokens of a sequence that ``check_packing`` runs: what leaks most are the first ones.
+#: Tokens of a sequence that ``check_packing`` runs: a leak shows most in the first ones.
 _CHECK_TOKENS = 64
-#: Median rounding seen over 66 families of models: 5 eps of the dtype. Leaks: from 0.24 on.
+#: Limit in eps of the dtype. Over 66 families of models rounding was 5 in the median; leaks are >= 0.24.
 _EPS_ALLOWED = 12
-#: In fp32 that many eps say nothing of kernels that sum in another order.
+#: The least limit, for fp32: kernels that sum in another order differ by more than 12 eps.
 _LEAST_ALLOWED = 1e-4
 
 
@@ -46,19 +46,19 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
     return batch.get("cu_seq_lens_q") is not None
 
 
-def pack(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Lays token rows out one after another.
+def pack(sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Lays token sequences out one after another.
 
     Args:
-        rows: B rows of token ids, each at least one.
+        sequences: B sequences of token ids, each at least one.
 
     Returns:
         ``input_ids`` and ``position_ids`` [1, N] int64, positions restarting at 0; ``cu_seq_lens_q``
         and ``cu_seq_lens_k`` [B + 1] int32; ``max_length_q`` and ``max_length_k`` int.
     """
-    lengths = [len(row) for row in rows]
+    lengths = [len(sequence) for sequence in sequences]
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    tokens = [token for row in rows for token in row]
+    tokens = [token for sequence in sequences for token in sequence]
     return {
         "input_ids": torch.tensor(tokens, dtype=torch.int64)[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -73,7 +73,7 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the forward pass that keep the sequences of a packed batch apart.
 
     Args:
-        model: as the ``signature_of`` of ``completion_logits``.
+        model: the unwrapped model, as ``signature_of`` in ``completion_logits``.
         batch: packed.
 
     Returns:
@@ -118,7 +118,7 @@ def packing_problem(model: nn.Module) -> str | None:
     """
     base = base_model(model)
     kind = type(base).__name__
-    # Bloom's **kwargs take them, and drop them.
+    # By name: Bloom's **kwargs take position_ids and ignore them.
     if not takes(model, POSITIONS):
         return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
     config: Any = base.config
@@ -152,37 +152,38 @@ def check_packing(
 ) -> float:
     """Runs a sequence behind another one and alone, and compares its hidden states.
 
-    Two forward passes over at most 64 tokens of the first two sequences (of the first one twice, if
-    there is no other, so that all processes of a sharded model do the same): the second one with its
-    tokens reversed, so that samples of one prompt differ, and the first one behind it; and the first
-    one alone, without any of the arguments that packing needs. Compared is the norm of the difference
-    of each token's input to the head, relative to the norm of that input; the median over the tokens
-    disregards the few for which rounding makes a router choose another expert. Allowed are 12 eps of
-    the dtype the model computes in (0.09 in bf16, 0.01 in fp16), 1e-4 in fp32. Rounding makes up to
-    5 eps. A leak, or positions that count all columns, makes 0.8 in SmolLM2-135M and 0.24 to 1.4 in
-    random models whose attention does something; where it does next to nothing, as in a model that
-    was just initialised, a leak may be less than bf16 resolves.
+    The first pass packs two sequences of the batch: the second one, its tokens reversed so that samples
+    of one prompt differ, and behind it the first one. The other pass runs the first one alone, without
+    the arguments of packing. At most 64 tokens of each are run. If there is only one sequence it is
+    used twice, so that all processes of a sharded model do the same.
 
-    The model runs in eval mode and without gradients; the modes of its modules are put back, and no
-    random number is drawn. Call it on all processes or on none.
+    Compared is each token's input to the head: the norm of the difference relative to the norm, as a
+    median over the tokens, because rounding makes routers choose another expert for a few of them. The
+    limit is 12 eps of the dtype the model computes in (0.09 in bf16, 0.01 in fp16), and 1e-4 in fp32.
+    Rounding causes up to 5 eps. A leak, or positions that count all columns, causes 0.8 in SmolLM2-135M
+    and 0.24 to 1.4 in random models whose attention has an effect. In a model that was just initialised
+    attention has next to none, and a leak may be below the resolution of bf16.
+
+    The model runs in eval mode and without gradients; its modules get their modes back, and no random
+    number is drawn. Call it on all processes or on none.
 
     Args:
         model: as in ``completion_logits``.
         batch: packed, as ``CompletionCollator(packing=True)`` returns it, on the model's device.
-        signature_of: as in ``completion_logits``; needed if the model is wrapped but by PEFT.
+        signature_of: as in ``completion_logits``; needed for every wrapper but PEFT's.
 
     Returns:
         The median relative difference.
 
     Raises:
-        ValueError: as ``completion_logits``; if the position ids are not those of the offsets; if
-            the difference is larger than allowed.
+        ValueError: as ``completion_logits``; if the position ids do not match the offsets; if the
+            difference is above the limit.
     """
     unwrapped = model if signature_of is None else signature_of
     packed_inputs(unwrapped, batch)
     sequences = _sequences(batch)
     b, other = sequences[0][:_CHECK_TOKENS], sequences[min(1, len(sequences) - 1)]
-    # As long as any here may be: a few tokens in front would leak little.
+    # As long as any sequence of the batch: few tokens in front would leak little.
     length = min(_CHECK_TOKENS, int(batch["max_length_q"]))
     a = list(islice(cycle(other[:length][::-1]), length))
     together = packed_inputs(unwrapped, pack([a, b]))
@@ -197,9 +198,9 @@ def check_packing(
             )
             for inputs in (together, single)
         )
-    rows = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
-    difference, allowed = float(rows.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
-    # NaN is no agreement.
+    differences = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
+    difference, allowed = float(differences.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
+    # Written so that NaN fails.
     if not difference <= allowed:
         base = base_model(unwrapped)
         attention = getattr(base.config, "_attn_implementation", None)
@@ -214,14 +215,14 @@ def check_packing(
 
 
 def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of each sequence of a packed batch, whose fields must agree."""
+    """Token ids of each sequence of a packed batch; raises if its fields disagree."""
     ids, offsets = batch["input_ids"][0].tolist(), batch["cu_seq_lens_q"].tolist()
     sequences = [ids[i:j] for i, j in pairwise(offsets)]
     expected = pack(sequences)
     for name in (POSITIONS, *VARLEN):
         if not torch.equal(torch.as_tensor(batch[name]).cpu(), torch.as_tensor(expected[name])):
             raise ValueError(
-                f"{name} of the packed batch is not what the sequences between cu_seq_lens_q make it: "
+                f"{name} of the packed batch does not match the sequences that cu_seq_lens_q delimits: "
                 f"got {batch[name]}, expected {expected[name]}; build the batch with "
                 "CompletionCollator(packing=True)"
             )
@@ -229,7 +230,7 @@ def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 def _hidden(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
-    """Input of the head, [T, D] fp32, or logits where no head is found; and eps of the dtype."""
+    """Input of the head, [T, D] fp32, or logits if there is no head; and the eps of the computation."""
     get = getattr(base_model(unwrapped), "get_output_embeddings", None)
     head = get() if callable(get) else None
     seen: list[tuple[Tensor, float]] = []
@@ -249,7 +250,7 @@ def _hidden(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor,
 
 
 def _eps(hidden: Tensor) -> float:
-    """Resolution of what a matmul around here reads, whatever the dtype of its operands."""
+    """Eps of the dtype that a matmul computes in, which autocast and TF32 change from the operands'."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         return torch.finfo(torch.get_autocast_dtype(kind)).eps
@@ -264,7 +265,7 @@ def _eps(hidden: Tensor) -> float:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a model into eval mode, and every module back into the mode it was in."""
-    # One by one: parts of a model may be in eval mode on purpose.
+    # One by one: some modules may be in eval mode on purpose.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

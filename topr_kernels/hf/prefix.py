@@ -1,6 +1,6 @@
 """The tokens that all prompts of a batch begin with, run through the model once.
 
-Exact for models whose attention reaches all earlier tokens; ``prefix_sharing_problem`` tells the others.
+Exact for models whose attention reaches all earlier tokens; ``prefix_sharing_problem`` names the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def prefix_cache(
         signature_of: as in ``completion_logits``.
 
     Returns:
-        The keyword argument that gives them to the model, under the name that it knows.
+        The keyword argument that passes them to the model, under the name that its forward has.
 
     Raises:
         ValueError: if the model takes no keys and values.
@@ -55,7 +55,7 @@ def prefix_cache(
             "prefix; use share_prefix=False"
         )
     first = input_ids[:1, :prefix]
-    # The prefix's own logits are not needed; one is the least that models offer.
+    # The prefix's own logits are not needed; one column of them is the fewest that models compute.
     outputs = model(
         input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **{KEEP: 1}
     )
@@ -95,10 +95,10 @@ def prefix_sharing_problem(model: nn.Module) -> str | None:
 
 
 def shares_prefix(model: nn.Module) -> bool:
-    """Whether ``prefix_sharing_problem`` knows none; a problem is logged, once."""
+    """Whether this model can run a common prefix once; if not, the reason is logged, once."""
     problem = prefix_sharing_problem(model)
     if problem:
-        _log_once(f"What the prompts of a batch have in common is run once per prompt: {problem}")
+        _log_once(f"The common prefix of a batch's prompts is run once per prompt: {problem}")
     return problem is None
 
 

@@ -1,7 +1,7 @@
-"""What a model's forward pass takes: every detection by the name of an argument stands here.
+"""What a model's forward pass takes. Every detection by the name of an argument is in this module.
 
-A detection by name goes off without a word when upstream renames the argument (transformers 5.24:
-``past_key_values`` became ``cache``), so each name is listed once, and a test holds the list against
+Such a detection fails silently when upstream renames the argument, as transformers 5.24 did
+(``past_key_values`` became ``cache``). So each name is listed once, and a test compares the list with
 the installed transformers.
 """
 
@@ -14,9 +14,9 @@ from topr_kernels.hf.heads import base_model
 
 #: Names of the argument and of the output that hold keys and values, the newest first.
 CACHE = ("cache", "past_key_values")
-#: Keeps only the last columns of the logits.
+#: Number of last columns of the logits to compute.
 KEEP = "logits_to_keep"
-#: Where each token stands; without it a model counts the padding.
+#: Position of each token in its sequence; without it a model counts the padding.
 POSITIONS = "position_ids"
 #: Offsets of packed sequences, by transformers' names.
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -34,12 +34,12 @@ def accepts(model: Any, name: str) -> bool:
 
 
 def names(model: Any, name: str) -> bool:
-    """Whether the model itself knows an argument: what ``**kwargs`` takes may be ignored."""
+    """Whether the model's forward names an argument: what ``**kwargs`` takes may be ignored."""
     return name in inspect.signature(base_model(model).forward).parameters
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether a model knows an argument by name, and its wrapper lets it through."""
+    """Whether a model's forward names an argument, and its wrapper passes it on."""
     return names(model, name) and accepts(model, name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from topr_kernels import TOPROutput
-from topr_kernels.hf.behavior import score_behavior
+from topr_kernels.hf.behavior import score_checked
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.config import TOPRConfig
@@ -28,11 +28,9 @@ from topr_kernels.hf.watch import (
     warn_of_dropout,
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
-from topr_kernels.validation import (
-    check_workspace,
-)
+from topr_kernels.validation import check_workspace
 
-#: Arguments of ``Trainer`` that nothing here would call, and what does their work.
+#: Arguments of ``Trainer`` that would never be called here, and what to use instead.
 _NEVER_CALLED = {
     "compute_loss_func": (
         "the loss is TOPR's; override TOPRTrainer.compute_loss for another, or write a loop over "
@@ -54,10 +52,9 @@ class TOPRTrainer(Trainer):
     tokenizer). Gradients do not depend on how a batch is split: the loss is normalised by the
     non-empty sequences (or tokens) of the whole accumulated batch over all processes.
 
-    ``log`` carries the metrics of ``TOPROutput.metrics()``, averaged over the micro-batches since
-    the last log where they are defined (keys that end in ``_min`` or ``_max``: the extreme).
-    ``evaluate`` reports the loss and the same metrics. With several processes both the loss's
-    normaliser and the metrics are of all of them.
+    ``log`` gets the metrics of ``TOPROutput.metrics()``: means over the micro-batches since the last
+    log in which they are defined (keys that end in ``_min`` or ``_max``: the extreme). ``evaluate``
+    reports the loss and the same metrics. Normaliser and metrics cover all processes.
 
     Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration); the first
     batch warns of it. Training runs the model in train mode, so with dropout > 0 pi is noisy while mu
@@ -65,15 +62,15 @@ class TOPRTrainer(Trainer):
     on noise.
 
     The loss is computed inside the wrapped model's forward, see ``causal_lm_topr_loss``: adapters on
-    the head, routers' balancing losses, DistributedDataParallel, FSDP2 and ZeRO-3 are served as they
-    are for logits.
+    the head, routers' balancing losses, DistributedDataParallel, FSDP2 and ZeRO-3 work as they do with
+    logits.
 
-    A collator of one's own gets the records as they are and must give ``input_ids``, ``labels``,
+    A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
     ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
     to the model's forward, see ``completion_logits``.
 
-    With ``fused_head`` the first batch also compares the model's own logits of a few rows with those of
-    its head, since a model may do to them what is not known here (see ``find_head``).
+    With ``fused_head`` the model's own logits of a few rows of the first batch are compared with those
+    computed from its head, since a model may transform its logits in unknown ways (see ``find_head``).
 
     Streams with several processes need ``accelerator_config={"dispatch_batches": False}``, so that every
     process loads batches of its own. ``evaluate`` counts every record of a data set once, however many
@@ -81,19 +78,19 @@ class TOPRTrainer(Trainer):
 
     Raises:
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
-            record is not sound (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
+            record is invalid (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
             the default collator would be joined and cut up between processes; on ``compute_loss_func``,
-            ``compute_metrics`` or ``preprocess_logits_for_metrics``, which nothing would call; with
+            ``compute_metrics`` or ``preprocess_logits_for_metrics``, which would never be called; with
             ``behavior="initial"``, as ``score_initial``; with ``fused_head``, if the model's head cannot
             be fused (see ``find_head``) or ``workspace_bytes`` is too small for it.
 
     Warns:
-        UserWarning: once, if between two logs more than half of the negatives had a weight of nothing,
+        UserWarning: once, if between two logs more than half of the negatives had next to no weight,
             or their effective sample size was below a tenth of their number: time for new samples.
         UserWarning: once per training set, if no reward is below the baseline although the limits
             give negatives a weight: TOPR is then positives only. Not for records without a
-            ``reward``, which a collator of one's own computes.
-        UserWarning: once, at the first batch, if the model drops out in training.
+            ``reward``, which a custom collator computes.
+        UserWarning: once, at the first batch, if the model has dropout in training.
         UserWarning: if several processes evaluate a stream, or ``behavior="initial"`` must score on the
             CPU although training does not run there.
     """
@@ -175,31 +172,30 @@ class TOPRTrainer(Trainer):
                 )
             return dataset
         recorded = self.args.behavior == "recorded"
-        # Reading a data set on disk takes time; the collator looks at every record of it later.
-        looked_at = 1 if recorded and not isinstance(dataset, list) else len(dataset)
-        records = [dataset[i] for i in range(min(looked_at, len(dataset)))]
-        known = [record.get("behavior_log_prob") is not None for record in records]
+        # Reading a data set from disk takes time, and the collator checks every record later.
+        count = 1 if recorded and not isinstance(dataset, list) else len(dataset)
+        records = [dataset[i] for i in range(min(count, len(dataset)))]
+        scored = [record.get("behavior_log_prob") is not None for record in records]
         if recorded:
-            if not all(known):
+            if not all(scored):
                 raise ValueError(
-                    f"record {known.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
+                    f"record {scored.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
                     "Record the sampler's log-probabilities, score them with causal_lm_log_prob, or, "
                     "for data sampled from this very model, set behavior='initial'"
                 )
             return dataset
-        if any(known):
+        if any(scored):
             raise ValueError(
-                f"behavior: got 'initial', but record {known.index(True)} has a behavior_log_prob, "
+                f"behavior: got 'initial', but record {scored.index(True)} has a behavior_log_prob, "
                 "which would be ignored; drop the column, or use behavior='recorded'"
             )
         processes, rank = self.args.world_size, self.args.process_index
         model = cast(nn.Module, self.model)
 
         def score(share: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-            # The Trainer's forward passes will run under it, and the ratio of equal policies is 1 only
-            # if both were rounded alike.
+            # As in training: ratios start at 1 only if both forward passes round alike.
             with self.accelerator.autocast():
-                return score_behavior(
+                return score_checked(
                     model,
                     share,
                     collator,
@@ -211,14 +207,16 @@ class TOPRTrainer(Trainer):
                     progress=rank == 0 and not self.args.disable_tqdm,
                 )
 
-        rows = score_initial(
+        log_probs = score_initial(
             model, records, score, device=self.args.device, processes=processes, rank=rank
         )
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
                 dataset = dataset.remove_columns("behavior_log_prob")
-            return dataset.add_column("behavior_log_prob", rows)
-        return [{**r, "behavior_log_prob": row} for r, row in zip(records, rows, strict=True)]
+            return dataset.add_column("behavior_log_prob", log_probs)
+        return [
+            {**r, "behavior_log_prob": values} for r, values in zip(records, log_probs, strict=True)
+        ]
 
     def compute_loss(
         self,
@@ -238,7 +236,7 @@ class TOPRTrainer(Trainer):
         if model.training:
             self._watch.add(output)
         else:
-            # Trainer's own mean weighs batches by their first dimension, 1 where they are packed.
+            # Trainer's own mean weighs batches by their first dimension, which is 1 if they are packed.
             units = counted if self.args.reduction == "sequence_mean" else output.length.sum()
             metrics.add({"loss": output.loss}, units)
         # Data-parallel wrappers average gradients over processes; our normaliser is global already.
@@ -314,8 +312,8 @@ class TOPRTrainer(Trainer):
         finally:
             self._eval_loader = None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._eval_metrics.result(self._gather)
-        metrics = {f"{prefix}_{k}": v for k, v in found.items()}
+        means = self._eval_metrics.result(self._gather)
+        metrics = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -331,7 +329,7 @@ class TOPRTrainer(Trainer):
 
 
 def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
-    """Non-empty sequences or scored tokens of a padded or packed batch, 0-dim."""
+    """Number of non-empty sequences, or of scored tokens, in a padded or packed batch; 0-dim."""
     offsets = batch.get("cu_seq_lens_q")
     scored = scored_labels(batch["labels"], offsets, shift=True).ne(IGNORE_INDEX)
     if reduction == "token_mean":
@@ -344,7 +342,7 @@ def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
 
 def _rewards(dataset: Any) -> Iterator[float]:
     for record in itertools.islice(dataset, len(dataset)):
-        # A collator of one's own may compute the rewards: one record without tells.
+        # A custom collator may compute the rewards: then the records have none.
         if not isinstance(record, Mapping) or record.get("reward") is None:
             return
         yield record["reward"]
@@ -360,7 +358,7 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _check_own_collator(args: TOPRConfig) -> None:
-    """Refuses settings that only the default collator carries out."""
+    """Refuses settings that only the default collator implements."""
     for name in ("share_prefix", "packing", "mask_truncated"):
         if getattr(args, name):
             raise ValueError(

@@ -1,6 +1,7 @@
 """TOPR in TRL's ``GRPOTrainer``: generation, rewards and groups are TRL's, the loss is ours.
 
-Needs trl, and one whose internals are known: importing this module with another raises ImportError.
+Needs a version of trl whose internals are known here: importing this module with another one raises
+ImportError.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from topr_kernels import TOPR, Limits, TOPROutput, topr_loss_from_log_prob
 from topr_kernels.choices import MEAN_REDUCTIONS, RATIOS
 from topr_kernels.validation import check_choice, check_limits, check_number
 
-# Read for every version between these: `_compute_loss(model, inputs)`, the keys of `inputs`, what
-# `_get_per_token_logps_and_entropies` returns, `_step`, `_buffered_inputs` and `_metrics`.
+# The internals that this module uses were read in every version of this range: `_compute_loss(model,
+# inputs)`, the keys of `inputs`, what `_get_per_token_logps_and_entropies` returns, `_step`,
+# `_buffered_inputs` and `_metrics`.
 _OLDEST, _TOO_NEW = (1, 15), (1, 17)
 
 
 def _check_trl() -> None:
     try:
-        found = metadata.version("trl")
+        installed = metadata.version("trl")
     except metadata.PackageNotFoundError:
-        found = "none"
-    numbers = re.match(r"(\d+)\.(\d+)", found)
+        installed = "none"
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
     if numbers and _OLDEST <= (int(numbers[1]), int(numbers[2])) < _TOO_NEW:
         return
     oldest, too_new = (".".join(map(str, version)) for version in (_OLDEST, _TOO_NEW))
     raise ImportError(
-        f"topr_kernels.hf.trl: found trl {found}, expected trl >= {oldest}, < {too_new}, whose "
+        f"topr_kernels.hf.trl: found trl {installed}, expected trl >= {oldest}, < {too_new}, whose "
         f'internals it knows; pip install "trl>={oldest},<{too_new}"'
     )
 
@@ -63,7 +65,7 @@ _OWN_TERM = (
     "add a term of your own in a training loop, to linear_topr_loss and from the differentiable "
     "log-probs of topr_kernels.linear_log_prob"
 )
-_OTHER_LOSS = "it shapes a loss that TOPR replaces; leave it out"
+_OTHER_LOSS = "it is an option of a loss that TOPR replaces; leave it out"
 _LIMITS = "TOPR bounds ratios by limits=topr_kernels.Limits(...) of this trainer; leave it out"
 #: Options of GRPOConfig that must keep their default, and what to do instead.
 _REFUSED = {
@@ -84,7 +86,7 @@ _REFUSED = {
         ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _OTHER_LOSS
     ),
 }
-#: Options of sampling that cut the distribution or reweigh it, and their values that do not.
+#: Options of sampling that truncate or reweigh the distribution -> their values that leave it as it is.
 _TRUNCATING: dict[str, tuple[object, ...]] = {
     "top_p": (1.0, None),
     "top_k": (0, -1, None),
@@ -97,55 +99,55 @@ class TOPRGRPOTrainer(GRPOTrainer):
     """TRL's ``GRPOTrainer`` with the TOPR loss; only ``_compute_loss`` is replaced.
 
     Equivalent, per optimizer step, to ``topr_loss_from_log_prob(log_prob, mask, mu, advantages)`` over
-    all completions of its accumulated batch. TRL generates, scores, forms groups and makes the
-    log-probs (its own fused head, at ``args.temperature``).
+    all completions of its accumulated batch. TRL generates, scores, forms groups and computes the
+    log-probs (with its own fused head, at ``args.temperature``).
 
-    **mu**, per token, is what TRL knows best: ``sampling_per_token_logps`` where vLLM or a
-    ``rollout_func`` gives the sampler's own log-probs; else ``old_per_token_logps``, the policy's at
-    the time of generation; else, where TRL leaves them out because every completion is used before
-    the policy changes, the present ones, detached: the ratio is then 1. A sampler's log-prob that is
-    NaN (vLLM has none for that token) is taken to be the policy's present one, so that the token does
-    not move the ratio; ``topr/unknown_mu_share`` says for how many tokens. Tokens of tools and of
-    truncated completions (``mask_truncated_completions``) are not scored.
+    **mu**, per token, is the first of these that TRL gives: ``sampling_per_token_logps``, the log-probs
+    of the sampler itself (vLLM or a ``rollout_func``); ``old_per_token_logps``, the policy's at the time
+    of generation; and, where every completion is used before the policy changes, the current ones,
+    detached: the ratio is then 1. If a sampler's log-prob is NaN (vLLM has none for that token), the
+    policy's current one takes its place, so that the token does not change the ratio;
+    ``topr/unknown_mu_share`` is the share of such tokens. Tokens of tools and of truncated completions
+    (``mask_truncated_completions``) are not scored.
 
-    **The reward is TRL's advantage**, not the reward: its sign decides the taper. The group's mean is
-    subtracted, so a completion counts as positive if it beats its group, whatever its reward: a wrong
-    answer is positive in a group of worse ones, and the share of positives by weight is a half.
-    ``scale_rewards`` changes the size of an advantage, never its sign. In a group of equal rewards all
-    advantages are 0 but for rounding: its completions teach nothing, and count in the denominator.
-    ``baseline`` is subtracted on top, in units of the advantage; unless it is 0 it pushes them as well.
+    **TRL's advantage takes the place of the reward**: its sign chooses the limits. The group's mean is
+    subtracted, so a completion is positive if it is better than its group: a wrong answer is positive
+    in a group of worse ones, and the share of positives by weight is a half. ``scale_rewards`` changes
+    the size of an advantage, never its sign. In a group of equal rewards all advantages are 0 but for
+    rounding: its completions teach nothing, but count in the denominator. ``baseline`` is subtracted
+    from the advantage, in its units; unless it is 0, such completions train as well.
 
-    **Normalisation.** The denominator is the number of non-empty completions ("sequence_mean") or
-    scored tokens ("token_mean") of the whole accumulated batch over all processes, so gradients do not
-    depend on how it is split. It is exact if ``gradient_accumulation_steps`` divides
-    ``steps_per_generation`` (they are equal by default), or if the accumulated batch is a number of
-    whole passes through one generation batch. Otherwise it reaches into generations that do not exist
-    when its first gradients are made, and the count of the present one is scaled to its size: still
-    exact for "sequence_mean" without empty completions, which only ``mask_truncated_completions`` and
-    masks of tools make; approximate for "token_mean". Evaluation normalises each batch by itself.
+    **Normalisation.** The denominator is the number of non-empty completions ("sequence_mean") or scored
+    tokens ("token_mean") of the whole accumulated batch over all processes, so gradients do not depend
+    on how it is split. It is exact if ``gradient_accumulation_steps`` divides ``steps_per_generation``
+    (they are equal by default), or if the accumulated batch is a number of whole passes through one
+    generation batch. Otherwise it contains generations that do not exist yet when its first gradients
+    are computed, and the count of the current one is scaled to its size. That is exact for
+    "sequence_mean" without empty completions, which come only from ``mask_truncated_completions`` and
+    masks of tools, and approximate for "token_mean". Evaluation normalises each batch by itself.
 
-    **Numerical noise.** The sequence ratio sums it over the tokens. Under mixed precision or with a
+    **Numerical noise** of the tokens adds up in the sequence ratio. Under mixed precision or with a
     half-precision model TRL rounds the logits; ``cast_lm_head_to_fp32=True`` prevents that, and without
     it this trainer warns. Dropout (``lora_dropout`` included) makes pi differ from mu; set it to 0, or
-    ``disable_dropout=True``. vLLM's log-probs differ a little from the model's; a server must report
-    ``--logprobs-mode processed_logprobs``, as ``trl vllm-serve`` does. TRL checks that only with the
-    correction that is refused here.
+    ``disable_dropout=True``. vLLM's log-probs differ a little from the model's. A vLLM server must run
+    with ``--logprobs-mode processed_logprobs``, as ``trl vllm-serve`` does; TRL checks that only
+    together with ``vllm_importance_sampling_correction``, which is refused here.
 
-    **Refused options** of ``GRPOConfig`` are those that would do nothing or something else than they
-    say: all that shape other losses, the KL and entropy terms, ``vllm_importance_sampling_correction``
-    (pi/mu with the sampler's mu is that correction), and, with vLLM, sampling that truncates or
-    reweighs the distribution, whose log-probs are renormalised: every ratio would be off by the mass
-    that survived. Without vLLM such sampling is allowed, because mu is scored with the full softmax.
-    ``use_liger_kernel`` is honoured: it replaces layers, not the loss.
+    **Refused options** of ``GRPOConfig`` are those that would have no effect or another than they say:
+    options of other losses, the KL and entropy terms, ``vllm_importance_sampling_correction`` (pi/mu
+    with the sampler's mu is that correction), and, with vLLM, sampling that truncates or reweighs the
+    distribution: its log-probs are renormalised, so every ratio would be off by the probability that
+    was kept. Without vLLM such sampling is allowed, because mu is scored with the full softmax.
+    ``use_liger_kernel`` is allowed: it replaces layers, not the loss.
 
-    ``log`` carries the entropy as in TRL and the metrics of ``TOPROutput.metrics()`` under ``topr/``,
-    averaged over processes and over the micro-batches since the last log where they are defined (keys
+    ``log`` gets the entropy as in TRL, and under ``topr/`` the metrics of ``TOPROutput.metrics()``:
+    means over processes and over the micro-batches since the last log in which they are defined (keys
     that end in ``_min`` or ``_max``: the extreme over processes, averaged over micro-batches).
 
     Args:
         model: as in ``GRPOTrainer``.
         reward_funcs: as in ``GRPOTrainer``.
-        args: ``GRPOConfig``, but for the refused options.
+        args: ``GRPOConfig``, without the refused options.
         *more: further arguments of ``GRPOTrainer``.
         limits: clip limits per sign of the advantage; presets TOPR, TIS, IS, REINFORCE, SFT.
         ratio: "sequence" (the paper's), "geometric" or "token".
@@ -154,7 +156,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
         **kwargs: further arguments of ``GRPOTrainer``.
 
     Raises:
-        ImportError: on import of the module, if trl is missing or a version it was not checked against.
+        ImportError: on import of the module, if trl is missing or of a version that is not known here.
         TypeError: if ``limits`` is no ``Limits`` or ``baseline`` no number.
         ValueError: on an unknown ratio or reduction, a baseline that is not finite, or a refused option;
             in training, if a subclass gives advantages per token.
@@ -163,7 +165,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
         UserWarning: if the logits are rounded to half precision.
     """
 
-    # Declared wider in TRL and transformers than they are in a training step.
+    # TRL and transformers declare wider types than these have in a training step.
     model: Any
     _buffered_inputs: Any
 
@@ -207,7 +209,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].shape[1],
-            # TRL's head computes it in any case.
+            # TRL's head computes the entropy in any case.
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in _MULTIMODAL},
@@ -225,14 +227,14 @@ class TOPRGRPOTrainer(GRPOTrainer):
             return out.loss
         aux_losses = self.accelerator.gather(aux_loss.detach())
         self._metrics[mode]["aux_loss"].append(aux_losses.mean().item())
-        # Unlike the loss it is a mean of each micro-batch, so theirs is taken, as in TRL.
+        # A mean of each micro-batch, unlike the loss, so it is averaged over them, as in TRL.
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         return out.loss + aux_loss * (self.router_aux_loss_coef / steps)
 
     def _topr_normalizer(self) -> Any:
-        """Items of the accumulated batch over all processes, per process; 0-dim float64.
+        """Items of the accumulated batch over all processes, divided by their number; 0-dim float64.
 
-        Per process, because data-parallel wrappers average the gradients over processes.
+        Divided, because data-parallel wrappers average the gradients over processes.
         """
         batches = self._buffered_inputs
         steps = self.current_gradient_accumulation_steps
@@ -240,7 +242,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
             first = self._step % len(batches) // steps * steps
             accumulated = batches[first : first + steps]
         else:
-            # Several passes through these batches, or batches that are yet to be generated.
+            # The accumulated batch is several passes through these, or more than was generated yet.
             accumulated = batches
         masks = [_scored(batch) for batch in accumulated]
         if self.topr_options["reduction"] == "sequence_mean":
@@ -262,9 +264,11 @@ class TOPRGRPOTrainer(GRPOTrainer):
         if (sampled := inputs.get("sampling_per_token_logps")) is not None:
             unknown = (sampled.isnan() & scored).sum()
             figures["topr/unknown_mu_share"] = unknown / scored.sum()
-        totals = [torch.where(scored, entropy.detach(), 0.0).sum(), scored.sum()]
+        entropy_sums = [torch.where(scored, entropy.detach(), 0.0).sum(), scored.sum()]
         # One collective and one copy to the host for all of them.
-        local = torch.stack([value.detach().double() for value in (*figures.values(), *totals)])
+        local = torch.stack(
+            [value.detach().double() for value in (*figures.values(), *entropy_sums)]
+        )
         *columns, sums, tokens = self.accelerator.gather(local).view(-1, len(local)).T.tolist()
         for name, column in zip(figures, columns, strict=True):
             if known := [value for value in column if not math.isnan(value)]:
@@ -273,13 +277,13 @@ class TOPRGRPOTrainer(GRPOTrainer):
 
 
 def _scored(inputs: dict[str, Any]) -> Tensor:
-    """Which tokens of the completions the policy wrote, and are to be learnt from; bool [B, T]."""
+    """Which tokens of the completions the policy wrote and trains on; bool [B, T]."""
     scored: Tensor = inputs["completion_mask"] != 0
     return scored & (inputs["tool_mask"] != 0) if "tool_mask" in inputs else scored
 
 
 def _behavior_log_prob(inputs: dict[str, Any], log_prob: Tensor) -> Tensor:
-    """Log mu per token, [B, T] fp32; the class says which."""
+    """Log mu per token, [B, T] fp32; the docstring of the class says which one."""
     current = log_prob.detach().float()
     sampled: Tensor | None = inputs.get("sampling_per_token_logps")
     if sampled is not None:

@@ -1,4 +1,4 @@
-"""What is watched while a model trains: means of metrics, and warnings of runs that go wrong."""
+"""What is watched while a model trains: means of metrics, and signs of a run that goes wrong."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from topr_kernels.output import DEAD_WEIGHT
 
 
 class NegativeWatch:
-    """Warns, once each, when the negatives stopped teaching: time for a new iteration."""
+    """Warns, once per kind, when the negatives no longer teach: time for a new iteration."""
 
-    #: Share of negatives whose weight is nothing, and effective share of their number, to warn at.
+    #: Limits: the share of negatives without weight, and their effective sample size by their number.
     MOST_DEAD, LEAST_EFFECTIVE = 0.5, 0.1
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class NegativeWatch:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def warn(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Looks at what was added since the last call, over all processes, and begins anew."""
+        """Warns if the sequences since the last call, of all processes, pass a limit; then resets."""
         if self._sums is None:
             return
-        count, dead, total, squares = gather(self._sums[None]).sum(0).tolist()
+        count, dead, weight_sum, square_sum = gather(self._sums[None]).sum(0).tolist()
         self._sums = None
         if not count:
             return
@@ -46,8 +46,8 @@ class NegativeWatch:
             self._once(
                 "dead", f"{dead / count:.0%} of the negatives have a weight below {DEAD_WEIGHT:g}"
             )
-        elif squares and total * total / squares < self.LEAST_EFFECTIVE * count:
-            effective = total * total / squares
+        elif square_sum and weight_sum * weight_sum / square_sum < self.LEAST_EFFECTIVE * count:
+            effective = weight_sum * weight_sum / square_sum
             self._once(
                 "few",
                 f"{count:.0f} negatives count for only {effective:.1f} (effective sample size)",
@@ -88,8 +88,8 @@ class MetricMean:
             zero = torch.zeros_like(x)
             weight = torch.where(undefined, zero, zero + size)
             # Select, don't multiply: 0 * NaN is NaN.
-            total = torch.where(undefined, zero, x * size)
-            self._total[name] = self._total.get(name, zero) + total
+            weighted = torch.where(undefined, zero, x * size)
+            self._total[name] = self._total.get(name, zero) + weighted
             self._weight[name] = self._weight.get(name, zero) + weight
 
     def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -118,9 +118,9 @@ class MetricMean:
 
 
 def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Limits) -> bool:
-    """Warns if no reward lies below the baseline although negatives would have a weight.
+    """Warns if no reward lies below the baseline although the limits give negatives a weight.
 
-    TOPR then only ever imitates: with 0/1 rewards and no baseline it is positives only.
+    TOPR then trains on positives only, as with 0/1 rewards and no baseline.
 
     Returns:
         Whether it warned; never where there are no rewards.
@@ -145,7 +145,7 @@ def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Li
 
 
 def warn_of_dropout(model: nn.Module) -> bool:
-    """Warns if a module of a model drops out in the mode it is in, naming it and the remedy.
+    """Warns if dropout is active in a module of the model, naming the module and the remedy.
 
     Returns:
         Whether it warned.
@@ -160,7 +160,7 @@ def warn_of_dropout(model: nn.Module) -> bool:
     fields = [
         f"{field}=0.0" for field, x in vars(config).items() if "drop" in field and _is_rate(x)
     ]
-    # What no field of the config sets, an adapter brought.
+    # Dropout that no field of the config sets comes from an adapter.
     remedy = f"with {', '.join(fields)} in its config" if fields else "without it"
     more = f" and {len(rates) - 1} more" if len(rates) > 1 else ""
     warnings.warn(
@@ -179,7 +179,7 @@ def _dropout_rates(model: nn.Module) -> Iterator[tuple[str, float]]:
             continue
         if "Dropout" in type(module).__name__ and _is_rate(getattr(module, "p", None)):
             yield path, module.p
-        # Attention passes its rate on to a function.
+        # Attention layers hold their rate as a number and pass it to a function.
         for name, x in vars(module).items():
             if "drop" in name and _is_rate(x):
                 yield f"{path}.{name}", x

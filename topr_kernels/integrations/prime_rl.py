@@ -23,9 +23,9 @@ from topr_kernels.loss import topr_loss_from_log_prob
 
 
 class LossInputs(Protocol):
-    """What is read of prime-rl's LossInputs; T tokens of one sequence, prompt and all.
+    """The attributes of prime-rl's LossInputs that are read; T tokens of one sequence, prompt included.
 
-    A ``loss_weights``, [T] or None, is read too where there is one: older versions have none.
+    ``loss_weights``, [T] or None, is read too; older versions do not have it.
     """
 
     @property
@@ -46,7 +46,7 @@ class LossInputs(Protocol):
 
 
 class LossOutputs(NamedTuple):
-    """What prime-rl reads of a result; its own class is not needed."""
+    """What prime-rl reads of a result; it need not be of its own class."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -63,14 +63,14 @@ def topr_loss(
     Added up over the sequences and divided by prime-rl's scale, the sum of w over all scored tokens:
 
     - without weights (w = 1) this is :func:`topr_kernels.topr_loss` with reduction "token_mean";
-    - with w = 1 / |y| of the sequence it is "sequence_mean", the paper's. An algorithm of yours has to
-      ship those weights; ``loss_aggregation = "prompt"`` ships 1 / (tokens of the group), the mean over
-      groups of their token means, and so gives "sequence_mean" for groups of one.
+    - with w = 1 / |y| of the sequence it is "sequence_mean", the paper's. A custom algorithm has to
+      provide those weights. ``loss_aggregation = "prompt"`` provides 1 / (tokens of the group), the mean
+      over groups of their token means, which is "sequence_mean" for groups of one.
 
-    Both over the sequences that prime-rl keeps: it drops those of advantage 0, whose loss is 0, from
+    Both are over the sequences that prime-rl keeps: those of advantage 0, whose loss is 0, it drops from
     the scale too. mu is ``inference_logprobs``. A rollout that prime-rl splits into several samples
     has a ratio per sample. Advantages are the reward minus the mean of its group: a baseline that gives
-    positives half of the weight (p~ = 50 %, Eq. 7; the paper recommends 10 to 20 %). Copies a flag to
+    positives half of the weight (p~ = 50 %, Eq. 7; the paper recommends 10 to 20 %). Copies one flag to
     the host per call, two with weights, as prime-rl's own losses do by indexing with the mask.
 
     Args:
@@ -121,7 +121,7 @@ def topr_loss(
 
 
 def _limits(limits: str | Limits | Mapping[str, float]) -> Limits:
-    # Configuration files hold names and tables, not objects.
+    # Configuration files can hold a name or a table, but no object.
     if isinstance(limits, str):
         if limits not in PRESETS:
             raise ValueError(

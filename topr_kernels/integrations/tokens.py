@@ -1,4 +1,4 @@
-"""From the per-token numbers of other frameworks to the one number per sequence of TOPR."""
+"""From the per-token numbers of other frameworks to TOPR's one number per sequence."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def one_per_sequence(name: str, values: Tensor, mask: Tensor, remedy: str) -> Te
 
     Args:
         name: what the values are called in the message.
-        values: [B, T] floating; what lies under 0 of the mask is never read.
+        values: [B, T] floating; not read where the mask is 0.
         mask: [B, T], nonzero where a token is scored.
-        remedy: what to do about values that differ within a sequence.
+        remedy: what the message says to do about values that differ within a sequence.
 
     Returns:
         [B] in the dtype of ``values``; 0 for a sequence without a scored token.
@@ -31,7 +31,7 @@ def one_per_sequence(name: str, values: Tensor, mask: Tensor, remedy: str) -> Te
     scored = mask != 0
     low = torch.where(scored, values, torch.inf).amin(-1)
     high = torch.where(scored, values, -torch.inf).amax(-1)
-    # NaN compares false and goes on to the loss, which says what is wrong with it.
+    # NaN compares false and reaches the loss, which raises or turns NaN.
     varies = scored.any(-1) & (high > low)
     if varies.any():
         i = int(varies.nonzero()[0])

@@ -46,17 +46,17 @@ def topr_policy_loss(
 
     The sum over micro-batches, averaged over the data-parallel ranks, is :func:`topr_loss` of the whole
     batch. mu is ``old_log_prob``: under verl's defaults the trainer's own log-probs at the start of the
-    step, which is what the ratio needs as long as the rollout came from those weights. For stale
-    rollouts turn on ``rollout_correction.bypass_mode``, which puts the sampler's log-probs there, and
-    ``register("bypass_mode")``, the loss mode it switches to: in place of verl's own, whose rejection
-    of sequences is then not done.
+    step, which is right if the rollout came from those weights. For stale rollouts turn on
+    ``rollout_correction.bypass_mode``, which puts the sampler's log-probs there. It switches to the loss
+    mode "bypass_mode": call ``register("bypass_mode")``. That replaces verl's own loss of this name,
+    and its rejection of sequences.
 
-    The reward is the advantage. Group means (GRPO, RLOO) keep the sign that counts, that of the reward
-    relative to its group: a right answer in a mixed group stays positive, and groups without a
-    difference are silent. They are also a baseline, the one that gives positives half of the weight in
-    every group (p~ = 50 %, Eq. 7; the paper recommends 10 to 20 %). Dividing by the group's standard
+    The advantage takes the place of the reward. Group means (GRPO, RLOO) keep the sign of the reward
+    relative to its group: a right answer in a mixed group stays positive, and groups of equal rewards
+    do not train. They are also a baseline, the one that gives positives half of the weight in every
+    group (p~ = 50 %, Eq. 7; the paper recommends 10 to 20 %). Dividing by the group's standard
     deviation changes no sign. Whitening over the batch (GDPO, REINFORCE++, GAE) does: what is below the
-    mean of the batch turns negative.
+    mean of the batch becomes negative.
 
     Args:
         old_log_prob: [B, T] log mu in nats, fp32 or fp64.
@@ -66,16 +66,16 @@ def topr_policy_loss(
         loss_agg_mode: "seq-mean-token-mean" (the paper's), "token-mean" (verl's default) or "token-sum":
             our "sequence_mean", "token_mean" and "sum".
         config: verl's ActorConfig, of which only ``global_batch_info`` is read (``dp_size``,
-            ``global_batch_size``, ``batch_num_tokens``). None, or without the counts on one rank: the
-            means are of this micro-batch alone, as in verl.
+            ``global_batch_size``, ``batch_num_tokens``). If it is None, or lacks the counts on one rank,
+            means are over this micro-batch alone, as in verl.
         rollout_is_weights: None; see Raises.
         limits: clip limits per sign of the reward.
         ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986) or "token".
 
     Returns:
         (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are
-        floats, copied to the host at once, and means over the sequences of the micro-batch that never
-        lack data, for verl averages them: ``actor/ppo_kl`` (log mu - log pi per token),
+        floats, copied to the host together: means over the sequences of the micro-batch, and 0 where
+        there are none, because verl averages them. ``actor/ppo_kl`` (log mu - log pi per token),
         ``actor/topr_objective`` (R * O / |y|), and as shares of all sequences
         ``actor/topr_negative_share``, ``actor/topr_negative_weight`` (divide by the share for the mean
         weight of a negative) and ``actor/topr_dead_share`` (negatives of weight < 1e-6).
@@ -83,7 +83,7 @@ def topr_policy_loss(
     Raises:
         TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
         ValueError: advantages that differ within a sequence, an aggregation that TOPR has no reduction
-            for, ``dp_size`` > 1 without the count of the whole batch, or ``rollout_is_weights``: they
+            for, ``dp_size`` > 1 without the count of the whole batch, or ``rollout_is_weights``, which
             would weigh every token a second time, positives too.
     """
     if rollout_is_weights is not None:
@@ -145,7 +145,7 @@ def register(
         ratio: as in :func:`topr_policy_loss`.
 
     Returns:
-        The function that verl will call, the options bound.
+        The function that verl will call, with the options bound.
 
     Raises:
         ImportError: verl cannot be imported.
@@ -155,7 +155,7 @@ def register(
     validation.check_limits(limits)
     validation.check_choice("ratio", ratio, choices.RATIOS)
     try:
-        # By name: the loss is used and tested without verl, and nothing else here needs it.
+        # Imported only here: the loss itself is used and tested without verl.
         verl = importlib.import_module("verl.trainer.ppo.core_algos")
     except ImportError as error:
         raise ImportError(

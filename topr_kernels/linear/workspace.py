@@ -13,7 +13,7 @@ from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.ops.options import Transforms
 
 # Rows of one forward matmul, the same for every one so that its result is too; rows of a tile. On a
-# CPU BLAS packs the head once per call, which 256 rows pay for; on a GPU a tile costs a pass of d_weight.
+# CPU BLAS packs the head once per call, which 256 rows pay for; on a GPU d_weight is read once per tile.
 CPU_ROWS, CPU_TILE_ROWS = 256, 512
 GPU_ROWS, GPU_TILE_ROWS = 1024, 2048
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from topr_kernels.recipe.quantities import ROUNDED_DIGITS
 
-# Macros whose value is quick to find. Sums, limits and integrals are no final answers.
+# Macros that are quick to evaluate. Sums, limits and integrals are no final answers.
 _MACROS_READ = (
     "frac sqrt pi infty cdot times div pm le ge lt gt ne in cup cap setminus mathbb binom overline bar",
     "sin cos tan cot sec csc arcsin arccos arctan log ln exp lfloor rfloor lceil rceil vert lvert rvert",
@@ -25,13 +25,13 @@ _DEGREE = 50
 
 
 def has_words(text: str) -> bool:
-    """Whether a text holds words, which math-verify takes for products of letters."""
+    """Whether a text contains words, which math-verify would read as products of letters."""
     return bool(re.search(r"(?<![\\a-zA-Z])(?:[^\W\d_]{3,}|(?:no|yes)$)", text, re.IGNORECASE))
 
 
 def same_algebra(gold: str, answer: str) -> bool:
     """Whether two expressions are equal; False where one cannot be read or would take long."""
-    # A base, x2 and a ratio are compared as texts alone.
+    # A number with a base, "x2" and a ratio are not compared as algebra.
     if any(not _readable(t) or re.search(r"\d_|[A-Za-z]\d|\d\s+\d|:", t) for t in (gold, answer)):
         return False
     a, b = _parsed(gold), _parsed(answer)
@@ -42,7 +42,7 @@ def same_algebra(gold: str, answer: str) -> bool:
         return all(numbers) and _same_constant(a, b)
     from math_verify import verify
 
-    # Its timeouts are signals, which only a main thread can have.
+    # Without its timeouts: they are signals, which work only in the main thread.
     return bool(verify(a, b, timeout_seconds=None, allow_set_relation_comp=True))
 
 
@@ -66,18 +66,18 @@ def _parsed(text: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # It warns once of timeouts that are off; here sizes are bounded instead.
+    # Silences its warning that timeouts are off; sizes are bounded here instead.
     logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
     logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
-    # Its own units are "c", "ab" and the like.
+    # Without its removal of units, which would remove letters such as "c" too.
     reading = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    found = parse(
+    expressions = parse(
         f"${text}$",
         [LatexExtractionConfig(normalization_config=reading)],
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
-    return found[0] if found else None
+    return expressions[0] if expressions else None
 
 
 def _heavy(expression: Any) -> bool:
@@ -93,7 +93,7 @@ def _heavy(expression: Any) -> bool:
 
 
 def _digits_of(expression: Any) -> float:
-    """A bound on the decimal logarithm of a value, on whose size the time to find it depends."""
+    """A bound on the number of decimal digits of a value, on which the time to compute it depends."""
     import sympy
 
     if isinstance(expression, sympy.Rational):

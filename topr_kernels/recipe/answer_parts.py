@@ -24,7 +24,7 @@ class Parts(NamedTuple):
 
 def split_top(text: str) -> list[str]:
     """Splits a plain text at commas, semicolons, "and" and "or" outside of brackets."""
-    found, depth, start = [], 0, 0
+    elements, depth, start = [], 0, 0
     for match in _TOKEN.finditer(text):
         token = match.group().strip().lower()
         if token in _OPENING or token == "{":
@@ -32,9 +32,9 @@ def split_top(text: str) -> list[str]:
         elif token in _CLOSES or token == "}":
             depth -= 1
         elif not depth and token.strip(" ,;") in ("and", "or", ""):
-            found.append(text[start : match.start()].strip())
+            elements.append(text[start : match.start()].strip())
             start = match.end()
-    return [*found, text[start:].strip()]
+    return [*elements, text[start:].strip()]
 
 
 def in_group(text: str, comma: int) -> bool:
@@ -45,7 +45,7 @@ def in_group(text: str, comma: int) -> bool:
 
 
 def parts(text: str) -> Parts | None:
-    """The elements of a plain text that has several, or is in brackets of a set; None for others."""
+    """The elements of a normalised text that has several, or is a set in braces; None for others."""
     opening, closing, inner = _brackets(text)
     if opening:
         elements = split_top(inner)
@@ -63,7 +63,7 @@ def parts(text: str) -> Parts | None:
 
 
 def _spread(elements: Sequence[str]) -> list[str]:
-    r"""Elements with ``\pm`` twice, once for each sign."""
+    r"""The elements; one with ``\pm`` becomes two, one for each sign."""
     spread = []
     for element in elements:
         if r"\pm" not in element:
@@ -93,7 +93,7 @@ def _brackets(text: str) -> tuple[str, str, str]:
 
 
 def labelled(text: str) -> tuple[str, str]:
-    r"""What stands before "=" or "\in" where it is a name, and what is behind; "" for no name."""
+    r"""The name before "=" or "\in", "" if there is none, and the rest of the text."""
     if len(split_top(text)) > 1:
         return "", text
     sides = re.split(r"(?<![<>!\\])=(?!=)", text)

@@ -1,4 +1,4 @@
-"""The final answer of a text: what a completion ends with, and what a line of a data file has."""
+"""The final answer of a completion, and the right answer in a line of a data file."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Statement(NamedTuple):
 
 
 def without_thinking(text: str) -> str:
-    """A text without what stands in thinking tags; an unclosed one takes the rest with it."""
+    """A text without the contents of thinking tags; an unclosed tag removes the rest of the text."""
     kept: list[str] = []
     start, inside = 0, False
     for tag in _THINKING.finditer(text):
@@ -104,14 +104,14 @@ def without_thinking(text: str) -> str:
             kept.append(text[start : tag.start()])
             inside = True
         elif closes:
-            # The prompt may have opened it.
+            # Without an opening tag it was the prompt that opened it: all before is thinking.
             kept = kept if inside else []
             inside, start = False, tag.end()
     return "".join(kept) + ("" if inside else text[start:])
 
 
 def boxes(text: str) -> tuple[list[Statement], bool]:
-    r"""Contents of ``\boxed`` and ``\fbox``, those of nested ones once; and whether the last is open."""
+    r"""Contents of ``\boxed`` and ``\fbox``, nested ones once; and whether the last one is unclosed."""
     closing: dict[int, int] = {}
     opened: list[int] = []
     for brace in _BRACE.finditer(text):
@@ -119,7 +119,7 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
             opened.append(brace.start())
         elif brace.group() == "}" and opened:
             closing[opened.pop()] = brace.start()
-    found: list[Statement] = []
+    statements: list[Statement] = []
     unclosed = False
     for box in _BOX.finditer(text):
         at = box.end()
@@ -135,17 +135,19 @@ def boxes(text: str) -> tuple[list[Statement], bool]:
             if bare is None:
                 continue
             statement = Statement(box.start(), bare.end(), bare.group().rstrip(".,;:"))
-        if found and statement.end <= found[-1].end:
-            # A box of a box is the inner one.
-            if statement.end - statement.start == len(found[-1].answer):
-                found[-1] = Statement(found[-1].start, found[-1].end, statement.answer)
+        if statements and statement.end <= statements[-1].end:
+            # Of a box that holds just a box the inner one counts.
+            if statement.end - statement.start == len(statements[-1].answer):
+                statements[-1] = Statement(
+                    statements[-1].start, statements[-1].end, statement.answer
+                )
             continue
-        found.append(statement)
-    return found, unclosed
+        statements.append(statement)
+    return statements, unclosed
 
 
 def boxed_answers(text: str) -> list[Statement]:
-    """The boxes of a text that hold something, those joined by "and", "or" or a comma as one."""
+    """The boxes of a text that are not empty; those joined by "and", "or" or a comma count as one."""
     joined: list[Statement] = []
     previous = ""
     for box in boxes(text)[0]:
@@ -160,12 +162,6 @@ def boxed_answers(text: str) -> list[Statement]:
             joined.append(box)
         previous = box.answer
     return joined
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Contents of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces close, or None."""
-    found = boxes(text)[0]
-    return found[-1].answer if found else None
 
 
 def final_answer(text: str, *, boxed: bool) -> str | None:
@@ -187,7 +183,7 @@ def final_answer(text: str, *, boxed: bool) -> str | None:
 
 
 def _phrases(text: str, framed: Sequence[Statement]) -> list[Statement]:
-    found = []
+    statements = []
     at = 0
     for phrase in list(_PHRASE.finditer(text))[-_LATEST:]:
         tail, start = _tail(text, phrase.end())
@@ -198,20 +194,20 @@ def _phrases(text: str, framed: Sequence[Statement]) -> list[Statement]:
             at += 1
         inside = [b for b in framed[at : at + 1] if b.start < start + len(tail)]
         if inside:
-            found.append(inside[0])
+            statements.append(inside[0])
             continue
         clause = first_clause(tail)
         answer = _without_subject(clause)
         if tail and not _FILLER.match(answer):
-            found.append(Statement(phrase.start(), start + len(clause), clean(answer)))
+            statements.append(Statement(phrase.start(), start + len(clause), clean(answer)))
     for line in list(_HASHES.finditer(text))[-_LATEST:]:
         if re.match(r"\W{0,9}\d", line.group(1)) and not _PHRASE.search(line.group(1)):
             answer = first_clause(line.group(1))
-            found.append(Statement(line.start(), line.start(1) + len(answer), clean(answer)))
+            statements.append(Statement(line.start(), line.start(1) + len(answer), clean(answer)))
     for tag in list(_TAGGED.finditer(text))[-_LATEST:]:
         if not _PHRASE.search(tag.group(1)) and "\\boxed" not in tag.group(1):
-            found.append(Statement(tag.start(), tag.end(), clean(tag.group(1))))
-    return found
+            statements.append(Statement(tag.start(), tag.end(), clean(tag.group(1))))
+    return statements
 
 
 def _tail(text: str, start: int) -> tuple[str, int]:
@@ -237,7 +233,7 @@ def first_clause(tail: str) -> str:
             r"[\d\\]|^\W*(?:yes|no)\W*$", before, re.IGNORECASE
         ):
             return before
-    # No answer has so many letters; nor may the cut make one.
+    # No answer is so long, and the cut-off text must not count as one.
     return tail if len(tail) <= _LONGEST_TAIL else ""
 
 
@@ -247,33 +243,33 @@ def _without_subject(clause: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without what a sentence puts around it: $, %, emphasis, a last full stop."""
+    """An answer without the $, emphasis and full stop that a sentence puts around it."""
     text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip("$ ")
-    return text.removesuffix("%").removesuffix("\\").strip()
+    return text.removesuffix("\\").strip()
 
 
 def gold_answer(text: str) -> str:
     r"""The right answer of a data file's line: after the last ``####``, else in a box, else all of it.
 
     Raises:
-        ValueError: if there is none; says what there is instead.
+        ValueError: if there is none; the message says what is there instead.
     """
     _, hashes, after = text.rpartition("####")
     text = after.strip()
     if not text:
         raise ValueError("nothing after ####" if hashes else "empty")
     framed = boxed_answers(text)
-    found, unclosed = boxes(text)
+    statements, unclosed = boxes(text)
     if unclosed:
         raise ValueError("a box whose braces do not close")
-    if not framed and (found or _BOX.search(text)):
+    if not framed and (statements or _BOX.search(text)):
         raise ValueError("an empty box")
     answer = framed[-1].answer if framed else text
     try:
         finite = abs(float(answer)) < float("inf")
     except (ValueError, OverflowError):
         return answer
-    # A number in digits may be beyond what a float holds.
+    # "inf" and "nan" are refused, but not digits beyond the range of a float.
     if not finite and not any(map(str.isdigit, answer)):
         raise ValueError("not a finite number")
     return answer

@@ -16,7 +16,7 @@ from topr_kernels.recipe.files import user_path
 
 _DEMO = """\
 Trains a small language model to do arithmetic with TOPR, from its own right and wrong answers, and
-shows what came of it. Steps: measure the base model on held-out questions; sample answers to the
+shows the result. Steps: measure the base model on held-out questions; sample answers to the
 training questions and reward them (+1 right, -1 wrong or unreadable); leave out wrong ones until
 the shares are as wanted; score under the base model; train once with TOPR (right and wrong answers) and
 once on the right answers alone, from the same start, data and budget; measure both.
@@ -34,7 +34,7 @@ exit status: 0 if TOPR ended at least as accurate as the base model, 1 if it got
 settings or files are not usable, 130 if interrupted.
 """
 
-#: What the flag of that name does.
+#: Help of ``--debug``.
 DEBUG = "show the traceback of a failure as well"
 #: Command to the line that ``topr --help`` shows, and how it is used.
 _STEPS = {
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not several:
         return _main(sys.argv[1:])
-    # With a group of processes about the interpreter may never end, and a process that failed must.
+    # With a process group the interpreter may never exit, but a process that failed must.
     try:
         status = _main(sys.argv[1:])
     except SystemExit as error:
@@ -146,7 +146,7 @@ def _step(argv: Sequence[str]) -> int:
         return 0
     except ProcessError as error:
         return _fail(error, debug, 1)
-    # Only what the user can mend: any other error is a bug and shows its traceback.
+    # Errors that the user can fix; any other is a bug and shows its traceback.
     except (SettingsError, RecordError, FileError, OSError) as error:
         return _fail(error, debug)
 
@@ -182,7 +182,7 @@ def _quieten() -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    # Imported here so that --help and a wrong flag answer at once.
+    # Imported here so that --help and wrong flags are answered at once.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from topr_kernels.recipe.demo import DemoSettings, restart, run_demo
     from topr_kernels.recipe.files import FileError
@@ -209,17 +209,17 @@ def _demo(args: argparse.Namespace) -> int:
         if args.restart:
             restart(args.out)
         return 0 if run_demo(settings, args.out) else 1
-    # Only what the user can mend: any other error is a bug and shows its traceback.
+    # Errors that the user can fix; any other is a bug and shows its traceback.
     except (SettingsError, RecordError, FileError, OSError) as error:
         return _fail(error, args.debug)
 
 
 def _parser(step: str = "") -> argparse.ArgumentParser:
-    """The parser; only of ``step`` it knows the flags: those of all would take torch to tell."""
+    """The parser, with the flags of ``step`` alone: those of all commands would take long to import."""
     parser = argparse.ArgumentParser(
         prog="topr",
         description="TOPR (arXiv 2503.14286) for language models, offline.",
-        # --conf would not be found by what reads --config first.
+        # --config is read before this parser runs, by its full name.
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"topr_kernels {__version__}")
@@ -289,8 +289,8 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
     reward = commands.add_parser(
         "reward",
         help="try a reward of your own on completions in a file",
-        description="Prints what a function says of completions.\n\nexample: topr reward --reward "
-        "mine:reward --try pairs.jsonl",
+        description="Prints the rewards that a function gives to completions.\n\nexample: topr reward "
+        "--reward mine:reward --try pairs.jsonl",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )

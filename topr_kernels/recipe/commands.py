@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from topr_kernels.recipe.records import (
 )
 from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.score import score
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -82,20 +82,24 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(problems)
+        return dataclasses.asdict(found) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
 
 
 def generate_step(settings: GenerateSettings, out: Path) -> Step:
-    """What ``run_generate`` is, of settings with their backend.
+    """The step of ``run_generate``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        out: records file to write.
 
     Raises:
         RecordError: if ``out`` has another suffix.
@@ -126,11 +130,11 @@ def run_score(
     kept = models or Models()
 
     def scored_records(partial: Path, **share: Any) -> list[Record]:
-        found = read_nonempty(records)
+        to_score = read_nonempty(records)
         loaded = kept.get(settings.model)
         weights = weights_fingerprint(loaded.model)
-        check_tokens(found, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
-        for i, record in enumerate(found):
+        check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
+        for i, record in enumerate(to_score):
             if record.sampling.weights not in ("", weights):
                 raise RecordError(
                     f"{records.name}, record {i}, field 'sampling.weights': got "
@@ -140,7 +144,7 @@ def run_score(
         with naming(f"--model {settings.model}: scoring failed", "--batch-size"):
             return score(
                 loaded.model,
-                found,
+                to_score,
                 pad_token_id=loaded.tokenizer.pad_token_id,
                 batch_size=settings.batch_size,
                 shards=partial / "parts",
@@ -151,18 +155,18 @@ def run_score(
         scored = scored_records(partial)
         write_records(step.draft(out), scored)
         tokens = sum(len(record.completion_token_ids) for record in scored)
-        total = sum(sum(record.behavior_log_prob or ()) for record in scored)
-        found = {"records": len(scored), "mean_log_prob": total / max(1, tokens)}
-        # What curate chose is for the training, which reads these records now.
+        log_prob_sum = sum(sum(record.behavior_log_prob or ()) for record in scored)
+        score_figures = {"records": len(scored), "mean_log_prob": log_prob_sum / max(1, tokens)}
+        # The baseline that curate chose is passed on to the training, which reads these records.
         baseline = noted_baseline(records)
-        return found if baseline is None else found | {"baseline": baseline}
+        return score_figures if baseline is None else score_figures | {"baseline": baseline}
 
     share = functools.partial(scored_records, **own_share())
     return run_step(step, compute, share=share)
 
 
 def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
-    """What ``run_score`` is.
+    """The step of ``run_score``.
 
     Raises:
         RecordError: if a file has another suffix.
@@ -185,10 +189,10 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
     step = curate_step(settings, records, out)
 
     def compute(partial: Path) -> dict[str, Any]:
-        found = read_nonempty(records)
-        check_sources(found)
-        warn_if_none_right(found, records.name)
-        chosen = curate(found, settings, seed=settings.seed)
+        candidates = read_nonempty(records)
+        check_sources(candidates)
+        warn_if_none_right(candidates, records.name)
+        chosen = curate(candidates, settings, seed=settings.seed)
         write_records(step.draft(out), chosen.records)
         print(as_text(chosen.before, chosen.after))
         return {
@@ -201,7 +205,7 @@ def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, 
 
 
 def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
-    """What ``run_curate`` is.
+    """The step of ``run_curate``.
 
     Raises:
         RecordError: if a file has another suffix.
@@ -230,20 +234,20 @@ def run_train(
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
     step = train_step(settings, records, out)
 
-    # Once: of several processes all train, and then the first saves what it has trained.
+    # Cached: all processes train, and then the first one saves what it has trained.
     @functools.cache
     def trained(partial: Path) -> tuple[LoadedModel, list[Record], list[dict[str, float]]]:
-        found = read_nonempty(records)
+        trained_on = read_nonempty(records)
         if current().rank == 0:
-            print(f"train on {len(found)} records, baseline {settings.baseline:+.3f}")
+            print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
         loaded = (models or Models()).take(settings.model)
-        # Of several processes what fails here may be a consequence: ``share`` tells which.
+        # In several processes an error here may be a consequence of another's, which ``share`` reports.
         alone = naming(f"--model {settings.model}: training failed", "--batch-size")
         with alone if processes == 1 else contextlib.nullcontext():
             history = train(
                 loaded.model,
                 loaded.tokenizer,
-                found,
+                trained_on,
                 TrainSettings(
                     limits=settings.limits,
                     ratio=settings.ratio,
@@ -256,25 +260,34 @@ def run_train(
                 ),
                 checkpoints=partial / "checkpoints",
             )
-        return loaded, found, history
+        return loaded, trained_on, history
 
     def compute(partial: Path) -> dict[str, Any]:
         loaded, trained_on, history = trained(partial)
-        # A run that was killed after it had saved the model left it there.
+        # A run that was killed after it had saved the model has left a draft.
         shutil.rmtree(step.draft(out), ignore_errors=True)
         with naming(f"{out}: saving failed"), atomic_folder(step.draft(out)) as temporary:
             loaded.model.save_pretrained(temporary)
             loaded.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, trained_on, settings.model)
-        found = {"records": len(trained_on), "steps": len(history), "history": storable(history)}
-        # Sums over several processes are rounded in another order.
-        return found | ({"processes": processes} if processes > 1 else {})
+        train_figures = {
+            "records": len(trained_on),
+            "steps": len(history),
+            "history": storable(history),
+        }
+        # Noted because sums over several processes round in another order.
+        return train_figures | ({"processes": processes} if processes > 1 else {})
 
     return run_step(step, compute, share=trained, lockstep=True)
 
 
 def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step:
-    """What ``run_train`` is, of settings with their baseline.
+    """The step of ``run_train``.
+
+    Args:
+        settings: with their baseline (``find_baseline``).
+        records: scored records.
+        out: folder of the trained model.
 
     Raises:
         RecordError: if ``records`` has another suffix.
@@ -313,8 +326,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -323,17 +336,22 @@ def run_evaluate(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=judged,
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(problems)
+        return dataclasses.asdict(accuracy) | said_problems(judged)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
 
 
 def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
-    """What ``run_evaluate`` is, of settings with their backend.
+    """The step of ``run_evaluate``.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        out: ``.json`` file of the figures.
 
     Raises:
         SettingsError: if ``out`` has another suffix, or the model was trained on held-out questions.
@@ -346,12 +364,12 @@ def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
 
 
 def records_step(step: str, settings: dict[str, Any], model: str, records: Path, out: Path) -> Step:
-    """A step that makes records of records.
+    """A step that turns records into records.
 
     Args:
         step: name of the command.
         settings: as plain values.
-        model: that works on them; "" for none.
+        model: the model that it uses; "" for none.
         records: records file to read.
         out: records file to write.
 
@@ -365,7 +383,7 @@ def records_step(step: str, settings: dict[str, Any], model: str, records: Path,
 
 
 def check_json(out: Path) -> None:
-    """Refuses a name that is not of figures.
+    """Refuses a file name for figures without the suffix of JSON.
 
     Raises:
         SettingsError: if the suffix is not ``.json``.
@@ -375,14 +393,14 @@ def check_json(out: Path) -> None:
 
 
 def find_baseline(settings: TrainCommandSettings, records: Path) -> float:
-    """The baseline asked for; else the one that ``curate`` noted beside the records; else 0."""
+    """The baseline of the settings; else the one in the manifest of the records; else 0."""
     if settings.baseline is not None:
         return settings.baseline
     return noted_baseline(records) or 0.0
 
 
 def noted_baseline(records: Path) -> float | None:
-    """The baseline that ``curate``, or ``score`` after it, noted beside records; else None."""
+    """The baseline that ``curate``, or ``score`` after it, left in the records' manifest; else None."""
     noted = (manifest_of(records) or {}).get("figures")
     value = noted.get("baseline") if isinstance(noted, Mapping) else None
     return None if value is None else float(value)
@@ -401,7 +419,7 @@ def read_nonempty(path: Path) -> list[Record]:
 
 
 def model_input(model: str) -> dict[str, Path]:
-    """The model as an input that is checked and whose checksum is noted, if it is a local folder."""
+    """The model as an input of a step, whose checksum is checked and noted, if it is a local folder."""
     return {"model": Path(model).resolve()} if model and Path(model).is_dir() else {}
 
 
@@ -409,7 +427,7 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
     for name in ("trust_scorer", "reward"):
-        # Manifests of runs without them stay as they were.
+        # Left out where they are not used, so that manifests from before they existed still match.
         if not values.get(name, "-"):
             del values[name]
     if "model" in values:
@@ -419,13 +437,13 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
         if colon:
             values[name] = f"{kind}:{Path(file).name}"
     if "engine" in values:
-        # As JSON gives it back.
+        # A list, as JSON reads it back.
         values["engine"] = list(values["engine"])
     return values | engine_facts(values)
 
 
 def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """A training log as JSON has it: no infinities, and nothing that differs between equal runs."""
+    """A training log for JSON: no infinities, and no figures that differ between equal runs."""
     return [
         {
             name: value if math.isfinite(value) else None
@@ -437,11 +455,11 @@ def storable(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
 
 
 def check_training_processes(batch_size: int) -> None:
-    """Refuses to train in processes that would not give the model of one.
+    """Refuses to train in processes that would not train the model that one process would.
 
     Raises:
-        SettingsError: if they do not share a batch evenly or are more than the GPUs, or the launcher
-            shards the model over them.
+        SettingsError: if the processes cannot share a batch evenly, if they outnumber the GPUs, or if
+            the launcher shards the model over them.
     """
     count = current().count
     if batch_size % count:

@@ -1,4 +1,4 @@
-"""What a process that judges a model's answers gives up before it reads the first one.
+"""Takes rights away from a process before it judges a model's answers.
 
 Defence in depth, not a jail. On Linux (x86-64, aarch64) a seccomp filter has the kernel refuse to open a
 file for writing, to change a folder, to make a socket, to start a process or a program, and to signal
@@ -60,7 +60,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
         "utimensat": (280, 88),
     },
 }
-#: Those whose flags tell whether they write, and which argument has them.
+#: System calls whose flags say whether they write, and which argument holds the flags.
 _OPENS: dict[str, tuple[int | None, int | None, int]] = {
     "open": (2, None, 1),
     "openat": (257, 56, 2),
@@ -69,17 +69,54 @@ _OPENS: dict[str, tuple[int | None, int | None, int]] = {
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
+#: CAP_DAC_READ_SEARCH, as a bit: what root may read, workers may read.
+_READING = 1 << 2
+
+
 class RefusedError(PermissionError):
     """An operation that no scorer needs."""
 
 
+def hide() -> None:
+    """Closes this process, and those that it forks, to each other: none opens another's memory or pipes.
+
+    They lie open in /proc for processes of one user. Root's capabilities pass what closes them, so all
+    are given up but that of reading files.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    # _LINUX_CAPABILITY_VERSION_3, and 0 for this process.
+    head = ctypes.create_string_buffer(struct.pack("II", 0x20080522, 0))
+    held = ctypes.create_string_buffer(24)
+    if libc.capget(head, held) == 0:
+        effective, permitted = struct.unpack("2I", held.raw[:8])
+        libc.capset(head, struct.pack("6I", effective & _READING, permitted & _READING, 0, 0, 0, 0))
+    # PR_SET_DUMPABLE
+    libc.prctl(4, 0, 0, 0, 0)
+
+
+def filters() -> bool:
+    """Whether the kernel takes the filter of ``confine``, tried in a process that ends with it."""
+    if sys.platform != "linux":
+        return False
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            status = 0 if _filter_calls(ctypes.CDLL(None, use_errno=True)) else 1
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def confine(memory: int, refused: Callable[[str], object]) -> None:
-    """Gives up, for good, what judging an answer does not need.
+    """Gives up for good all rights that judging an answer does not need.
 
     Args:
-        memory: bytes that this process may take on top of what it has.
-        refused: told the name of each operation that Python's audit hook refuses; scorers catch what it
-            raises.
+        memory: bytes that this process may allocate in addition to what it has.
+        refused: called with the name of each operation that Python's audit hook refuses, since a scorer
+            may catch the exception.
     """
     os.environ.clear()
     sys.dont_write_bytecode = True
@@ -122,13 +159,13 @@ def _address_space() -> int:
 
 
 def _filter_calls(libc: Any) -> bool:
-    """Has the kernel answer EPERM to the calls of the tables; whether this machine has that."""
+    """Has the kernel refuse the calls of the tables with EPERM; returns whether it could be set up."""
     if platform.machine() not in _MACHINES or sys.maxsize < 2**32:
         return False
     column, architecture = _MACHINES[platform.machine()]
     load, equal, least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050001)
-    # Another architecture's calls have other numbers, and so have those of x32.
+    # Calls of other architectures and of x32, which have other numbers, are refused.
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), refuse, (load, 0, 0, 0)]
     code += [(least, 0, 1, 0x40000000), refuse]
     for numbers in _CALLS.values():

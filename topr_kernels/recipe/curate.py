@@ -1,4 +1,4 @@
-"""Chooses which samples to train on, and says what that does to the data set."""
+"""Chooses which samples to train on, and gives figures of the data set before and after."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class CurationOptions(Options):
 
 @dataclass(frozen=True)
 class DataFigures:
-    """What a data set is like; shares in [0, 1].
+    """Figures of a data set; shares in [0, 1].
 
     Args:
         records: number of records.
         groups: number of questions.
         positive_share: p, share of rewards above 0.
         effective_positive_share: p~ (Eq. 7) with the baseline of the training.
-        invalid_share: completions without a parsable answer; None if a record does not tell.
+        invalid_share: completions without a parsable answer; None if a record's ``valid`` is None.
         truncated_share: completions that were cut off.
         mean_length: of the completions, in tokens.
     """
@@ -101,7 +101,7 @@ class Curation:
 
 
 def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
-    """What the records are like, to a training that subtracts ``baseline``.
+    """Figures of records, for a training that subtracts ``baseline``.
 
     Raises:
         ValueError: if there are no records.
@@ -123,21 +123,19 @@ def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
 
 
 def warn_if_none_right(records: Sequence[Record], name: str) -> None:
-    """Warns of answers that are all wrong: more often a fault of the settings than of the model.
+    """Warns if all answers are wrong, which the settings cause more often than the model.
 
     Args:
         records: N records, at least one.
         name: of their file.
     """
-    found = figures(records)
-    if found.positive_share:
+    data = figures(records)
+    if data.positive_share:
         return
-    unread = (
-        "" if found.invalid_share is None else f"{100 * found.invalid_share:.0f} % unreadable, "
-    )
+    unread = "" if data.invalid_share is None else f"{100 * data.invalid_share:.0f} % unreadable, "
     warnings.warn(
-        f"none of the {found.records} answers in {name} is right ({unread}"
-        f"{100 * found.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
+        f"none of the {data.records} answers in {name} is right ({unread}"
+        f"{100 * data.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
         "--chat missing or out of place, or --task not one for this model",
         stacklevel=2,
     )
@@ -154,7 +152,7 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
         seed: of the draws.
 
     Raises:
-        RecordError: if the baseline is to be had and a reward is not +1 or -1, for which Eq. 7 holds.
+        RecordError: with balance "baseline", if a reward is not +1 or -1, for which Eq. 7 holds.
         SettingsError: if nothing is left, or ``size`` is below the positives that Anna Karenina keeps.
     """
     before = figures(records)
@@ -177,7 +175,7 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
         kept = [kept[i] for i in sorted(chosen)]
     baseline = 0.0
     share = sum(r.reward > 0 for r in kept) / len(kept)
-    # Neither way changes the share where there is only one kind.
+    # Neither way changes the share if all rewards have one sign.
     if options.positive_share and 0 < share < 1:
         if options.balance == "baseline":
             _check_signs(kept)
@@ -188,7 +186,7 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
 
 
 def _draw(seed: int, what: str) -> random.Random:
-    """A stream of its own for each draw: two draws from equal numbers depend on each other."""
+    """Random numbers of one draw: draws from the same stream would depend on each other."""
     return random.Random(f"{seed}/{what}")
 
 
@@ -202,8 +200,6 @@ def drop_duplicates(records: Iterable[Record]) -> list[Record]:
 
 def anna_karenina(records: Sequence[Record], size: int, seed: int) -> list[Record]:
     """The first positive of every question, and random negatives up to ``size`` (the paper, §4.3).
-
-    All happy families are alike: one right answer of a question says what there is to say.
 
     Args:
         records: N records, the candidates of each question in the order they were drawn; positive
@@ -237,8 +233,7 @@ def subsample_negatives(
 ) -> list[Record]:
     """Keeps every positive and as many random negatives as make the given share of positives.
 
-    What a baseline does to the gradient by weighing (Eq. 7), this does to the data set, and the
-    negatives that are left out cost no training time.
+    It has the effect of a baseline (Eq. 7), but negatives that are left out cost no training time.
 
     Args:
         records: N records; positive means reward > 0.
@@ -259,7 +254,7 @@ def subsample_negatives(
 
 
 def to_positive_share(records: Sequence[Record], positive_share: float, seed: int) -> list[Record]:
-    """Leaves out random records of the sign there is too much of, up to the given share.
+    """Leaves out random records of the sign that is too frequent, until the share is as given.
 
     Args:
         records: N records; positive means reward > 0.

@@ -25,13 +25,15 @@ from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import Accuracy, Evaluation, evaluate
 from topr_kernels.recipe.files import FileError, merged_folder, write_json
 from topr_kernels.recipe.generate import generate
-from topr_kernels.recipe.manifests import claim, read_mapping
+from topr_kernels.recipe.manifests import read_mapping, write_or_check_settings
 from topr_kernels.recipe.models import LoadedModel, load_model, named_model
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.records import Record, read_records, write_records
+from topr_kernels.recipe.sampling import said_problems
 from topr_kernels.recipe.score import max_log_ratio, score
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import MOST_SEED
-from topr_kernels.recipe.steps import foreign, on_refusal
+from topr_kernels.recipe.steps import not_ours, on_error
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
 from topr_kernels.recipe.train import TrainSettings, checkpoints_in, train
 from topr_kernels.recipe.trained_on import write_trained_on
@@ -52,7 +54,7 @@ _SAVED = (
 _RUNS = ("TOPR", "SFT")
 #: What a demo leaves in its folder, as patterns of paths.
 _RESULTS = (
-    *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.problems.json"),
+    *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.verdicts.json"),
     *("samples.parquet", "records.parquet"),
     *("samples.json", "records.json", "report.json", "report.png"),
     *(
@@ -142,13 +144,13 @@ def run_demo(settings: DemoSettings, out: Path, *, task: Task = ARITHMETIC) -> b
         SettingsError: if ``out`` holds results of other settings, or the task or the model cannot
             be had as asked.
     """
-    # Questions first: settings that cannot be met must not claim the folder.
+    # Questions first: settings that cannot be met must leave the folder alone.
     run = _Run(settings, out, task)
     made = [path for path in (out, *out.parents) if not path.exists()]
     with ExitStack() as held:
         if not (out / "settings.json").exists():
-            on_refusal(held, lambda: _withdraw(out, made))
-        _claim(out, settings)
+            on_error(held, lambda: _remove_settings(out, made))
+        _write_or_check_settings(out, settings)
         return _run_steps(run)
 
 
@@ -156,14 +158,14 @@ def _run_steps(run: _Run) -> bool:
     settings, out = run.settings, run.out
     seconds: dict[str, float] = {}
     cpu_seconds: dict[str, float] = {}
-    # Of earlier processes, whose finished steps this one only reads.
+    # CPU seconds of steps that an earlier call finished.
     earlier_cpu_seconds = 0.0
 
     def step(name: str, file: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         nonlocal earlier_cpu_seconds
         path = out / file
-        found = path.exists()
-        if not found:
+        finished = path.exists()
+        if not finished:
             start, cpu_start = time.perf_counter(), time.process_time()
             with naming(f"--model {settings.model}: {name} failed"):
                 result = compute()
@@ -179,7 +181,7 @@ def _run_steps(run: _Run) -> bool:
         if not {"seconds", "cpu_seconds"} <= value.keys():
             raise FileError(f"{path}: not a result of this demo; delete it and run again")
         seconds[name], cpu_seconds[name] = value["seconds"], value["cpu_seconds"]
-        earlier_cpu_seconds += cpu_seconds[name] if found else 0.0
+        earlier_cpu_seconds += cpu_seconds[name] if finished else 0.0
         return value
 
     base = step("evaluate base", "base/evaluation.json", run.evaluate_base)
@@ -196,7 +198,7 @@ def _run_steps(run: _Run) -> bool:
             f"{folder}/history.json",
             partial(run.train, name, limits, baseline),
         )
-        # Only now: until the history was written, a killed run still needed them.
+        # Not before the history is written: a run that was killed still needs them.
         _drop_checkpoints(out / folder / "checkpoints")
         histories[name] = trained["history"]
         evaluated = step(
@@ -236,7 +238,7 @@ def restart(out: Path) -> None:
         _drop_checkpoints(folder / "checkpoints")
         _remove_empty(folder / "model", folder)
     _remove_empty(out / "base", out / "generated")
-    # Last: whatever is left after a kill in here is still recognised as a demo's.
+    # Last: after a kill in here the folder is still recognised as a demo's.
     path.unlink()
 
 
@@ -257,8 +259,8 @@ def _remove_empty(*folders: Path) -> None:
             folder.rmdir()
 
 
-def _withdraw(out: Path, made: list[Path]) -> None:
-    """Takes back the claim of a run that failed before it had done anything."""
+def _remove_settings(out: Path, made: list[Path]) -> None:
+    """Removes the settings of a run that failed before it had done anything."""
     if not _results(out):
         (out / "settings.json").unlink(missing_ok=True)
         _remove_empty(*made)
@@ -288,15 +290,15 @@ class _Run:
         return read_records(self.out / "records.parquet")
 
     def evaluate_base(self) -> dict[str, Any]:
-        evaluation = self.evaluate(self.base.model, "base")
         return {
             "model": self.base.name,
             "remark": self.base.remark,
-            **report.accuracy_json(evaluation),
+            **self.evaluate(self.base.model, "base"),
         }
 
-    def evaluate(self, model: Any, label: str) -> Evaluation:
-        return evaluate(
+    def evaluate(self, model: Any, label: str) -> dict[str, Any]:
+        judged: list[Verdict] = []
+        found = evaluate(
             model,
             self.base.tokenizer,
             self.task,
@@ -305,10 +307,13 @@ class _Run:
             batch_size=100,
             seed=self.settings.seed,
             label=label,
+            judged=judged,
         )
+        return {**report.accuracy_json(found), **said_problems(judged)}
 
     def sample(self) -> dict[str, Any]:
         """Samples and rewards; says what the data are like."""
+        judged: list[Verdict] = []
         records = generate(
             self.base.model,
             self.base.tokenizer,
@@ -320,6 +325,7 @@ class _Run:
             batch_size=128,
             seed=self.settings.seed,
             shards=self.out / "generated",
+            judged=judged,
         )
         write_records(self.out / "samples.parquet", records)
         return {
@@ -327,6 +333,7 @@ class _Run:
             "sampled_positive_share": _positive_share(records),
             "truncated_share": sum(r.finish_reason == "length" for r in records) / len(records),
             "mean_length": sum(len(r.completion_token_ids) for r in records) / len(records),
+            **said_problems(judged),
         }
 
     def score(self) -> dict[str, Any]:
@@ -356,7 +363,7 @@ class _Run:
         }
 
     def baseline(self, positive_share: float) -> float:
-        # No baseline changes the share of positives where there is only one kind.
+        # No baseline changes the share of positives if all rewards have one sign.
         wanted = self.settings.balance == "baseline" and self.settings.positive_share > 0
         if not wanted or positive_share in (0.0, 1.0):
             return 0.0
@@ -366,7 +373,7 @@ class _Run:
         records, batch_size = self.records, self.settings.batch_size
         right = [record for record in records if record.reward > 0]
         if name == "SFT" and right:
-            # Wrong answers would pass through the model for nothing: their weight is 0.
+            # Without the wrong answers: their weight is 0.
             batch_size = max(1, round(batch_size * len(right) / len(records)))
             records = right
         settings = TrainSettings(
@@ -388,13 +395,13 @@ class _Run:
             checkpoints=folder / "checkpoints",
             label=name,
         )
-        # Onto what a killed run has saved; what else lies there is the user's.
+        # Overwrites what a killed run has saved; other files there are the user's.
         with merged_folder(folder / "model") as temporary:
             model.save_pretrained(temporary)
             self.base.tokenizer.save_pretrained(temporary)
             write_trained_on(temporary, self.records, self.settings.model)
         self.trained[name] = model
-        # A diverged run (limits without a taper, say) logs infinities, which JSON does not have.
+        # A diverged run (limits without a taper, say) logs infinities, which JSON cannot hold.
         finite = [{k: v if math.isfinite(v) else None for k, v in e.items()} for e in history]
         return {"history": finite}
 
@@ -402,10 +409,10 @@ class _Run:
         model = self.trained.pop(name, None)
         if model is None:
             model = load_model(str(self.out / name.lower() / "model")).model
-        return dict(report.accuracy_json(self.evaluate(model, name)))
+        return self.evaluate(model, name)
 
 
-def _claim(out: Path, settings: DemoSettings) -> None:
+def _write_or_check_settings(out: Path, settings: DemoSettings) -> None:
     """Writes the settings into a new folder, or checks that the folder's are the same.
 
     Raises:
@@ -413,9 +420,9 @@ def _claim(out: Path, settings: DemoSettings) -> None:
     """
     if not (out / "settings.json").exists():
         for path in _results(out):
-            raise foreign(path)
+            raise not_ours(path)
     wanted = {**dataclasses.asdict(settings), "model": model_key(settings.model)}
-    claim(out / "settings.json", {**wanted, "version": __version__}, out)
+    write_or_check_settings(out / "settings.json", {**wanted, "version": __version__}, out)
 
 
 def _evaluation(raw: dict[str, Any]) -> Evaluation:

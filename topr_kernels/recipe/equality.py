@@ -1,7 +1,7 @@
 r"""Whether two answers have the same value: numbers, units and lists here, algebra by math-verify.
 
-math-verify reads LaTeX well, but takes ``3\frac{1}{2}`` for a product, ``1,2,3`` for 123, words for
-products of letters, and numbers below its precision for zero; so these are decided here.
+math-verify reads LaTeX well, but it takes ``3\frac{1}{2}`` for a product, ``1,2,3`` for 123, words for
+products of letters, and numbers below its precision for zero. So these are compared here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from topr_kernels.recipe.quantities import near, quantity, without_unit
 
 # Levels of nested lists that are compared.
 _DEEPEST = 5
-# Of longer lists and matrices the elements are compared as numbers and texts.
+# Elements of longer lists and matrices are compared by their canonical forms alone.
 _LONGEST_LIST = 9
 
 
@@ -43,15 +43,15 @@ _NAMES = {
 
 
 def canonical(answer: str) -> str:
-    """A form of an answer; answers of one form have the same value."""
+    """The canonical form of an answer; answers of equal form have the same value."""
     return _form(plain(answer))
 
 
 def same_answer(gold: str, answer: str) -> bool:
     """Whether an answer has the value of the right one.
 
-    A unit that one of them leaves out is no difference, another unit is. 50% is both 50 and 0.5.
-    Lists and sets have no order, tuples and intervals do. Decimals are exact but for ``TOLERANCE``.
+    A missing unit is no difference, another unit is. 50% equals both 50 and 0.5. Lists and sets have no
+    order, tuples and intervals do. Decimals must be exact, but for ``TOLERANCE``.
     """
     right, given = plain(gold), plain(answer)
     if not right or not given:
@@ -61,11 +61,6 @@ def same_answer(gold: str, answer: str) -> bool:
     if max(len(right), len(given)) > LONGEST_ANSWER:
         return False
     return _same(right, given, 0)
-
-
-def plain_latex(answer: str) -> str:
-    r"""LaTeX without spaces, \left, \right, $ and the like; \dfrac and \tfrac as \frac."""
-    return re.sub(r"\s", "", plain(answer))
 
 
 def _form(text: str) -> str:
@@ -155,7 +150,7 @@ def _same_parts(gold: str, answer: str, depth: int) -> bool | None:
     if quantity(gold) is not None and quantity(answer) is not None and not (right and given):
         return None
     if (right is None or given is None) and re.search(r"\\[lg]e|[<>]", gold + answer):
-        # An interval against an inequality.
+        # Left to math-verify: an interval may equal an inequality.
         return None
     right = right or Parts([gold], r"\{", r"\}")
     given = given or Parts([answer], r"\{", r"\}")
@@ -188,10 +183,10 @@ def _match(right: Sequence[str], given: Sequence[str], depth: int) -> bool:
         return sorted(map(_form, right)) == sorted(map(_form, given))
     left = list(given)
     for element in right:
-        found = next((x for x in left if _same(element, x, depth + 1)), None)
-        if found is None:
+        partner = next((x for x in left if _same(element, x, depth + 1)), None)
+        if partner is None:
             return False
-        left.remove(found)
+        left.remove(partner)
     return True
 
 
@@ -228,7 +223,7 @@ def _same_choice(gold: str, answer: str, depth: int) -> bool | None:
     if right is None or given is None:
         return None
     letters, texts = zip(right, given, strict=True)
-    # One letter alone is settled by the letter; two labelled texts say the same only if both do.
+    # A letter alone decides. If both choices have texts, these must agree too.
     return letters[0] == letters[1] and (not all(texts) or _same(*texts, depth + 1))
 
 
@@ -244,10 +239,12 @@ def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:
         return False if (right or given) else None
     if ("v" in right.group(1).lower()) != ("v" in given.group(1).lower()):
         return False
-    rows = [[r.split("&") for r in m.group(2).split(r"\\") if r.strip()] for m in (right, given)]
-    if [len(r) for r in rows[0]] != [len(r) for r in rows[1]]:
+    matrices = [
+        [r.split("&") for r in m.group(2).split(r"\\") if r.strip()] for m in (right, given)
+    ]
+    if [len(r) for r in matrices[0]] != [len(r) for r in matrices[1]]:
         return False
-    cells = [[plain(c) for row in matrix for c in row] for matrix in rows]
+    cells = [[plain(c) for row in matrix for c in row] for matrix in matrices]
     if len(cells[0]) > _LONGEST_LIST:
         return [_form(c) for c in cells[0]] == [_form(c) for c in cells[1]]
     return all(_same(a, b, depth + 1) for a, b in zip(*cells, strict=True))

@@ -18,17 +18,17 @@ class FileError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long; its kind where that says more."""
+    """An error's message in one line of at most 300 characters; after its type where that helps."""
     said = " ".join(str(error).split())
     said = said if len(said) <= 300 else f"{said[:297]}..."
-    # What these say makes sense to those who read their message, not so a KeyError's.
+    # Messages of these make sense on their own, unlike a KeyError's.
     if isinstance(error, (OSError, ValueError)) and said:
         return said
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def user_path(text: str) -> Path:
-    """A path as a flag gives it; ``~`` is the home folder, also where no shell has expanded it."""
+    """The path that a flag gives; ``~`` is the home folder, also if no shell has expanded it."""
     return Path(os.path.expanduser(text))
 
 
@@ -36,21 +36,21 @@ def user_path(text: str) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to ``path`` that takes its place when the block succeeds.
 
-    A process killed inside the block leaves ``path`` as it was. The bytes are on the disk before the
-    name is, so that a machine that goes down leaves no empty file under it either.
+    A process killed inside the block leaves ``path`` as it was. The bytes are written to disk before the
+    file is renamed, so that a machine that goes down leaves no empty file either.
 
     Raises:
         FileError: if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No process id in the name: what a killed run left behind is overwritten by the next.
+    # No process id in the name: the next run overwrites what a killed one left behind.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         _sync(temporary)
         move(temporary, path)
     except OSError as error:
-        # As where the disk is full.
+        # For instance a full disk.
         if error.filename is None:
             raise FileError(f"{path}: cannot be written ({error})") from error
         raise
@@ -127,7 +127,7 @@ def merged_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-#: What file managers and file systems leave in folders.
+#: Files that file managers and file systems leave in folders.
 _NOT_OURS = {
     ".DS_Store",
     "Thumbs.db",
@@ -140,27 +140,27 @@ _NOT_OURS |= {".Trashes", ".fseventsd", ".AppleDouble", "__MACOSX", "@eaDir"}
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files in a folder and below, but for what the system leaves there (``.DS_Store``), sorted.
+    """The files in a folder and below, sorted, without those of the system (``.DS_Store``).
 
     Raises:
-        FileError: naming a link that leads to nothing.
+        FileError: naming a broken link.
     """
-    found = []
+    files = []
     for path in sorted(folder.rglob("*")):
         names = path.relative_to(folder).parts
         if any(n in _NOT_OURS or n.startswith(("._", ".nfs")) for n in names):
             continue
         check_link(path)
         if path.is_file():
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def check_link(path: Path) -> None:
-    """Refuses a link that leads to nothing.
+    """Refuses a broken link.
 
     Raises:
-        FileError: naming it and where it leads.
+        FileError: naming the link and its target.
     """
     if path.is_symlink() and not path.exists():
         raise FileError(
@@ -180,9 +180,9 @@ def checksum(path: Path) -> str:
         for file in files_in(path):
             digest.update(f"{file.relative_to(path).as_posix()} {checksum(file)}\n".encode())
         return digest.hexdigest()
-    found = path.stat()
-    # A model is the input of one step after another: it is read again only if it was written again.
-    return _content(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = path.stat()
+    # Several steps in a row read the same model: its bytes are read again only if the file changed.
+    return _content(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=256)
@@ -196,7 +196,7 @@ def _content(path: Path, *_state: int) -> str:
 
 def _sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
-    # Windows opens no folders; it has no such call for them either.
+    # Windows cannot open folders, and has no such call for them.
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

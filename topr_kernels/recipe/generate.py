@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from topr_kernels.recipe.records import (
     read_records,
     write_records,
 )
-from topr_kernels.recipe.scoring import Verdict, count_problems, verdicts
+from topr_kernels.recipe.scoring import Verdict, verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -87,8 +86,8 @@ class Prompts:
     Args:
         token_ids: ids of each prompt.
         inputs: ``input_ids``, ``attention_mask`` and ``position_ids``, one row per prompt.
-        cache: the argument that gives the model keys and values of all columns but the last, one row
-            per distinct prompt; {} where it computes them anew.
+        cache: the argument that passes keys and values of all columns but the last to the model, one
+            row per distinct prompt; {} if the model computes them anew.
         rows: [B], the row of each prompt in ``cache``.
     """
 
@@ -102,7 +101,7 @@ class Prompts:
 def read_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, chat: bool = False
 ) -> Prompts:
-    """Runs the prompts through the model: what they all begin with once, and equal ones once.
+    """Runs the prompts through the model: their common prefix once, and equal prompts once.
 
     Args:
         model: a causal language model in eval mode.
@@ -121,7 +120,7 @@ def read_prompts(
         for name, x in pad_left(distinct, tokenizer.pad_token_id, prefix).items()
     }
     cache: dict[str, Any] = {}
-    # The last token is left for generate, which needs one to go on from.
+    # The last token is left for generate, which needs one to start from.
     if shared and once["input_ids"].shape[1] > prefix + 1:
         cache = prefix_cache(model, once["input_ids"], prefix) if prefix else {}
         outputs = model(
@@ -170,7 +169,7 @@ def complete(
     """
     if not isinstance(prompts, Prompts):
         prompts = read_prompts(model, tokenizer, prompts, chat=chat)
-    # Copied: generation writes into it.
+    # A copy, since generation changes it.
     cache = copy.deepcopy(prompts.cache)
     for keys_and_values in cache.values():
         keys_and_values.batch_select_indices(prompts.rows)
@@ -199,10 +198,10 @@ def complete(
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Takes the model's own generation settings away while the block runs.
+    """Removes the model's own generation settings while the block runs.
 
-    transformers fills whatever the given settings leave open from them: a ``min_p`` or suppressed tokens
-    there would sample something else than the full softmax.
+    transformers takes from them whatever the given settings leave open: with a ``min_p`` or suppressed
+    tokens it would not sample from the full softmax.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -258,7 +257,7 @@ def generate(
     label: str = "generate",
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
-    problems: Counter[str] | None = None,
+    judged: list[Verdict] | None = None,
 ) -> list[Record]:
     """Samples completions of every question and rewards them.
 
@@ -267,7 +266,7 @@ def generate(
         tokenizer: its tokenizer.
         task: parses and rewards the answers.
         questions: Q questions.
-        model_name: what the records call the model.
+        model_name: name of the model in the records.
         samples: completions per question.
         max_new_tokens: length at which a completion is cut.
         batch_size: completions sampled together.
@@ -287,8 +286,7 @@ def generate(
         take: given the number of batches, gives those to do, in rising order: for one of several
             processes, which leaves its share in ``shards``.
         progress: whether to show a bar.
-        problems: counts the answers whose scorer failed, by cause (``scoring.CAUSES``); also those of
-            batches that were found.
+        judged: takes the verdict on each record, in their order; also those of batches that were found.
 
     Returns:
         Q * samples records in the order of the questions (of the batches taken, if not all); without
@@ -317,17 +315,15 @@ def generate(
             start = starts[i]
             part = work[start : start + batch_size]
             shard = None if shards is None else shards / f"batch-{i:05d}.parquet"
-            # Beside the batch, if there are any: the records do not tell why an answer has no verdict.
-            noted = None if shard is None else shard.with_suffix(".problems.json")
-            found: Counter[str] = Counter()
-            if shard is not None and shard.exists():
+            # Beside the batch: records tell neither an answer's form nor why it has no verdict.
+            noted = None if shard is None else shard.with_suffix(".verdicts.json")
+            if shard is not None and noted is not None and shard.exists() and noted.exists():
                 batch = read_records(shard)
                 if [record.group for record in batch] != [question.group for question in part]:
                     raise RecordError(
                         f"{shard}: holds other questions than its batch; delete it and run again"
                     )
-                if noted is not None and noted.exists():
-                    found = Counter(read_json(noted))
+                found = [Verdict(**verdict) for verdict in read_json(noted)]
             else:
                 batch_seed = seed * 1_000_003 + i
                 completions = sample(
@@ -344,24 +340,20 @@ def generate(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
                     *(fingerprint, weights, dtype),
                 )
-                judged = verdicts(
+                found = verdicts(
                     task,
                     [(c.text, c.finish_reason, q) for q, c in zip(part, completions, strict=True)],
                 )
                 batch = [
                     _record(question, completion, verdict, sampling)
-                    for question, completion, verdict in zip(part, completions, judged, strict=True)
+                    for question, completion, verdict in zip(part, completions, found, strict=True)
                 ]
-                found = count_problems(judged)
                 if shard is not None and noted is not None:
                     # First: a batch that is there is not judged again.
-                    if found:
-                        write_json(noted, found)
-                    else:
-                        noted.unlink(missing_ok=True)
+                    write_json(noted, [asdict(verdict) for verdict in found])
                     write_records(shard, batch)
-            if problems is not None:
-                problems.update(found)
+            if judged is not None:
+                judged += found
             records += batch
             # Those of others in between are done, or being done.
             bar.update(start + len(batch) - bar.n)

@@ -19,7 +19,7 @@ from topr_kernels.recipe.commands import (
     run_train,
 )
 from topr_kernels.recipe.files import FileError, checksum, read_json, write_json
-from topr_kernels.recipe.manifests import check_claim, claim, read_mapping
+from topr_kernels.recipe.manifests import check_settings, read_mapping, write_or_check_settings
 from topr_kernels.recipe.models import Models
 from topr_kernels.recipe.options import pick
 from topr_kernels.recipe.processes import current
@@ -32,7 +32,7 @@ from topr_kernels.recipe.settings import (
     ScoreSettings,
     TrainCommandSettings,
 )
-from topr_kernels.recipe.steps import foreign, is_there, locked, on_refusal
+from topr_kernels.recipe.steps import is_there, locked, not_ours, on_error
 from topr_kernels.recipe.task_files import questions_of, scorer, task_inputs
 from topr_kernels.recipe.vllm_backend import check_scorable
 
@@ -61,13 +61,13 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
     """
     settings = with_backend(settings)
     check_scorable(settings)
-    # Questions first: settings that cannot be met must not claim the folder.
+    # Questions first: settings that cannot be met must leave the folder alone.
     questions_of(settings, settings.questions)
     check_training_processes(settings.batch_size)
     models = Models()
     crew = current()
     with ExitStack() as held:
-        crew.first(lambda: _take_on(held, settings, out))
+        crew.first(lambda: _lock(held, settings, out))
         report = [_start(settings, out, models)]
         source = settings.model
         for i in range(1, settings.iterations + 1):
@@ -79,21 +79,21 @@ def run_iterate(settings: IterateSettings, out: Path) -> list[dict[str, Any]]:
     return report
 
 
-def _take_on(held: ExitStack, settings: IterateSettings, out: Path) -> None:
-    """Locks and claims the folder of the run."""
+def _lock(held: ExitStack, settings: IterateSettings, out: Path) -> None:
+    """Locks the folder of the run and writes or checks its settings."""
     wanted = _wanted(settings)
     _refuse_foreign(out)
     held.enter_context(locked(out))
-    claimed = out / "settings.json"
-    # Settings under which nothing was done bind nobody.
+    settings_file = out / "settings.json"
+    # Settings without any work done are discarded.
     if not _begun(out):
-        claimed.unlink(missing_ok=True)
-    on_refusal(held, lambda: _withdraw(out))
-    claim(claimed, wanted, out)
+        settings_file.unlink(missing_ok=True)
+    on_error(held, lambda: _remove_settings(out))
+    write_or_check_settings(settings_file, wanted, out)
 
 
-def _withdraw(out: Path) -> None:
-    """Takes back the claim of a run that failed before it had done anything."""
+def _remove_settings(out: Path) -> None:
+    """Removes the settings of a run that failed before it had done anything."""
     if not _begun(out):
         (out / "settings.json").unlink(missing_ok=True)
         with suppress(OSError):
@@ -101,34 +101,38 @@ def _withdraw(out: Path) -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Refuses a folder in which files of the user have the names of ours.
+    """Refuses a folder with files of the user under the names that this command writes.
 
     Raises:
         SettingsError: naming such a file.
     """
-    claimed = out / "settings.json"
+    settings_file = out / "settings.json"
     try:
-        found = read_json(claimed)
-        ours = isinstance(found, Mapping) and found.get("step") == "iterate"
+        stored = read_json(settings_file)
+        ours = isinstance(stored, Mapping) and stored.get("step") == "iterate"
     except FileNotFoundError:
         ours = False
     except FileError:
-        # Damaged; the claim says so. Where nothing was done it may be anybody's.
+        # Damaged, which the check of the settings reports. Where nothing was done it may not be ours.
         ours = _begun(out)
-    for path in () if ours else (claimed, out / "report.json"):
+    for path in () if ours else (settings_file, out / "report.json"):
         if is_there(path):
-            raise foreign(path)
+            raise not_ours(path)
 
 
 def check_folder(settings: IterateSettings, out: Path) -> None:
-    """Refuses a folder of other settings, as ``run_iterate`` does; of settings with their backend.
+    """Refuses a folder of other settings, as ``run_iterate`` does.
+
+    Args:
+        settings: with their backend resolved (``with_backend``).
+        out: folder of the run.
 
     Raises:
         SettingsError: naming what differs.
     """
     _refuse_foreign(out)
     if _begun(out) and (out / "settings.json").exists():
-        check_claim(out / "settings.json", _wanted(settings), out)
+        check_settings(out / "settings.json", _wanted(settings), out)
 
 
 def _wanted(settings: IterateSettings) -> dict[str, Any]:
@@ -136,14 +140,14 @@ def _wanted(settings: IterateSettings) -> dict[str, Any]:
     return {
         "step": "iterate",
         "version": __version__,
-        # No iteration depends on how many follow.
+        # An iteration does not depend on how many follow.
         "settings": plain(settings, "iterations") | scorer(settings),
         "inputs": {name: checksum(path) for name, path in inputs.items()},
     }
 
 
 def _begun(out: Path) -> bool:
-    """Whether anything was done: a step that did nothing leaves the settings it claimed."""
+    """Whether any work was done: a step that did none leaves at most its settings."""
     return any(
         path.is_file()
         for path in out.glob("iteration-*/**/*")
@@ -218,7 +222,7 @@ def _write_manifest(path: Path, value: Mapping[str, Any]) -> None:
         write_json(path, value)
     elif read_mapping(path) != value:
         raise FileError(
-            f"{path}: does not tell what the steps beside it tell; delete it and run again"
+            f"{path}: disagrees with the manifests of the steps beside it; delete it and run again"
         )
 
 
@@ -233,17 +237,19 @@ def as_text(report: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(entry: Mapping[str, Any]) -> str:
-    found = entry["evaluation"]
+    evaluation = entry["evaluation"]
     data = f"{'':30}"
     if entry["iteration"]:
         data = (
             f"{100 * entry['sampled']['positive_share']:10.1f}%{entry['trained']['records']:12}"
             f"{100 * entry['trained']['effective_positive_share']:6.1f}%"
         )
-    error = found["maj_at_k_error"]
-    interval = f"[{100 * found['pass_at_1_low']:.1f}, {100 * found['pass_at_1_high']:.1f}]"
+    error = evaluation["maj_at_k_error"]
+    interval = (
+        f"[{100 * evaluation['pass_at_1_low']:.1f}, {100 * evaluation['pass_at_1_high']:.1f}]"
+    )
     return (
-        f"{entry['iteration'] or 'base':<5}{data}{100 * found['pass_at_1']:8.1f}%  {interval:15}"
-        f"{100 * found['maj_at_k']:7.1f}%{'' if error is None else f'{100 * error:.1f}':>6}"
-        f"{100 * found['invalid_share']:8.1f}%{found['mean_length']:8.1f}"
+        f"{entry['iteration'] or 'base':<5}{data}{100 * evaluation['pass_at_1']:8.1f}%  {interval:15}"
+        f"{100 * evaluation['maj_at_k']:7.1f}%{'' if error is None else f'{100 * error:.1f}':>6}"
+        f"{100 * evaluation['invalid_share']:8.1f}%{evaluation['mean_length']:8.1f}"
     )

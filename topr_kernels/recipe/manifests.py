@@ -35,14 +35,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Reads a manifest; None if there is none, or the file of that name is not one of ours.
+    """Reads a manifest; None if there is none, or the file of that name is no manifest.
 
     Raises:
-        FileError: if it is not JSON: it may have been one.
+        FileError: if it is not JSON: it may be a damaged manifest.
     """
-    found = read_json(path) if path.exists() else None
-    ours = isinstance(found, dict) and "step" in found and isinstance(found.get("outputs"), dict)
-    return found if ours else None
+    value = read_json(path) if path.exists() else None
+    ours = isinstance(value, dict) and "step" in value and isinstance(value.get("outputs"), dict)
+    return value if ours else None
 
 
 def manifest_of(output: Path) -> dict[str, Any] | None:
@@ -51,22 +51,21 @@ def manifest_of(output: Path) -> dict[str, Any] | None:
     Raises:
         FileError: as ``read_manifest``.
     """
-    found = read_manifest(manifest_path(output))
-    # These write no NAME but NAME.json itself: it may lie beside a model of that name by chance.
-    return None if found is None or found["step"] in ("evaluate", "vote") else found
+    manifest = read_manifest(manifest_path(output))
+    # The output of these is NAME.json itself: a file NAME beside it is not theirs.
+    return None if manifest is None or manifest["step"] in ("evaluate", "vote") else manifest
 
 
 def check_input(path: Path) -> None:
-    """Checks that an input is there, finished, and as its manifest says.
+    """Checks that an input exists, is finished, and has the checksum of its manifest.
 
     Raises:
         FileError: if it is absent, unfinished or changed; a file without a manifest passes.
     """
-    manifest = manifest_path(path)
-    found = manifest_of(path)
-    if found is not None:
-        check_outputs(found, manifest, [path])
-    elif partial_path(manifest).exists():
+    manifest, file = manifest_of(path), manifest_path(path)
+    if manifest is not None:
+        check_outputs(manifest, file, [path])
+    elif partial_path(file).exists():
         raise FileError(
             f"{path}: unfinished; run the command that makes it again, and it continues"
         )
@@ -76,12 +75,12 @@ def check_input(path: Path) -> None:
 
 
 def noted_checksum(manifest: Mapping[str, Any], output: Path) -> Any:
-    """The checksum of an output that a manifest tells; None if it tells none."""
+    """The checksum of an output in a manifest; None if it is not there."""
     known = manifest.get("outputs")
     return known.get(output.name) if isinstance(known, Mapping) else None
 
 
-def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
+def write_or_check_settings(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
     """Writes settings into a new file, or checks that the file's are the same.
 
     Args:
@@ -95,29 +94,39 @@ def claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
     if not path.exists():
         write_json(path, wanted)
     else:
-        check_claim(path, wanted, shown)
+        check_settings(path, wanted, shown)
 
 
-def check_claim(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
-    """Checks that the settings in a file are those of this run; arguments and errors as ``claim``."""
+def check_settings(path: Path, wanted: Mapping[str, Any], shown: Path) -> None:
+    """Checks that the settings in a file are those of this run.
+
+    Arguments and errors are those of ``write_or_check_settings``.
+    """
     try:
-        found = read_mapping(path)
+        stored = read_mapping(path)
     except FileError as error:
         # Deleting just this file would let results of unknown settings pass for these.
         raise SettingsError(
             f"{path}: damaged, so the settings of the results beside it are unknown; delete the "
             f"folder {path.parent}, or choose another --out"
         ) from error
-    refuse_other(found, wanted, shown)
+    refuse_other_settings(stored, wanted, shown)
 
 
-def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], shown: Path) -> None:
-    """Refuses results of other settings or inputs, saying what differs.
+def refuse_other_settings(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], shown: Path
+) -> None:
+    """Refuses results of other settings or inputs.
+
+    Args:
+        stored: settings and inputs of the results.
+        wanted: those of this run.
+        shown: what the message calls the results.
 
     Raises:
         SettingsError: naming each difference and the remedy.
     """
-    lines = list(_differences(found, wanted))
+    lines = list(_differences(stored, wanted))
     if lines:
         raise SettingsError(
             f"{shown} is of a run with other settings:{''.join(lines)}\nGive the same settings to "
@@ -125,9 +134,9 @@ def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], shown: Pat
         )
 
 
-def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
+def _differences(stored: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
     for name, value in wanted.items():
-        there = found.get(name) if isinstance(found, Mapping) else None
+        there = stored.get(name) if isinstance(stored, Mapping) else None
         if there == value:
             continue
         if name == "inputs" and isinstance(value, Mapping):
@@ -139,12 +148,12 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
             yield f"\n  {shown}: {there!r} there, {value!r} now"
 
 
-def _other_inputs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+def _other_inputs(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     for name, value in wanted.items():
-        there = found.get(name)
+        there = stored.get(name)
         if there == value:
             continue
-        # That of topr iterate is the checksum alone.
+        # The manifest of topr iterate holds the checksum alone.
         one, other = (
             x if isinstance(x, Mapping) else {"file": name, "sha256": x} for x in (there, value)
         )
@@ -154,33 +163,33 @@ def _other_inputs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterat
         else:
             old, new = (f"{str(x.get('sha256'))[:12]}..." for x in (one, other))
             yield f"\n  {flag(name)}: {after!r} has changed since: sha256 {old} there, {new} now"
-    for name in sorted(found.keys() - wanted.keys()):
+    for name in sorted(stored.keys() - wanted.keys()):
         yield f"\n  {flag(name)}: a file there, none now"
 
 
-def check_outputs(found: Mapping[str, Any], manifest: Path, outputs: Sequence[Path]) -> None:
+def check_outputs(manifest: Mapping[str, Any], file: Path, outputs: Sequence[Path]) -> None:
     """Checks outputs against the checksums in their manifest.
 
     Args:
-        found: what the manifest holds.
-        manifest: its path, for the messages.
+        manifest: what it holds.
+        file: its path, for the messages.
         outputs: the files and folders to check.
 
     Raises:
         FileError: naming the output that is missing, changed or not in the manifest, and the remedy.
     """
     for path in outputs:
-        known = noted_checksum(found, path)
-        # As after a renaming of both.
+        known = noted_checksum(manifest, path)
+        # For instance after both were renamed.
         if known is None:
             raise FileError(
-                f"{manifest}: does not tell the checksum of {path.name}; give both the names they had, "
-                f"or move {manifest.name} away"
+                f"{file}: does not tell the checksum of {path.name}; give both the names they had, "
+                f"or move {file.name} away"
             )
         if not path.exists():
-            raise FileError(f"{path}: missing, though {manifest.name} tells of it; delete that too")
+            raise FileError(f"{path}: missing, though {file.name} tells of it; delete that too")
         if checksum(path) != known:
             raise FileError(
-                f"{path}: not as it was written (its checksum is not the one in {manifest.name}); "
+                f"{path}: not as it was written (its checksum is not the one in {file.name}); "
                 "delete both and make it anew"
             )

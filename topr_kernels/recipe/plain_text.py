@@ -1,4 +1,4 @@
-"""One way to write an answer: digits, signs and LaTeX that only sets it, brought to one form."""
+"""Normalises how an answer is written: digits, signs, and LaTeX that changes only its looks."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ _HEDGES = re.compile(
 
 
 def plain(text: str) -> str:
-    """A text in one line, with ASCII digits and signs, and without the LaTeX that only sets it."""
+    """A text in one line, with ASCII digits and signs, without LaTeX that changes only its looks."""
     if len(text) > 5 * LONGEST_ANSWER:
         return " ".join(text.split())
     text = _VULGAR.sub(lambda m: f" {unicodedata.normalize('NFKC', m.group())}", text)
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m.group())}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m.group())}}}", text)
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
-    # A dollar that is money; the others are LaTeX's.
+    # Dollars that are money, so that those left are LaTeX's.
     text = re.sub(r"\b(?:US|CA|AU|NZ|HK)\s?\\?\$|\\\$", "¤", text).replace(r"\%", "%")
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     text = unicodedata.normalize("NFKC", text)

@@ -1,4 +1,4 @@
-"""What the commands would do and cost, without doing it: ``--dry-run``. Nothing is written."""
+"""``--dry-run``: what the commands would do and cost. Nothing is written."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from topr_kernels.recipe.settings import (
 )
 from topr_kernels.recipe.steps import Step, state_of
 from topr_kernels.recipe.task_files import questions_of
-from topr_kernels.recipe.train import trainable_rows
+from topr_kernels.recipe.train import trainable_fields
 from topr_kernels.recipe.verifier import Verification, choose_solutions
 from topr_kernels.recipe.verifier_commands import read_answers, verify_step, vote_step
 from topr_kernels.recipe.vllm_backend import check_scorable
 
-#: Bytes of a sampled token in records, text included, and of what else a record holds.
+#: Bytes in a records file: of a token with its text, and of the rest of a record.
 _TOKEN_BYTES, _RECORD_BYTES = 16, 200
 #: Weights and AdamW's two moments; the next checkpoint is written before the last is deleted.
 _CHECKPOINT = 2 * 3
@@ -66,14 +66,14 @@ def plan_generate(settings: GenerateSettings, out: Path) -> list[str]:
 def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
     """What ``run_score`` would do."""
     state = _state(score_step(settings, records, out))
-    found = read_nonempty(records)
-    check_full_softmax(found)
-    check_dtype(found, LOADED_DTYPE)
-    prompt, completion = _tokens(found)
+    to_score = read_nonempty(records)
+    check_full_softmax(to_score)
+    check_dtype(to_score, LOADED_DTYPE)
+    prompt, completion = _tokens(to_score)
     size = records.stat().st_size + 4 * completion
     return [
         state,
-        f"forward passes: {len(found)} records, {prompt} prompt + {completion} completion tokens",
+        f"forward passes: {len(to_score)} records, {prompt} prompt + {completion} completion tokens",
         f"writes: {out}, about {_bytes(size)}",
     ]
 
@@ -81,9 +81,9 @@ def plan_score(settings: ScoreSettings, records: Path, out: Path) -> list[str]:
 def plan_curate(settings: CurateSettings, records: Path, out: Path) -> list[str]:
     """What ``run_curate`` would keep."""
     state = _state(curate_step(settings, records, out))
-    found = read_nonempty(records)
-    check_sources(found)
-    chosen = curate(found, settings, seed=settings.seed)
+    candidates = read_nonempty(records)
+    check_sources(candidates)
+    chosen = curate(candidates, settings, seed=settings.seed)
     return [
         state,
         as_text(chosen.before, chosen.after),
@@ -96,12 +96,12 @@ def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list
     """What ``run_train`` would do."""
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
     state = _state(train_step(settings, records, out))
-    found = read_nonempty(records)
-    trainable_rows(found)
-    prompt, completion = _tokens(found)
+    train_on = read_nonempty(records)
+    trainable_fields(train_on)
+    prompt, completion = _tokens(train_on)
     return [
         state,
-        *_training(settings, settings.model, len(found)),
+        *_training(settings, settings.model, len(train_on)),
         f"tokens per epoch: {prompt} of prompts + {completion} of completions",
         f"baseline: {settings.baseline:+.3f}",
         f"writes: {out}",
@@ -121,12 +121,14 @@ def plan_verify(settings: VerifySettings, records: Path, out: Path) -> list[str]
     """What ``run_verify`` would do."""
     settings = with_backend(settings)
     state = _state(verify_step(settings, records, out))
-    found = choose_solutions(read_nonempty(records), settings)
-    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(found)]
-    right = sum(record.reward > 0 for record in found)
+    solutions = choose_solutions(read_nonempty(records), settings)
+    prompts = [
+        Verification(settings.template).question(r, i).prompt for i, r in enumerate(solutions)
+    ]
+    right = sum(record.reward > 0 for record in solutions)
     return [
         state,
-        f"solutions: {len(found)}, {right} of them right",
+        f"solutions: {len(solutions)}, {right} of them right",
         *_sampling(settings, prompts, settings.samples),
         f"writes: {out}",
     ]
@@ -136,7 +138,7 @@ def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
     """What ``run_vote`` would do."""
     settings = with_backend(settings)
     state = _state(vote_step(settings, records, out))
-    answers, questions, judged = read_answers(settings, records)
+    answers, questions, judged, _ = read_answers(settings, records)
     prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
     return [
         state,
@@ -202,7 +204,7 @@ def _training(settings: TrainingOptions, model: str, records: int) -> list[str]:
 
 
 def _state(step: Step) -> str:
-    # Refused for the same reasons as the command.
+    # Raises where the command would.
     state = state_of(step)
     parts = len(list(partial_path(step.manifest).glob("parts/*.parquet")))
     return _STATES[state] + (f" ({parts} parts done)" if state == "interrupted" and parts else "")

@@ -1,7 +1,8 @@
-"""One command in several processes (torchrun, accelerate launch): who does what, and if one fails.
+"""One command in several processes (torchrun, accelerate launch): sharing its work, and failures.
 
-Batches and parts are fixed by the settings alone and lie in files, so which process works one out
-changes nothing. The first process claims, locks, merges and writes; all share one file system.
+Batches and parts depend on the settings alone and are stored in files, so it does not matter which
+process computes one. The first process locks the folder, writes the settings, merges the parts and
+writes the outputs. All processes share one file system.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-#: How long a process waits for another that says nothing; one that ended is noticed at once.
+#: How long a process waits for another one that does not answer; one that ended is noticed at once.
 PATIENCE = timedelta(hours=1)
 _REMEDY = "Mend that, and the same command continues, with any number of processes"
 
 
 class ProcessError(RuntimeError):
-    """Another process of the command failed or does not answer, or the environment is not sound."""
+    """Another process of the command failed or does not answer, or the environment is invalid."""
 
 
 class Processes:
-    """The processes of a command; this class itself is the only one of its command.
+    """The processes of a command. This class serves a command with one process.
 
     Args:
-        rank: which of them this is; the first is 0.
-        count: how many they are.
+        rank: of this process; the first is 0.
+        count: number of processes.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
@@ -40,20 +41,20 @@ class Processes:
         self.count = count
 
     def first(self, work: Callable[[], T]) -> T:
-        """Has the first process do the work; all get what it returns, which must be picklable.
+        """Has the first process do the work; all get its result, which must be picklable.
 
         Raises:
-            ProcessError: in the others, if it fails; in all, if one of them does not get here.
+            ProcessError: in the others, if it fails; in all, if one of them does not call this.
         """
         return work()
 
     def share(self, work: Callable[[], object], *, lockstep: bool = False) -> None:
-        """Has all processes do the work, and all wait for all.
+        """Has all processes do the work, and wait for each other.
 
         Args:
             work: takes its share by ``take``.
-            lockstep: the work itself waits for the others (a training). A process that fails in it says
-                nothing: its end tells the others, which are not where they could hear.
+            lockstep: the work itself waits for the others, as training does. A process that fails in it
+                sends no message, since the others could not receive it; they notice that it ended.
 
         Raises:
             ProcessError: in the others, if one fails.
@@ -61,7 +62,7 @@ class Processes:
         work()
 
     def take(self, count: int) -> Iterator[int]:
-        """Numbers from 0 to ``count - 1``, each to the first process that asks for it.
+        """Numbers from 0 to ``count - 1``; each goes to the first process that asks for it.
 
         Raises:
             ProcessError: as soon as another process has failed.
@@ -74,10 +75,10 @@ class _Joined(Processes):
         super().__init__(dist.get_rank(), dist.get_world_size())
         self._timeout = timeout
         self._store: Any = dist.distributed_c10d._get_default_store()
-        # A group of its own: what is said here must not meet what a training says in another.
+        # A group of its own: messages here must not mix with those of a training.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._takes = self._shares = 0
-        # Nobody leaves, for whatever reason, while another still connects.
+        # No process may leave while another one still connects.
         self._all_hear(None, None)
 
     def first(self, work: Callable[[], T]) -> T:
@@ -97,7 +98,7 @@ class _Joined(Processes):
             work()
         except BaseException as raised:
             known = self._failure()
-            # What a training says when the other side of a connection is gone is only a consequence.
+            # If another process has failed, an error of this training's connections is a consequence.
             if lockstep and known and isinstance(raised, RuntimeError):
                 raise ProcessError(known) from raised
             if not known:
@@ -109,7 +110,7 @@ class _Joined(Processes):
 
     def take(self, count: int) -> Iterator[int]:
         self._takes += 1
-        # Whoever is free takes the next: answers differ in length, and machines in speed.
+        # A free process takes the next number: answers differ in length, and machines in speed.
         key = f"topr/taken-{self._takes}"
         while True:
             if known := self._failure():
@@ -123,8 +124,8 @@ class _Joined(Processes):
             yield i
 
     def _all_hear(self, value: Any, error: Exception | None) -> list[Any]:
-        """The values of all processes, by rank; raises ``error``, or that another has one."""
-        said = None if error is None else self._describe(error)
+        """The values of all processes, by rank; raises ``error``, or reports another process's error."""
+        said = None if error is None else self._message(error)
         heard: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(heard, (value, said), group=self._group)
@@ -137,9 +138,9 @@ class _Joined(Processes):
         for _, problem in heard:
             if problem is not None:
                 raise ProcessError(problem)
-        return [found for found, _ in heard]
+        return [result for result, _ in heard]
 
-    def _describe(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         if isinstance(error, ProcessError):
             return str(error)
         what = str(error) or type(error).__name__
@@ -147,18 +148,18 @@ class _Joined(Processes):
 
     @property
     def _failed_key(self) -> str:
-        # Of this piece of work alone: whoever goes on after a failure begins with none.
+        # Of the current shared work alone: after a failure the next one starts without.
         return f"topr/failed-{self._shares}"
 
     def _note(self, error: BaseException) -> None:
         try:
-            self._store.set(self._failed_key, self._describe(error))
+            self._store.set(self._failed_key, self._message(error))
         except RuntimeError:
-            # The process that keeps the store is gone, so the others know that something is wrong.
+            # The process that holds the store has ended, which the others notice by themselves.
             return
 
     def _failure(self) -> str:
-        """What another process said of its failure; "" if nothing."""
+        """The message of another process that failed; "" if none did."""
         try:
             key = self._failed_key
             return self._store.get(key).decode() if self._store.check([key]) else ""
@@ -179,12 +180,12 @@ _current: Processes = _alone
 
 
 def current() -> Processes:
-    """The processes of the command that runs; only this one, unless it runs inside ``joined``."""
+    """The processes of the running command: inside ``joined`` all of them, else only this one."""
     return _current
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes as the launcher's environment has them: RANK, WORLD_SIZE.
+    """Rank and number of processes from the launcher's environment: RANK, WORLD_SIZE.
 
     Raises:
         ProcessError: if they are not whole numbers, or no rank is given for several processes.
@@ -203,15 +204,15 @@ def launched() -> tuple[int, int]:
 
 @contextmanager
 def joined(timeout: timedelta = PATIENCE) -> Iterator[Processes]:
-    """Makes the processes that the environment tells of one command while the block runs.
+    """Joins the processes of a launcher into one command while the block runs.
 
-    All of them must run the same commands in the same order. Where there is one, nothing is started.
+    All of them must run the same commands in the same order. For one process nothing is started.
 
     Args:
-        timeout: how long one waits for another that says nothing.
+        timeout: how long a process waits for another one that does not answer.
 
     Raises:
-        ProcessError: if the environment is not sound, or the processes do not find each other.
+        ProcessError: if the environment is invalid, or the processes do not find each other.
     """
     global _current
     if launched()[1] > 1:
@@ -223,7 +224,7 @@ def joined(timeout: timedelta = PATIENCE) -> Iterator[Processes]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process. Not by the interpreter's end, which can wait forever for a thread of gloo."""
+    """Ends the process at once: the interpreter's own exit can wait forever for a thread of gloo."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

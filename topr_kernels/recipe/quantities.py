@@ -1,4 +1,4 @@
-"""Numbers with units: what number a text is, exactly, and of what."""
+"""Numbers with units: the exact value of a text, and its unit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Quantity(NamedTuple):
 
     Args:
         value: the number, exact.
-        unit: "%", or a unit of measure or money by its one name; "" for none, or a mere noun.
+        unit: "%", or the one name of a unit of measure or money; "" for none, or for another noun.
         digits: digits after the point of a decimal.
     """
 
@@ -60,7 +60,7 @@ _SCALES: dict[str, int | Fraction] = {
 _SCALE = re.compile(
     rf"\s*-?({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-zA-Z])", re.I
 )
-# Each line has the names of some units, each unit's one name first.
+# Units apart by commas, the names of a unit by spaces; its first name is the one that is used.
 _UNIT_NAMES = (
     "m meter metre,cm centimeter centimetre,mm millimeter millimetre,km kilometer kilometre",
     "in inch inche,ft foot feet,yd yard,mi mile,g gram gm,kg kilogram kilo,mg milligram",
@@ -77,7 +77,7 @@ _UNITS = {
     for unit in line.split(",")
     for name in unit.split()
 }
-# Words that make another value of the number before them, or another number beside it.
+# Words that change the value of the number before them, or join another number to it.
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|than|pi|factorial|squared|cubed|sqrt|root|base|mod|below|above|plus|minus|not|but|"
     r"times(?=\s+\w)|divided|multiplied|over(?=\s+\w)|sin|cos|tan|log|ln|exp|infinity|i|e|maybe|possibly|perhaps|bc|january|february|march|april|may|june|july|august|september|october|"
@@ -98,19 +98,19 @@ _CENTS = re.compile(r"(\d+) dollars?,? (?:and )?(\d{1,2}) cents?$")
 
 
 def quantity(text: str) -> Quantity | None:
-    """A plain text as a number with a unit; None for anything else."""
+    """A normalised text (``plain``) as a number with a unit; None for anything else."""
     text = _CENTS.sub(lambda m: f"{m.group(1)}.{int(m.group(2)):02} dollars", _in_digits(text))
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > _LONGEST_NUMBER:
         return None
-    found = match.groupdict()
-    if found["sign"] and found["inner"]:
+    groups = match.groupdict()
+    if groups["sign"] and groups["inner"]:
         return None
     try:
-        value = _value(found)
+        value = _value(groups)
     except ZeroDivisionError:
         return None
-    rest = found["rest"]
+    rest = groups["rest"]
     if rest[:1] and rest[:1] in ",.;:" and rest.strip(" .,;:"):
         return None
     scale = _SCALE.match(rest)
@@ -122,39 +122,39 @@ def quantity(text: str) -> Quantity | None:
     unit = _unit(rest)
     if unit is None:
         return None
-    if found["money"]:
-        money = _UNITS.get(found["money"].lower().rstrip("."), "")
+    if groups["money"]:
+        money = _UNITS.get(groups["money"].lower().rstrip("."), "")
         unit = f"{money}{unit}" if unit.startswith("/") else money
-    negative = "".join(filter(None, (found["sign"], found["inner"]))).strip() not in ("", "+")
-    decimal = (found["decimal"] or "").partition(".")[2]
+    negative = "".join(filter(None, (groups["sign"], groups["inner"]))).strip() not in ("", "+")
+    decimal = (groups["decimal"] or "").partition(".")[2]
     return Quantity(-value if negative else value, unit, len(decimal))
 
 
-def _value(found: dict[str, str | None]) -> Fraction:
+def _value(groups: dict[str, str | None]) -> Fraction:
     def number(name: str) -> Fraction:
-        return Fraction((found[name] or "0").replace(",", "").replace(" ", "").rstrip("."))
+        return Fraction((groups[name] or "0").replace(",", "").replace(" ", "").rstrip("."))
 
-    if found["repeated"]:
-        whole, _, start = found["repeated"].partition(".")
-        period = found["period"] or "0"
+    if groups["repeated"]:
+        whole, _, start = groups["repeated"].partition(".")
+        period = groups["period"] or "0"
         tail = Fraction(int(period), 10 ** len(start) * (10 ** len(period) - 1))
         return Fraction(f"{whole or 0}.{start or 0}") + tail
-    if found["mixed"]:
-        part = Fraction(1, 2) if found["half"] else Fraction(0)
-        if found["a"]:
+    if groups["mixed"]:
+        part = Fraction(1, 2) if groups["half"] else Fraction(0)
+        if groups["a"]:
             part = number("a") / number("b")
-        elif found["c"]:
+        elif groups["c"]:
             part = number("c") / number("d")
         return number("mixed") + part
     for above, below in (("e", "f"), ("g", "h")):
-        if found[above]:
+        if groups[above]:
             return number(above) / number(below)
-    power = re.search(r"[+-]?\d{1,3}(?=\W*$)", found["power"] or "0")
+    power = re.search(r"[+-]?\d{1,3}(?=\W*$)", groups["power"] or "0")
     return number("decimal") * Fraction(10) ** int(power.group() if power else 0)
 
 
 def _unit(rest: str) -> str | None:
-    """The unit that follows a number; "" for a noun, None if what follows is no unit."""
+    """The unit in the text behind a number; "" for another noun, None if the text is neither."""
     apart = rest[:1].isspace() or rest[:1] == "-"
     rest = rest.strip(" .,;:").removeprefix("-")
     if not rest:
@@ -178,12 +178,12 @@ def _unit(rest: str) -> str | None:
         return name
     if not apart or len(first) < _SHORTEST_NOUN:
         return None
-    # A noun: the question has it, and not every answer.
+    # Another noun, which the question names and answers may leave out.
     return ""
 
 
 def _measure(words: str) -> str | None:
-    """Units of measure by one name, as "km/h" or "cm^2"; None for other words."""
+    """Units of measure by their first names, as "km/h" or "cm^2"; None for other words."""
     words = re.sub(r"(?<=[a-z])\.", "", words.lower())
     parts = re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", words)
     if parts[0].startswith("per "):

@@ -8,17 +8,17 @@ from typing import Any
 from topr_kernels.recipe.records import Record, RecordError
 
 
-def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
+def training_fields(records: Iterable[Record]) -> list[dict[str, Any]]:
     """The fields of records that ``CompletionCollator`` takes.
 
     Raises:
         RecordError: if a record has not been scored.
     """
-    rows = []
+    fields = []
     for i, record in enumerate(records):
         if record.behavior_log_prob is None:
             raise RecordError(f"record {i}, field 'behavior_log_prob': missing; run score first")
-        rows.append(
+        fields.append(
             {
                 "prompt_token_ids": record.prompt_token_ids,
                 "completion_token_ids": record.completion_token_ids,
@@ -26,11 +26,11 @@ def training_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
                 "reward": record.reward,
             }
         )
-    return rows
+    return fields
 
 
 def check_sources(records: Sequence[Record]) -> None:
-    """Refuses records whose mu do not come from one policy, by one way.
+    """Refuses records whose mu come from different policies, or were scored in different ways.
 
     Raises:
         RecordError: naming the first record whose source differs from that of record 0.
@@ -52,7 +52,7 @@ def check_sources(records: Sequence[Record]) -> None:
 
 
 def check_full_softmax(records: Sequence[Record]) -> None:
-    """Refuses records whose log-probabilities under the full softmax are not mu.
+    """Refuses records that were not sampled from the full softmax, under which mu is scored.
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p.
@@ -73,10 +73,10 @@ def check_full_softmax(records: Sequence[Record]) -> None:
 
 
 def check_dtype(records: Sequence[Record], dtype: str) -> None:
-    """Refuses records that were sampled in another dtype than they are to be scored in.
+    """Refuses records that were sampled in another dtype than they will be scored in.
 
     Args:
-        records: N records. Those that do not tell theirs ("") pass.
+        records: N records. Those without a dtype ("") pass.
         dtype: of the model that scores, as "float32".
 
     Raises:
@@ -93,12 +93,12 @@ def check_dtype(records: Sequence[Record], dtype: str) -> None:
 
 
 def check_tokens(records: Sequence[Record], vocabulary: int, fingerprint: str) -> None:
-    """Refuses records whose token ids mean something else to the model.
+    """Refuses records whose token ids mean other tokens to the model.
 
     Args:
         records: N records.
         vocabulary: number of ids of the model.
-        fingerprint: of its tokenizer. Records that do not tell theirs ("") pass.
+        fingerprint: of its tokenizer. Records without one ("") pass.
 
     Raises:
         RecordError: naming the record and the field.

@@ -1,4 +1,4 @@
-"""Records of the offline pipeline: what was asked, what was sampled, how, and what it was worth."""
+"""Records of the offline pipeline: a prompt, the completion that was sampled, how, and its reward."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sampling:
         seed: seed of the batch that the completion came from.
         tokenizer: fingerprint of the tokenizer (``tokenizer_fingerprint``), "" if not known.
         weights: fingerprint of the weights (``weights_fingerprint``), "" if not known.
-        dtype: what the sampler computed in, as "float32"; "" if not known.
+        dtype: that the sampler computed in, as "float32"; "" if not known.
     """
 
     model: str
@@ -152,7 +152,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     if any(record.judged is not None for record in records):
         schema = schema.append(_JUDGED)
     else:
-        # Answers to questions keep the columns they had before there were judgements.
+        # Only files of judgements have the column, as before there were any.
         for row in rows:
             del row["judged"]
     with atomic_path(path) as temporary:
@@ -177,7 +177,7 @@ def read_records(path: Path) -> list[Record]:
             rows = _parquet_rows(path)
         except (FileNotFoundError, PermissionError):
             raise
-        # A file whose ends are whole and whose middle is not raises the other two.
+        # A file that is damaged in the middle alone raises the other two.
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise RecordError(
                 f"{path.name}: not a Parquet file ({one_line(error)}); make it anew"
@@ -192,13 +192,13 @@ def read_records(path: Path) -> list[Record]:
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a Parquet file, without the index that pandas adds."""
-    # Not read_table, which takes a folder above that is named "seed=3" for a column.
+    # Not read_table, which turns a parent folder of the name "seed=3" into a column.
     with pq.ParquetFile(path) as file:
         table = file.read()
     fields = {field.name for field in dataclasses.fields(Record)}
     told = (table.schema.pandas_metadata or {}).get("index_columns", [])
     for name in table.column_names:
-        # The second: a file of pandas that another tool has written again.
+        # By name too: another tool may have rewritten a file of pandas without its metadata.
         if (name in told and name not in fields) or _PANDAS_INDEX.fullmatch(name):
             table = table.drop_columns([name])
     for i, column in enumerate(table.schema):
@@ -219,7 +219,7 @@ def _from_json(line: str, where: str) -> Record:
 
 
 def check_suffix(path: Path, name: str = "path") -> None:
-    """Refuses a name that is not of a records file.
+    """Refuses a file name without the suffix of a records file.
 
     Args:
         path: the file.
@@ -235,7 +235,7 @@ def check_suffix(path: Path, name: str = "path") -> None:
 
 
 def _present(raw: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The values without those that are nothing, where that is what an absent one is in a column."""
+    """The values without None in optional fields: a column holds None where a record lacks the field."""
     optional = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     return {n: v for n, v in raw.items() if v is not None or n not in optional}
 
@@ -273,7 +273,7 @@ def _text(value: Any, where: str, name: str) -> str:
 
 
 def _integer(value: Any, where: str, name: str) -> int:
-    # A column of whole numbers that once had a gap, or a sum, is one of floats.
+    # Tools store columns of whole numbers as floats if a value was missing.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -1,4 +1,4 @@
-"""What a run showed: a table, a picture, and a JSON of every figure and setting."""
+"""The results of a demo: a table, a picture, and a JSON of every figure and setting."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plot(
     histories: Mapping[str, Sequence[Mapping[str, float | None]]],
     title: str,
 ) -> None:
-    """Draws accuracy before and after, and what happened to the negatives along training.
+    """Draws accuracy before and after, and the weights of the negatives during training.
 
     Args:
         path: PNG file, written atomically.
@@ -143,7 +143,7 @@ def _plot_metric(
     label: str,
 ) -> None:
     for key, history in histories.items():
-        # None: the figure was infinite there.
+        # A figure is None where it was infinite.
         known = [entry for entry in history if entry.get(metric) is not None]
         axis.plot(
             np.array([entry["step"] for entry in known], dtype=float),
@@ -178,7 +178,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        # An installed copy may lie inside some other project's repository: ours tracks this file.
+        # An installed copy may lie inside another project's repository, which does not track this file.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""A reward of one's own: the questions of any task, rewarded by a function of the user's."""
+"""Custom rewards: the questions of any task, rewarded by a function of the user."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class RewardTask:
     """The questions of a task, and a function that says what a completion is worth.
 
     The function is called as ``function(question, completion, entry)``, with the question's text, the
-    completion without its surrounding white space, and ``Question.entry``; it gives the reward, or None
-    where the completion has no answer, which is rewarded -1. It runs in the workers of ``scoring``: with
-    their limits, and without files to write, a network or an environment.
+    completion without surrounding white space, and ``Question.entry``. It returns the reward, or None
+    for a completion without an answer, which is rewarded -1. It runs in the workers of ``scoring``,
+    under their limits: it can neither write files nor use the network, and the environment is empty.
 
     Args:
-        task: where the questions come from; its own scorer is not asked.
+        task: where the questions come from; its own scorer is not used.
         function: ``module:function``, of a module that can be imported from the working folder.
 
     Raises:
@@ -45,31 +45,31 @@ class RewardTask:
         return self.task.one_line
 
     def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
-        """Those of the task."""
+        """The questions of the task."""
         return self.task.questions(count, seed=seed, exclude=exclude)
 
     def prepare(self) -> None:
-        """Imports the function's module, before workers give up what that may need."""
+        """Imports the function's module, before workers give up the rights that this may need."""
         _find(self.function)
 
     def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
-        """The completion; None if it was cut, or the function finds no answer in it."""
+        """The completion; None if it was cut off, or the function returns None."""
         answer = completion.strip()
         if finish_reason != "stop" or self._value(answer, question) is None:
             return None
         return answer
 
     def canonical(self, answer: str) -> str:
-        """The answer as it stands: the function alone knows which are equal."""
+        """The answer unchanged: only the function could tell which answers are equal."""
         return answer
 
     def reward(self, answer: str | None, question: Question) -> float:
-        """What the function gives; -1 for no answer."""
+        """The function's reward; -1 for no answer."""
         value = None if answer is None else self._value(answer, question)
         return -1.0 if value is None else value
 
     def _value(self, answer: str, question: Question) -> float | None:
-        # Asked twice for an answer, by parse and by reward; it may take its time.
+        # The last value is kept: parse and reward both need it, and the function may be slow.
         if self._known[:2] != [answer, question]:
             value = _find(self.function)(question.text, answer, dict(question.entry))
             self._known[:] = [answer, question, None if value is None else float(value)]
@@ -87,26 +87,26 @@ def reward_file(function: str) -> Path:
     Raises:
         ValueError: as ``RewardTask``.
     """
-    # Of a decorated function what it wraps: that is what its author edits.
+    # Of a decorated function the file of the wrapped one, which its author edits.
     return Path(inspect.unwrap(_find(function)).__code__.co_filename)
 
 
 def reward_key(function: str) -> dict[str, str]:
-    """For a manifest: the function, and the checksum of its file, which changes rewards."""
+    """For a manifest: the function, and the checksum of its file, on which rewards depend."""
     return {"reward": function, "reward_sha256": checksum(reward_file(function))}
 
 
 def _find(function: str) -> Any:
     module, _, name = function.partition(":")
-    # The console script does not look into the working folder.
+    # The console script does not have the working folder on its path.
     if module not in sys.modules and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        imported = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"reward: got {function!r}; expected module:function, importable from here ({error})"
         ) from error
-    if not hasattr(found, "__code__"):
+    if not hasattr(imported, "__code__"):
         raise ValueError(f"reward: got {function!r}; expected a function written in Python")
-    return found
+    return imported

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from topr_kernels.recipe.models import Models, weights_fingerprint
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.scoring import Verdict, count_problems
 from topr_kernels.recipe.settings import SamplerOptions, engine_settings
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_engine
 
@@ -40,7 +40,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
 
 
 def own_share() -> dict[str, Any]:
-    """What ``generate`` and ``score`` take to do this process's share only."""
+    """Arguments with which ``generate`` and ``score`` do only this process's share."""
     return {"take": current().take, "progress": current().rank == 0}
 
 
@@ -54,7 +54,7 @@ def sample_task(
     label: str,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
-    problems: Counter[str] | None = None,
+    judged: list[Verdict] | None = None,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -68,7 +68,7 @@ def sample_task(
         label: named on the progress bar.
         take: as in ``generate``.
         progress: as in ``generate``.
-        problems: as in ``generate``.
+        judged: as in ``generate``.
     """
     engine = engine_settings(settings.engine)
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
@@ -102,16 +102,21 @@ def sample_task(
             label=label,
             take=take,
             progress=progress,
-            problems=problems,
+            judged=judged,
         )
 
 
-def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any.
+
+    Also how many were judged without a filter of system calls, where any were.
+    """
+    problems = dict(sorted(count_problems(judged).items()))
     if problems:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        causes = ", ".join(f"{count} {cause}" for cause, count in problems.items())
         print(f"answers whose scorer failed, rewarded -1: {causes}")
-    return {"scorer_problems": dict(sorted(problems.items()))}
+    unfiltered = sum(verdict.unfiltered for verdict in judged)
+    return {"scorer_problems": problems} | ({"unfiltered": unfiltered} if unfiltered else {})
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

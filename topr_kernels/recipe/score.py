@@ -1,4 +1,4 @@
-"""Scores log mu with the very kernel that training uses, so that pi and mu agree at the start."""
+"""Scores log mu with the kernel that training uses, so that pi and mu agree at the start."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from topr_kernels.recipe.models import dtype_name
 from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax
 from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
 
-#: Rows of a tile of logits. Short answers are few tokens a batch, which larger tiles would pad.
+#: Rows of a tile of logits. A batch of short answers has few tokens, and larger tiles would be padding.
 _TILE_ROWS = 64
 #: Batches that are scored between two writes to the disk.
 _SHARD_BATCHES = 16
 
 
 def workspace_bytes(model: Any) -> int | None:
-    """Budget of the fused head, for scoring and for training: only equal ones give equal log-probs."""
+    """Budget of the fused head in scoring and in training, which must be equal for equal log-probs."""
     if model.device.type != "cpu":
         return None
     return _TILE_ROWS * head_shape(model)[0] * 4
@@ -45,8 +45,8 @@ def score(
     """Fills in ``behavior_log_prob``: log-probabilities under the policy that sampled.
 
     That is the model's full softmax at the temperature of each record's ``sampling``. ``train``
-    trains the model at temperature 1: records sampled at another one are off-policy from the first
-    update on, and the ratios say so.
+    trains the model at temperature 1: records that were sampled at another one are off-policy from
+    the first update on, as their ratios show.
 
     Args:
         model: the policy that sampled the records, in eval mode.
@@ -54,9 +54,9 @@ def score(
         pad_token_id: fills the padding.
         batch_size: records scored together; use the training batch's.
         shards: folder for finished parts. Parts found there are not scored again.
-        take: given the number of parts, gives those to do, in rising order: for one of several
+        take: maps the number of parts to the indices of those to do, in rising order. For one of several
             processes, which leaves its share in ``shards``.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Returns:
         The records (of the parts taken, if not all) with one fp32 log-probability per completion token.
@@ -74,7 +74,7 @@ def score(
     with tqdm(total=len(records), desc="score", unit="sample", disable=not progress) as bar:
         for i in take(len(starts)):
             start = starts[i]
-            # Parts of others in between are done, or being done.
+            # The parts in between belong to other processes.
             bar.update(start - bar.n)
             part = records[start : start + _SHARD_BATCHES * batch_size]
             shard = None if shards is None else shards / f"from-{start:07d}.parquet"
@@ -89,12 +89,12 @@ def score(
                 done = []
                 for first in range(0, len(part), batch_size):
                     batch = part[first : first + batch_size]
-                    rows = _token_log_probs(model, batch, pad_token_id)
+                    log_probs = _token_log_probs(model, batch, pad_token_id)
                     done += [
                         dataclasses.replace(
-                            record, behavior_log_prob=row.tolist(), behavior_source="score"
+                            record, behavior_log_prob=values.tolist(), behavior_source="score"
                         )
-                        for record, row in zip(batch, rows, strict=True)
+                        for record, values in zip(batch, log_probs, strict=True)
                     ]
                     bar.update(len(batch))
                 if shard is not None:
@@ -106,12 +106,12 @@ def score(
 def max_log_ratio(
     model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
 ) -> float:
-    """Largest |log_ratio| of a sequence, of the model to the stored log-probabilities, in nats.
+    """Largest |log_ratio| of a sequence, between the model and the stored log-probabilities, in nats.
 
     Both are taken at the temperature of each record's ``sampling``, as in ``score``.
 
-    Before the first update this is numerical noise: zero for batches of the same records as were
-    scored together, and what another packing of the batches does to the hidden states otherwise.
+    Before the first update this is numerical noise: zero if the batches are those that were scored,
+    otherwise the effect that other batches have on the hidden states.
 
     Args:
         model: the policy, in eval mode.
@@ -122,9 +122,9 @@ def max_log_ratio(
     largest = 0.0
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
-        for record, row in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
+        for record, values in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
             # Sum the differences: the difference of two sums would lose digits.
-            difference = row - torch.tensor(record.behavior_log_prob)
+            difference = values - torch.tensor(record.behavior_log_prob)
             largest = max(largest, abs(float(difference.sum())))
     return largest
 
@@ -132,20 +132,20 @@ def max_log_ratio(
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
     collate = CompletionCollator(pad_token_id, share_prefix=shares_prefix(model))
-    rows = [
+    token_records = [
         {
             "prompt_token_ids": record.prompt_token_ids,
             "completion_token_ids": record.completion_token_ids,
         }
         for record in records
     ]
-    # Nearly always one temperature; each of several costs a forward pass.
+    # One forward pass per temperature; nearly always there is one.
     values = {
         t: score_behavior(
             model,
-            rows,
+            token_records,
             collate,
-            batch_size=len(rows),
+            batch_size=len(token_records),
             temperature=t,
             workspace_bytes=workspace_bytes(model),
             progress=False,

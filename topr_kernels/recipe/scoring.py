@@ -1,4 +1,4 @@
-"""What answers are worth, found out in worker processes: answers can hang a scorer, or be executed.
+"""Judges answers in worker processes: an answer can hang its scorer, or be executed by it.
 
 ``verdicts`` starts a server process (``scoring_server``), which forks workers. They give up what judging
 does not need (``confine``), have a limit of processor time and of memory for each answer, and are
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,12 +34,12 @@ from topr_kernels.recipe.tasks import Judge, Question
 
 __all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]
 
-#: Seconds of the processor for one answer; four times as many of the clock.
+#: Seconds of processor time for one answer; it may take four times as long on the clock.
 SECONDS = 5.0
 #: Bytes that a worker may take for an answer.
 MEMORY = 2**30
 _MOST_WORKERS = 4
-#: What the server gets of the environment: no keys, no tokens.
+#: Environment variables that the server gets: none that hold keys or tokens.
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
 
 
@@ -47,19 +49,22 @@ class ScoringError(SettingsError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth.
+    """The verdict on an answer.
 
     Args:
         answer: what ``parse`` found; None if nothing, or if ``problem`` says why there is no verdict.
         form: its ``canonical`` form.
         reward: -1 where there is a problem.
         problem: one of ``CAUSES``; "" for none.
+        unfiltered: whether it comes from a worker whose system calls the kernel does not filter: where
+            there is no seccomp, or the container refuses it.
     """
 
     answer: str | None
     form: str | None
     reward: float
     problem: str = ""
+    unfiltered: bool = False
 
 
 def verdicts(
@@ -92,13 +97,26 @@ def verdicts(
         return [_here(task, *answer) for answer in answers]
     if not answers:
         return []
-    found = _server().judge(task, answers, seconds, memory)
-    return [Verdict(**verdict) for verdict in found]
+    reply = _server().judge(task, answers, seconds, memory)
+    if not reply["filtered"]:
+        _warn_unfiltered()
+    return [Verdict(**verdict, unfiltered=not reply["filtered"]) for verdict in reply["verdicts"]]
 
 
 def count_problems(found: Sequence[Verdict]) -> Counter[str]:
     """How many answers have no verdict, by cause."""
     return Counter(verdict.problem for verdict in found if verdict.problem)
+
+
+@functools.cache
+def _warn_unfiltered() -> None:
+    """Says once that only Python's audit hook and the limits stand between answers and this machine."""
+    warnings.warn(
+        "scoring: this system does not filter the system calls of a process (seccomp on Linux), so the "
+        "kernel refuses workers that judge answers neither writing nor the network; only Python's audit "
+        "hook does. Run a scorer that executes answers in a container without a network and secrets",
+        stacklevel=4,
+    )
 
 
 def _here(task: Judge, completion: str, finish_reason: str, question: Question) -> Verdict:
@@ -119,12 +137,13 @@ class _Server:
         self.owner = os.getpid()
         self._lock = threading.Lock()
         self._task: bytes | None = None
+        # "" stands for the working folder, which the server leaves for an empty one.
         path = [os.path.abspath(p) for p in sys.path]
-        # Limits of threads: workers could not start any, and each judges one answer.
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._process = subprocess.Popen(
-            # -I: nothing of the environment or the working folder is imported.
+            # -I: what is imported comes from this process's path alone.
             [sys.executable, "-I", scoring_server.__file__, json.dumps(path)],
+            # Limits of threads: workers could not start any, and each judges one answer.
             env={**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -138,7 +157,8 @@ class _Server:
 
     def judge(
         self, task: Judge, answers: list[tuple[str, str, Question]], seconds: float, memory: int
-    ) -> list[dict[str, Any]]:
+    ) -> dict[str, Any]:
+        """The server's reply: the "verdicts", and whether the kernel has "filtered" the workers."""
         with self._lock:
             try:
                 pickled = pickle.dumps(task)
@@ -169,11 +189,11 @@ class _Server:
                     "command continues"
                 )
             found = json.loads(content)
-            if isinstance(found, dict):
+            if "error" in found:
                 self._task = None
                 raise _not_had(task, found["error"])
             self._task = pickled
-            return cast(list[dict[str, Any]], found)
+            return cast(dict[str, Any], found)
 
     def stop(self) -> None:
         if self.owner != os.getpid():

@@ -1,7 +1,7 @@
-"""The process behind ``scoring``: forks confined workers, deals answers out to them, minds the time.
+"""The server process of ``scoring``: forks confined workers, hands answers to them, limits their time.
 
-Started by its path, so that it begins without torch and transformers. It reads no answer itself: an
-answer is bytes to it, and the verdict of a worker is JSON that it checks.
+Started by its path, so that it begins without torch and transformers. It does not interpret answers: it
+passes them on as bytes, and checks the verdicts of workers, which are JSON.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from typing import Any, BinaryIO, NoReturn
 
 #: Why an answer has no verdict.
 CAUSES = ("raised", "timed out", "memory", "died", "refused operation")
-#: Answers after which a worker is replaced: what scorers keep (sympy's caches) must not fill its memory.
+#: Answers after which a worker is replaced: caches of scorers (sympy's) must not fill its memory.
 _ANSWERS_EACH = 500
 _LONGEST_VERDICT = 2**26
 _CLONE_NEWNET = 0x40000000
-#: Imported before the first fork where a task may want it: it takes each worker half a second.
+#: Imported before the first fork if the task may need it: importing takes a worker half a second.
 _PRELOADED = "math_verify"
 
 
@@ -81,12 +81,12 @@ class _Worker:
 
     def give(self, item: int, content: bytes, deadline: float) -> None:
         self.item, self.deadline = item, deadline
-        # A worker that died meanwhile is found by the end of its verdicts.
+        # A worker that has died is noticed when its pipe of verdicts ends.
         with contextlib.suppress(BrokenPipeError):
             _write(self._orders, struct.pack("<Q", len(content)) + content)
 
     def hear(self) -> dict[str, Any] | None:
-        """The verdict; None if it is not whole yet, "died" if the worker will not give one."""
+        """The verdict; None if it is not complete yet, "died" if the worker has ended without one."""
         part = os.read(self.verdicts, 2**16)
         self._buffer += part
         if part and len(self._buffer) < _LONGEST_VERDICT and not self._buffer.endswith(b"\n"):
@@ -96,7 +96,7 @@ class _Worker:
         return _checked(line) if part else failed("died")
 
     def end(self) -> str:
-        """Kills the worker, if it lives; why it died by itself."""
+        """Kills the worker, if it is alive; returns the cause if it died by itself."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         status = os.waitpid(self.pid, 0)[1]
@@ -110,20 +110,20 @@ class _Worker:
 
 
 def _checked(line: bytes) -> dict[str, Any]:
-    """A verdict as a worker wrote it; "died" if it is none: an executed answer may write there, too."""
+    """Parses a worker's verdict; "died" if it is invalid: an executed answer can write there, too."""
     try:
-        found = json.loads(line)
-        texts = all(isinstance(found[name], (str, type(None))) for name in ("answer", "form"))
-        reward = float(found["reward"])
-        if texts and math.isfinite(reward) and found["problem"] in ("", *CAUSES):
-            return {**{n: found[n] for n in ("answer", "form", "problem")}, "reward": reward}
+        verdict = json.loads(line)
+        texts = all(isinstance(verdict[name], (str, type(None))) for name in ("answer", "form"))
+        reward = float(verdict["reward"])
+        if texts and math.isfinite(reward) and verdict["problem"] in ("", *CAUSES):
+            return {**{n: verdict[n] for n in ("answer", "form", "problem")}, "reward": reward}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return failed("died")
 
 
 def _work(task: Any, orders: int, verdicts: int, seconds: float, memory: int) -> NoReturn:
-    """What a worker does until its orders end."""
+    """Judges the answers that arrive at a worker, until its pipe of orders ends."""
     try:
         from topr_kernels.recipe.confine import confine
 
@@ -138,16 +138,16 @@ def _work(task: Any, orders: int, verdicts: int, seconds: float, memory: int) ->
         stream = os.fdopen(orders, "rb")
         while (content := read_frame(stream)) is not None:
             refused.clear()
-            # Time of the processor, not of the clock: a busy machine must not change a reward.
+            # Processor time, not clock time: a busy machine must not change a reward.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            found = judge(task, *pickle.loads(content))
+            verdict = judge(task, *pickle.loads(content))
             signal.setitimer(signal.ITIMER_PROF, 0)
             if refused:
-                found = failed("refused operation")
-            _write(verdicts, json.dumps(found).encode() + b"\n")
+                verdict = failed("refused operation")
+            _write(verdicts, json.dumps(verdict).encode() + b"\n")
         os._exit(0)
     finally:
-        # Not by way of the server's own exit.
+        # Without the cleanup of the server, of which this is a fork.
         os._exit(1)
 
 
@@ -168,9 +168,10 @@ def judge(task: Any, completion: str, finish_reason: str, question: Any) -> dict
 
 
 class _Server:
-    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+    def __init__(self, requests: BinaryIO, replies: BinaryIO, filtered: bool) -> None:
         self._requests, self._replies = requests, replies
         self._parent = os.getppid()
+        self._filtered = filtered
         self._task: Any = None
         self._settings: Any = None
         self._idle: list[_Worker] = []
@@ -181,7 +182,8 @@ class _Server:
             order = pickle.loads(content)
             try:
                 self._take(order)
-                reply: Any = self._batch(order["items"], order["workers"], order["each"])
+                found = self._batch(order["items"], order["workers"], order["each"])
+                reply: dict[str, Any] = {"verdicts": found, "filtered": self._filtered}
             except Exception:
                 reply = {"error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
             write_frame(self._replies, json.dumps(reply).encode())
@@ -226,35 +228,35 @@ class _Server:
             while given < len(items) and len(self._busy) < workers:
                 worker = self._idle.pop() if self._idle else _Worker(self._task, seconds, memory)
                 self._busy.append(worker)
-                # What does not use the processor (it sleeps) gets more of the clock.
+                # An answer that sleeps uses no processor time, so the clock limits it too.
                 worker.give(given, items[given], time.monotonic() + 4 * seconds)
                 given += 1
             streams: list[Any] = [self._requests, *(worker.verdicts for worker in self._busy)]
             ready = select.select(streams, [], [], 0.2)[0]
             if self._requests in ready or os.getppid() != self._parent:
-                # Nothing is due from there: the parent is gone.
+                # The parent sends nothing during a batch: it has ended.
                 self.end()
                 os._exit(1)
             for worker in list(self._busy):
-                found = worker.hear() if worker.verdicts in ready else None
-                if found is None and time.monotonic() > worker.deadline:
-                    found = failed("timed out")
-                if found is None:
+                verdict = worker.hear() if worker.verdicts in ready else None
+                if verdict is None and time.monotonic() > worker.deadline:
+                    verdict = failed("timed out")
+                if verdict is None:
                     continue
                 self._busy.remove(worker)
-                if found["problem"] or worker.judged >= (each or _ANSWERS_EACH):
+                if verdict["problem"] or worker.judged >= (each or _ANSWERS_EACH):
                     cause = worker.end()
-                    if found["problem"] == "died":
-                        found = failed(cause)
+                    if verdict["problem"] == "died":
+                        verdict = failed(cause)
                 else:
                     self._idle.append(worker)
                 assert worker.item is not None
-                verdicts[worker.item] = found
+                verdicts[worker.item] = verdict
         return [verdicts[i] for i in range(len(items))]
 
 
 class _Light(types.ModuleType):
-    """The package without what its ``__init__`` imports (torch), until something asks for that."""
+    """A package whose ``__init__``, which imports torch, runs only when one of its names is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__version__":
@@ -277,15 +279,18 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    sys.path[:] = json.loads(sys.argv[1])
     _lighten()
+    from topr_kernels.recipe.confine import filters, hide
+
+    sys.path[:] = json.loads(sys.argv[1])
     if sys.platform == "linux":
         # A network name space of its own, where that is allowed, is one without a network.
         ctypes.CDLL(None).unshare(_CLONE_NEWNET)
+    hide()
     folder = tempfile.mkdtemp(prefix="topr-scoring-")
     os.chdir(folder)
     try:
-        _Server(requests, replies).run()
+        _Server(requests, replies, filters()).run()
     finally:
         os.rmdir(folder)
 

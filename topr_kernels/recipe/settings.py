@@ -12,11 +12,11 @@ from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import CurationOptions
 from topr_kernels.recipe.options import Options, SettingsError, option, with_default
 
-#: The largest that the order of training takes; a batch's own seed, made of it, fits 64 bits.
+#: The largest seed that the Trainer takes; the seeds of batches, derived from it, fit 64 bits.
 MOST_SEED = 2**32 - 1
-#: Longest answer by default: of sums after worked lines, and of anything that may be thought about.
+#: Longest answer by default: of sums in few-shot prompts, and of tasks with reasoning.
 _SHORT, _LONG = 6, 512
-#: What vLLM may sample in.
+#: Dtypes that vLLM may sample in.
 DTYPES = ("float32", "bfloat16", "float16")
 #: Settings of vLLM that ``--engine`` takes: its resources and its arithmetic, and nothing that would
 #: sample from another distribution.
@@ -34,12 +34,6 @@ _ENGINE: dict[str, type] = {
     "pipeline_parallel_size": int,
     "tensor_parallel_size": int,
 }
-
-
-def _task(text: str) -> str:
-    """A task as a flag gives it; ``~`` of its file is the home folder."""
-    kind, colon, file = text.partition(":")
-    return f"{kind}:{os.path.expanduser(file)}" if colon else text
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,6 @@ class QuestionOptions(Options):
         "arithmetic",
         "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
         "a JSONL file of question and answer",
-        type=_task,
     )
     task_config: str = option(
         "{}", "settings of the reasoning-gym data set of --task, as JSON; no other task takes any"
@@ -68,7 +61,6 @@ class QuestionOptions(Options):
     test_task: str = option(
         "",
         "task of the held-out questions, if not that of the others; --task-config is not for it",
-        type=_task,
     )
     questions: int = option(192, "training questions", least=1)
     trust_scorer: str = option(
@@ -143,7 +135,7 @@ def engine_settings(engine: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AnswerOptions(SamplerOptions, QuestionOptions):
-    """Questions and their answers; settles how long these may be, so that manifests tell it."""
+    """Questions and their answers; resolves the longest answer, so that it is in the manifest."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is None:
@@ -215,7 +207,7 @@ class EvaluateSettings(VotingOptions, AnswerOptions):
     """Settings of ``topr evaluate``; ``questions`` changes nothing: held-out ones are drawn first."""
 
 
-#: What a verifier is asked unless ``template`` says otherwise.
+#: The default of ``template``: what a verifier is asked.
 VERIFIER_TEMPLATE = (
     "{prompt}{completion}\n\nIs the solution above right? Check it step by step. End with a line "
     'that says "Verdict: right" or "Verdict: wrong".\n'
@@ -269,7 +261,7 @@ class IterateSettings(
 ):
     """The rounds; settings of ``topr iterate``."""
 
-    # Each iteration makes its own of it, which must fit as well.
+    # The seeds of the iterations are derived from it and must fit as well.
     seed: int = option(
         0, "of whatever is drawn: questions, samples, order", least=0, most=4_000_000
     )

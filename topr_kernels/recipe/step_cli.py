@@ -1,4 +1,4 @@
-"""Flags of the commands of ``topr``, but for ``demo``, and the calls behind them."""
+"""Flags of the commands of ``topr`` other than ``demo``, and the calls behind them."""
 
 from __future__ import annotations
 
@@ -77,24 +77,24 @@ def add_flags(parser: argparse.ArgumentParser, command: str, debug: str) -> None
 
 
 def run_command(command: str, args: argparse.Namespace) -> None:
-    """Runs a command, or says what it would do."""
+    """Runs a command, or prints what it would do."""
     kind, reads, _ = _COMMANDS[command]
     settings = kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)})
-    # Only now: a wrong flag need not wait for transformers.
+    # Imported here, so that a wrong flag is reported before transformers is imported.
     module = "plans" if args.dry_run else _MODULES.get(command, "commands")
     functions = importlib.import_module(f"topr_kernels.recipe.{module}")
     function: Callable[..., Any] = getattr(
         functions, f"{'plan' if args.dry_run else 'run'}_{command}"
     )
-    found = function(settings, *([args.records] if reads else []), args.out)
+    result = function(settings, *([args.records] if reads else []), args.out)
     if args.dry_run:
-        print("\n".join(found))
+        print("\n".join(result))
     elif command != "iterate" and current().rank == 0:
-        print(f"{command}: {args.out}, {found['seconds']:.1f} s")
+        print(f"{command}: {args.out}, {result['seconds']:.1f} s")
 
 
 def config_flags(argv: Sequence[str]) -> list[str]:
-    """The arguments with the flags of ``--config`` put in front of them, where others override them.
+    """The arguments, with the flags of ``--config`` in front, so that arguments override them.
 
     Raises:
         SettingsError: if the file is no YAML mapping of names to plain values.
@@ -105,12 +105,14 @@ def config_flags(argv: Sequence[str]) -> list[str]:
     path = finder.parse_known_args(argv[1:])[0].config
     if path is None:
         return list(argv)
-    found = read_yaml(path)
-    if not isinstance(found, Mapping):
-        raise SettingsError(f"{path}: got a {type(found).__name__}; expected a mapping of flags")
+    flags_by_name = read_yaml(path)
+    if not isinstance(flags_by_name, Mapping):
+        raise SettingsError(
+            f"{path}: got a {type(flags_by_name).__name__}; expected a mapping of flags"
+        )
     flags: list[str] = []
     names: set[str] = set()
-    for name, value in found.items():
+    for name, value in flags_by_name.items():
         flag = f"--{str(name).replace('_', '-')}"
         if flag in names or flag == "--config":
             raise SettingsError(
@@ -138,7 +140,7 @@ def config_flags(argv: Sequence[str]) -> list[str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Reads a YAML file in which every number is what it looks like, and no key is there twice.
+    """Reads a YAML file; refuses duplicate keys, and numbers that YAML reads as another value.
 
     Raises:
         SettingsError: naming the file, and the line, if it is not such a file.
@@ -155,10 +157,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_yaml(yaml: Any, node: Any, path: Path) -> None:
-    """Refuses what YAML 1.1 takes for another value than it looks like."""
+    """Refuses duplicate keys, and text that YAML 1.1 reads as another value than it looks like."""
     if isinstance(node, yaml.ScalarNode):
         plain = node.style is None
-        # 010 is 8 there, 1:30 is 90, and 09 a text.
+        # YAML 1.1 reads 010 as 8, 1:30 as 90, and 09 as a text.
         octal = re.fullmatch(r"[-+]?0[\d_]+(\.\d*)?", node.value)
         number = node.tag.endswith((":int", ":float")) and set(node.value) & set("_:xb")
         if plain and (octal or number):

@@ -1,8 +1,8 @@
-"""Steps of the pipeline that resume: settings claimed first, outputs whole or absent, manifest last.
+"""Steps of the pipeline that resume: settings first, then outputs whole or absent, the manifest last.
 
 A step leaves its outputs and one manifest (JSON: settings, checksums of inputs and outputs, figures).
 While it runs, a folder ``.NAME.partial`` beside the manifest holds its settings, finished parts and the
-drafts of its outputs. A finished draft is moved to its place and never onto anything: what lies there is
+drafts of its outputs. A finished draft is moved to its place, but never onto an existing file, which is
 the user's.
 """
 
@@ -25,15 +25,15 @@ from topr_kernels.recipe.files import (
     write_json,
 )
 from topr_kernels.recipe.manifests import (
-    check_claim,
     check_input,
     check_outputs,
-    claim,
+    check_settings,
     noted_checksum,
     partial_path,
     read_manifest,
     read_mapping,
-    refuse_other,
+    refuse_other_settings,
+    write_or_check_settings,
 )
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.processes import current
@@ -41,7 +41,7 @@ from topr_kernels.recipe.processes import current
 if sys.platform != "win32":
     import fcntl
 
-#: The manifest to be, in the folder of an unfinished step.
+#: Draft of the manifest, in the folder of an unfinished step.
 _DRAFT = "manifest.json"
 
 
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
 
 def state_of(step: Step) -> str:
-    """What ``run_step`` finds: "finished", "interrupted" or "new". Changes nothing.
+    """The state of a step: "finished", "interrupted" or "new". Changes nothing.
 
     Raises:
         FileError, SettingsError: as ``run_step``.
@@ -92,13 +92,13 @@ def state_of(step: Step) -> str:
     if _finished(step.manifest, wanted, step.outputs) is not None:
         return "finished"
     _refuse_foreign(step)
-    claimed = partial_path(step.manifest) / "settings.json"
-    if not claimed.exists():
+    settings_file = partial_path(step.manifest) / "settings.json"
+    if not settings_file.exists():
         return "new"
     try:
-        check_claim(claimed, wanted, step.manifest)
+        check_settings(settings_file, wanted, step.manifest)
     except SettingsError:
-        if not _nothing_done(claimed):
+        if not _nothing_done(settings_file):
             raise
         return "new"
     return "interrupted"
@@ -118,16 +118,15 @@ def run_step(
 
     Args:
         step: what is run; ``compute`` writes the drafts of its outputs (``Step.draft``).
-        compute: is given the folder for its parts, where it finds those of a killed run; returns the
-            figures.
-        share: what several processes do together before ``compute``, which finds the parts they leave;
-            not called where there is only one.
+        compute: takes the folder for its parts, where those of a killed run lie; returns the figures.
+        share: what several processes do together before ``compute``; takes the same folder and leaves
+            finished parts there. Not called where there is only one process.
         lockstep: see ``Processes.share``.
 
     Raises:
         FileError: if an input or a finished output is damaged.
-        SettingsError: if the results there have other settings or inputs, or are not this step's, or
-            another process is at it.
+        SettingsError: if the results there have other settings or inputs, or were not made by this step,
+            or another process is working on it.
         ProcessError: if another of several processes fails.
     """
     manifest, outputs = step.manifest, step.outputs
@@ -136,13 +135,13 @@ def run_step(
 
     def begin() -> tuple[dict[str, Any], bool]:
         wanted = step.wanted()
-        found = _finished(manifest, wanted, outputs)
-        if found is None:
-            found = _take_on(held, step, wanted)
-        if found is not None:
+        finished = _finished(manifest, wanted, outputs)
+        if finished is None:
+            finished = _lock_and_resume(held, step, wanted)
+        if finished is not None:
             # A kill after the manifest was written leaves the parts behind.
             shutil.rmtree(partial, ignore_errors=True)
-        return found or wanted, found is not None
+        return finished or wanted, finished is not None
 
     def finish() -> dict[str, Any]:
         figures = compute(partial)
@@ -152,15 +151,15 @@ def run_step(
             "figures": figures,
             "seconds": round(time.perf_counter() - start, 1),
         }
-        # Before any move: after a kill it tells which of what lies there is ours.
+        # Before any move: after a kill its checksums tell our files from the user's.
         write_json(partial / _DRAFT, result)
         _put_in_place(step, result)
         shutil.rmtree(partial)
         return result
 
     def hold_and(share: Callable[[Path], object]) -> None:
-        # The first process holds the folder. A lock of the others on what it claimed outlives it: the
-        # next run must not begin while one that lost the first still writes a part.
+        # The first process locks the folder, the others its settings file. If the first one dies, their
+        # locks stay: the next run must not begin while another process still writes a part.
         with _held(partial / "settings.json", shared=True):
             share(partial)
 
@@ -177,49 +176,58 @@ def run_step(
 def _finished(
     manifest: Path, wanted: Mapping[str, Any], outputs: Sequence[Path]
 ) -> dict[str, Any] | None:
-    """The manifest of a finished step, if it is."""
+    """The manifest of a step that is finished; None if it is not."""
     if not manifest.exists():
         return None
-    found = read_manifest(manifest)
-    if found is None:
-        raise foreign(manifest)
-    refuse_other(found, wanted, manifest)
-    check_outputs(found, manifest, outputs)
-    return found
+    stored = read_manifest(manifest)
+    if stored is None:
+        raise not_ours(manifest)
+    refuse_other_settings(stored, wanted, manifest)
+    check_outputs(stored, manifest, outputs)
+    return stored
 
 
-def _take_on(held: ExitStack, step: Step, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Locks and claims an unfinished step; the manifest, if all that is left is to move its drafts."""
+def _lock_and_resume(
+    held: ExitStack, step: Step, wanted: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Locks an unfinished step and writes or checks its settings; moves its drafts if they are complete.
+
+    Returns:
+        The manifest if the step is finished now, else None.
+    """
     manifest, partial = step.manifest, partial_path(step.manifest)
     _refuse_foreign(step)
     held.enter_context(locked(partial))
-    found = _finished(manifest, wanted, step.outputs)
-    if found is not None:
-        return found
-    claimed = partial / "settings.json"
-    if claimed.exists():
-        # Nobody is left of a run that lost its first process.
-        with _held(claimed):
+    finished = _finished(manifest, wanted, step.outputs)
+    if finished is not None:
+        return finished
+    settings_file = partial / "settings.json"
+    if settings_file.exists():
+        # Raises if a process of an earlier run, whose first process died, still holds it.
+        with _held(settings_file):
             pass
-    # Settings under which nothing was done, as those of a model that cannot be loaded, bind nobody.
-    if claimed.exists() and _nothing_done(claimed):
-        claimed.unlink()
-    on_refusal(held, lambda: _withdraw(claimed))
-    claim(claimed, wanted, manifest)
+    # Settings without any work done, as of a model that could not be loaded, are discarded.
+    if settings_file.exists() and _nothing_done(settings_file):
+        settings_file.unlink()
+    on_error(held, lambda: _remove_settings(settings_file))
+    write_or_check_settings(settings_file, wanted, manifest)
     drafted = partial / _DRAFT
     if drafted.exists():
-        found = read_mapping(drafted)
-        refuse_other(found, wanted, manifest)
-        _put_in_place(step, found)
-    return found
+        finished = read_mapping(drafted)
+        refuse_other_settings(finished, wanted, manifest)
+        _put_in_place(step, finished)
+    return finished
 
 
-def _nothing_done(claimed: Path) -> bool:
-    return [path for path in claimed.parent.rglob("*") if not path.is_dir()] == [claimed]
+def _nothing_done(settings_file: Path) -> bool:
+    """Whether the folder of a step holds its settings and nothing else."""
+    return [path for path in settings_file.parent.rglob("*") if not path.is_dir()] == [
+        settings_file
+    ]
 
 
-def on_refusal(held: ExitStack, work: Callable[[], object]) -> None:
-    """Has work done if the block of ``held`` fails, but not if it is interrupted, which may go on."""
+def on_error(held: ExitStack, work: Callable[[], object]) -> None:
+    """Has work done if the block of ``held`` raises; not if it is interrupted, which may resume."""
 
     def leave(kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, Exception):
@@ -228,13 +236,13 @@ def on_refusal(held: ExitStack, work: Callable[[], object]) -> None:
     held.push(leave)
 
 
-def _withdraw(claimed: Path) -> None:
-    """Takes back the claim of a run that failed before it had done anything."""
-    # Another process of the run may still be at work: then it stays.
+def _remove_settings(settings_file: Path) -> None:
+    """Removes the settings of a run that failed before it had done anything."""
+    # Another process of the run may still be at work: then they stay.
     with suppress(SettingsError, OSError):
-        if _nothing_done(claimed):
-            with _held(claimed):
-                shutil.rmtree(claimed.parent)
+        if _nothing_done(settings_file):
+            with _held(settings_file):
+                shutil.rmtree(settings_file.parent)
 
 
 def _put_in_place(step: Step, drafted: Mapping[str, Any]) -> None:
@@ -246,26 +254,26 @@ def _put_in_place(step: Step, drafted: Mapping[str, Any]) -> None:
     """
     for path in step.outputs:
         draft = step.draft(path)
-        # A killed run has moved the others.
+        # Without a draft: a killed run has moved it already.
         if draft.exists() and is_there(path):
-            raise foreign(path)
-        found = draft if draft.exists() else path
-        if not found.exists() or checksum(found) != noted_checksum(drafted, path):
+            raise not_ours(path)
+        source = draft if draft.exists() else path
+        if not source.exists() or checksum(source) != noted_checksum(drafted, path):
             raise FileError(
-                f"{found}: not as it was written; delete the folder {partial_path(step.manifest)} and "
+                f"{source}: not as it was written; delete the folder {partial_path(step.manifest)} and "
                 "run again"
             )
-        if found is draft:
+        if source is draft:
             move(draft, path)
     if is_there(step.manifest):
-        raise foreign(step.manifest)
+        raise not_ours(step.manifest)
     write_json(step.manifest, drafted)
 
 
 def _refuse_foreign(step: Step) -> None:
-    """Refuses what lies in the place of an output and is not what an unfinished run put there."""
-    # The outputs first: a process that finishes meanwhile has written the draft of its manifest
-    # before it moved them, and the manifest before it deletes that draft.
+    """Refuses files at the place of an output, unless an unfinished run of this step put them there."""
+    # Outputs are looked at first. A process that finishes meanwhile writes the draft of its manifest,
+    # moves its outputs, writes the manifest and deletes the draft, in this order.
     there = [path for path in step.outputs if is_there(path)]
     try:
         drafted = read_mapping(partial_path(step.manifest) / _DRAFT)
@@ -274,16 +282,16 @@ def _refuse_foreign(step: Step) -> None:
     for path in there:
         ours = path.exists() and checksum(path) == noted_checksum(drafted, path)
         if not ours and not step.manifest.exists():
-            raise foreign(path)
+            raise not_ours(path)
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything of that name, a link to nothing included."""
+    """Whether the name is taken, be it by a broken link."""
     return os.path.lexists(path)
 
 
-def foreign(path: Path) -> SettingsError:
-    """The refusal of what lies in the place of a result and is not ours."""
+def not_ours(path: Path) -> SettingsError:
+    """The error for a file at the place of a result that this command did not make."""
     return SettingsError(
         f"{path}: exists, but was not made by this command; move it, or choose another --out"
     )
@@ -291,12 +299,12 @@ def foreign(path: Path) -> SettingsError:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it against other processes while the block runs.
+    """Makes a folder and locks it against other processes while the block runs.
 
     The folder, and those above it, are deleted again if they were made here and stayed empty.
 
     Raises:
-        SettingsError: if another process holds it.
+        SettingsError: if another process has locked it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,10 +325,10 @@ def _held(path: Path, *, shared: bool = False) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            # The system lets go of it when the process ends, however it ends.
+            # The system releases the lock when the process ends, however it ends.
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            # Whoever held it may have deleted it, and a third made it anew.
+            # The process that held it may have deleted it, and a third one made it anew.
             if not os.path.samestat(os.fstat(descriptor), path.stat()):
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError) as error:

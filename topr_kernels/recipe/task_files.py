@@ -1,4 +1,4 @@
-"""Tasks by name: reasoning-gym's, and JSONL files of questions and answers as GSM8K and MATH are."""
+"""Tasks by name: reasoning-gym's, and JSONL files of questions and answers like GSM8K and MATH."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class FileTask:
         return 1.0 if same_answer(str(question.entry["answer"]), answer) else -1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        # To another process it goes without the questions of its file.
+        # Pickled without the questions of its file.
         return {"kind": self.kind, "path": self.path}
 
     @cached_property
@@ -138,21 +138,21 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
     Raises:
         SettingsError: if there is no such task, it refuses the configuration, or its scorer is refused.
     """
-    kind, colon, file = name.partition(":")
+    file = task_file(name)
     try:
-        settings = json.loads(config)
+        settings = json.loads(config, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise SettingsError(f"task_config: got {config!r}; not JSON ({error})") from error
     if not isinstance(settings, Mapping):
         raise SettingsError(f"task_config: got {config}; expected a JSON object")
-    if settings and (colon or name == "arithmetic"):
+    if settings and (file or name == "arithmetic"):
         raise SettingsError(
             f"task_config: got {config} with the task {name!r}, which has no settings; leave it out, or "
             "name a reasoning-gym data set (that of arithmetic is chain_sum)"
         )
     try:
-        if colon:
-            return FileTask(kind, Path(file).expanduser())
+        if file:
+            return FileTask(name.partition(":")[0], file)
         if name == "arithmetic":
             return ARITHMETIC
         return Task(name, settings, trusted=tuple(filter(None, trust_scorer.split(","))))
@@ -160,8 +160,30 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
         raise SettingsError(f"--task {name}: {error}") from error
 
 
+def task_file(name: str) -> Path | None:
+    """The file of a ``--task``, ``~`` in it the home folder; None for a task without one."""
+    _, colon, file = name.partition(":")
+    return Path(file).expanduser() if colon else None
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(
+                f"task_config: the key {name!r} is there twice; leave one of the two out"
+            )
+    return dict(pairs)
+
+
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
-    """The tasks of the training and of the held-out questions."""
+    """The tasks of the training and of the held-out questions.
+
+    Raises:
+        SettingsError: as ``find_task``; if there is no such ``reward``; or if ``trust_scorer`` is given
+            and no scorer of reasoning-gym is asked.
+    """
+    _check_trust(options)
     # A scorer that is not asked needs no trust.
     trusted = ",".join(REFUSED) if options.reward else options.trust_scorer
     task = find_task(options.task, options.task_config, trusted)
@@ -172,6 +194,29 @@ def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
         return RewardTask(task, options.reward), RewardTask(test, options.reward)
     except ValueError as error:
         raise SettingsError(f"--reward {options.reward}: {error}") from error
+
+
+def _check_trust(options: QuestionOptions) -> None:
+    """Refuses a ``trust_scorer`` that changes nothing.
+
+    Raises:
+        SettingsError: naming what judges instead.
+    """
+    if not options.trust_scorer:
+        return
+    names = {options.task, options.test_task or options.task}
+    if options.reward:
+        instead = (
+            f"--reward {options.reward} judges in place of all scorers; leave one of the two out"
+        )
+    elif all(name == "arithmetic" or task_file(name) for name in names):
+        instead = (
+            f"no scorer of reasoning-gym judges {' and '.join(sorted(names))}; leave it out, or name "
+            f"one of these data sets as --task or --test-task: {', '.join(REFUSED)}"
+        )
+    else:
+        return
+    raise SettingsError(f"trust_scorer: got {options.trust_scorer!r}, but {instead}")
 
 
 def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], list[Question]]:
@@ -202,7 +247,7 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: what changes rewards, a function of one's own or the math-verify that judged."""
+    """For the manifest: what rewards depend on, a custom function or the version of math-verify."""
     if options.reward:
         return reward_key(options.reward)
     if not task_inputs(options):
@@ -212,12 +257,8 @@ def scorer(options: QuestionOptions) -> dict[str, Any]:
 
 def task_inputs(options: QuestionOptions) -> dict[str, Path]:
     """The files that the questions come from, by flag."""
-    names = {"task": options.task, "test_task": options.test_task}
-    return {
-        flag: Path(name.partition(":")[2]).expanduser()
-        for flag, name in names.items()
-        if ":" in name
-    }
+    files = {"task": task_file(options.task), "test_task": task_file(options.test_task)}
+    return {flag: file for flag, file in files.items() if file}
 
 
 def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:
@@ -233,12 +274,12 @@ def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) 
 
 
 def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Warns of training questions that are held-out ones but for case and spaces."""
+    """Warns of training questions that equal held-out ones but for case and spaces."""
     held = {" ".join(q.text.casefold().split()) for q in held_out}
     alike = [q.text for q in train if " ".join(q.text.casefold().split()) in held]
     if alike:
         warnings.warn(
-            f"{len(alike)} training questions are held-out ones but for case and spaces, for instance "
+            f"{len(alike)} training questions equal held-out ones but for case and spaces, for instance "
             f"{alike[0][:80]!r}; remove them from the file, or accuracy is measured on what was trained",
             stacklevel=3,
         )
@@ -265,7 +306,7 @@ def _entry(line: str, where: str) -> dict[str, str]:
 
 
 def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, str]:
-    """The first of two fields that is there: its name and its text."""
+    """Name and text of the first of two fields that is present."""
     name = next((name for name in names if raw.get(name) is not None), names[0])
     text = raw.get(name)
     if isinstance(text, (int, float)) and not isinstance(text, bool):

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Protocol
 
 import reasoning_gym
 
-# Instructions that a few-shot prompt makes superfluous: its lines are the bare problem and answer.
+# Instructions that are left out: a few-shot prompt shows the problem and the answer alone.
 _INSTRUCTIONS = {
     "chain_sum": "State the final answer to the following arithmetic problem: ",
 }
 _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d*)?")
-# Each part of a split draws from its own range of reasoning-gym seeds (an entry's seed is the
-# data set's plus its index), so that asking for more questions of one leaves the others alone.
+# Each part of a split has its own range of reasoning-gym seeds (an entry's seed is the data set's plus
+# its index), so that asking for more questions of one part does not change the others.
 _EXAMPLE_SEED = 1_000_000_000
 _SEED_STRIDE = 1_000_000
 
@@ -47,7 +47,7 @@ class Question:
     Args:
         group: its number within its split.
         prompt: the text to complete, worked examples included.
-        text: the question alone; two questions are the same if it is.
+        text: the question alone; questions of equal text are the same.
         entry: what the task's scorer needs: reasoning-gym's entry, or the line of a JSONL file.
     """
 
@@ -58,9 +58,9 @@ class Question:
 
 
 class Judge(Protocol):
-    """What judging an answer asks of a task; ``scoring.verdicts`` does so in worker processes.
+    """The methods of a task that judge an answer; ``scoring.verdicts`` calls them in worker processes.
 
-    A task may say ``in_process = True``: then it is asked in the caller's process.
+    With the attribute ``in_process = True`` they are called in the caller's process.
     """
 
     def parse(self, completion: str, finish_reason: str, question: Question) -> str | None:
@@ -74,7 +74,7 @@ class Judge(Protocol):
 
 
 class AnyTask(Judge, Protocol):
-    """What the pipeline asks of a task: questions, and what a completion is worth."""
+    """What the pipeline needs of a task: questions, and the rewards of completions."""
 
     @property
     def one_line(self) -> bool:
@@ -86,14 +86,13 @@ class AnyTask(Judge, Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A reasoning-gym data set asked with a few worked examples; an answer is one line.
+    """A reasoning-gym data set in few-shot prompts; an answer is one line.
 
     Args:
         name: the data set, for instance "chain_sum".
         config: its settings, for instance ``{"min_terms": 2, "max_terms": 2}``.
         examples: worked (question, answer) pairs in front of every question, the same for every
             seed; None draws three from the data set.
-
         trusted: data sets of ``REFUSED`` to take all the same. ``scoring.verdicts`` gives each of their
             answers a worker of its own; ``reward`` itself confines nothing.
 
@@ -125,7 +124,7 @@ class Task:
         self._dataset(size=1, seed=0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the data set that ``prepare`` made.
+        # Pickled without the data set that ``prepare`` made.
         return Task, (self.name, self.config, self.examples, self.trusted)
 
     @property
@@ -134,7 +133,7 @@ class Task:
         return bool(self._refused())
 
     def prepare(self) -> None:
-        """Makes what ``reward`` needs, which takes some data sets a second."""
+        """Makes the data set that ``reward`` needs, which can take a second."""
         _ = self._scorer
 
     def questions(self, count: int, *, seed: int, exclude: Sequence[str] = ()) -> list[Question]:
@@ -197,7 +196,7 @@ class Task:
         return self._dataset(size=1, seed=0)
 
     def _refused(self) -> list[str]:
-        """Names of ``REFUSED`` whose scorers judge: a composite data set asks those it is made of."""
+        """The data sets of ``REFUSED`` whose scorers judge: this one, or parts of a composite one."""
         parts = self.config.get("datasets", ()) if self.name == "composite" else ()
         names = [self.name, *(getattr(part, "name", None) for part in parts)]
         return [str(name) for name in names if name in REFUSED]
@@ -228,7 +227,7 @@ class Task:
 
 _LONGEST_NUMBER = 100
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
-_RECKONED = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
+_FRACTION = re.compile(r"[+-]?(\d+/\d+|(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?)", re.IGNORECASE)
 
 #: Sums and differences of two two-digit numbers, after three worked lines.
 ARITHMETIC = Task(
@@ -245,8 +244,8 @@ def canonical_number(text: str) -> str | None:
     if "," in plain and not _GROUPED.fullmatch(plain[:_LONGEST_NUMBER]):
         return None
     plain = plain.replace(",", "")
-    # A power such as 1e9999999, or a text of digits alone, would take minutes to reckon.
-    if len(plain) > _LONGEST_NUMBER or not _RECKONED.fullmatch(plain):
+    # A power such as 1e9999999, or a very long number, would take minutes to convert.
+    if len(plain) > _LONGEST_NUMBER or not _FRACTION.fullmatch(plain):
         return None
     try:
         return str(Fraction(plain))
@@ -262,8 +261,8 @@ def held_out_split(
     Args:
         task: where they come from.
         train: number of training questions.
-        held_out: number of held-out questions. They are drawn first: their set depends on the
-            seed alone, not on ``train``.
+        held_out: number of held-out questions. They are drawn first, so that they do not depend on
+            ``train``.
         seed: of both draws.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Trains on scored records with ``TOPRTrainer``, resuming where a killed run stopped."""
+"""Trains on scored records with ``TOPRTrainer``; resumes where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from topr_kernels.recipe.record_checks import (
     check_full_softmax,
     check_sources,
     check_tokens,
-    training_rows,
+    training_fields,
 )
 from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.score import workspace_bytes
@@ -65,8 +65,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the model in place, as a policy at temperature 1.
 
-    Several processes (``processes.joined``) share every update. Where the records are no multiple of
-    ``batch_size``, the last update of an epoch then repeats some of them.
+    Several processes (``processes.joined``) share every update. If ``batch_size`` does not divide the
+    number of records, the last update of an epoch then repeats some of them.
 
     Args:
         model: a causal language model, at the weights that sampled the records.
@@ -82,10 +82,10 @@ def train(
         The log: one mapping of metrics per optimizer step.
 
     Raises:
-        RecordError: as ``trainable_rows``, or if the ids come from another tokenizer.
+        RecordError: as ``trainable_fields``, or if the ids come from another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    rows = trainable_rows(records)
+    fields = trainable_fields(records)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
@@ -116,32 +116,32 @@ def train(
     trainer = TOPRTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
+        train_dataset=fields,
         processing_class=tokenizer,
         callbacks=[_ProgressBar(f"train {label}".strip())],
     )
-    # Prints every log as a dict; the bar shows what matters and the history keeps the rest.
+    # It would print every log; the bar shows the figures that matter and the history keeps all.
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainable_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The fields of records that the Trainer takes, if their mu is one.
+def trainable_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The fields of records that the Trainer takes.
 
     Raises:
-        RecordError: if a record has not been scored, if mu comes from several sources, or is not of the
-            policy that sampled.
+        RecordError: if a record has not been scored, if mu comes from several sources, or if it is not
+            that of the policy that sampled.
     """
-    rows = training_rows(records)
+    fields = training_fields(records)
     check_sources(records)
     check_full_softmax(records)
-    return rows
+    return fields
 
 
 class _ProgressBar(TrainerCallback):
-    """One bar over the optimizer steps with the figures to watch; no checkpoint at the end."""
+    """A progress bar over the optimizer steps with the figures to watch; no checkpoint at the end."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -174,14 +174,14 @@ class _ProgressBar(TrainerCallback):
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints in a folder, first to last; what else lies there is not ours."""
+    """The Trainer's checkpoints in a folder, first to last; other files are ignored."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
     return [path for _, path in sorted((int(m[1]), p) for m, p in named if m and p.is_dir())]
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    found = checkpoints_in(folder)
-    return str(found[-1]) if found else None
+    checkpoints = checkpoints_in(folder)
+    return str(checkpoints[-1]) if checkpoints else None
 
 
 def _drop_damaged(folder: Path) -> None:

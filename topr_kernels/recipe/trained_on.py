@@ -1,4 +1,4 @@
-"""Which questions a model was trained on: a file in its folder, so that none of them measures it."""
+"""Which questions a model was trained on: a file in its folder, so that it is not measured on them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _FILE = "trained_on.txt"
 
 
 def digest(prompt: str) -> str:
-    """12 hex digits of a prompt."""
+    """12 hex digits of a prompt's hash."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 def read_trained_on(model: str) -> set[str]:
-    """Digests of the prompts that a model was trained on, and those that it started from.
+    """Digests of the prompts that a model, or the model it was trained from, was trained on.
 
     Args:
-        model: as in ``load_model``. One that is no folder, or one of somebody else, tells none.
+        model: as in ``load_model``. An empty set for a model that is no folder or was not trained here.
 
     Raises:
         FileError: if the file is not text.
@@ -35,12 +35,12 @@ def read_trained_on(model: str) -> set[str]:
 
 
 def write_trained_on(folder: Path, records: Iterable[Record], start: str) -> None:
-    """Notes in a model's folder what it was trained on.
+    """Writes what a model was trained on into its folder.
 
     Args:
         folder: of the trained model.
         records: those it was trained on.
-        start: the model that it started from.
+        start: the model that the training started from.
     """
     digests = {digest(record.prompt) for record in records} | read_trained_on(start)
     text = "".join(f"{known}\n" for known in sorted(digests))
@@ -61,7 +61,7 @@ def check_unseen(model: str, prompts: Sequence[str]) -> None:
         prompts: of the held-out questions.
 
     Raises:
-        SettingsError: telling how many they are, and the remedy.
+        SettingsError: with their number and the remedy.
     """
     seen = count_seen(model, prompts)
     if seen:

@@ -1,4 +1,4 @@
-"""``topr reward``: what a reward of one's own says of the completions in a file."""
+"""``topr reward``: tries a custom reward on the completions in a file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 
 def try_reward(function: str, path: Path) -> list[str]:
-    """The verdicts on the completions of a file, in workers as those of a run, as lines of text.
+    """Judges the completions of a file, in workers as in a run; returns lines of text.
 
     Args:
         function: as in ``RewardTask``.
-        path: JSONL file; each line an object with the texts ``question`` and ``completion``, and what
-            else the function reads of its ``entry``, which is the whole object.
+        path: JSONL file. Each line is an object with the texts ``question`` and ``completion``; the
+            function gets the whole object as its ``entry``.
 
     Raises:
         SettingsError: if there is no such function.
-        FileError: naming the line that is no such object.
+        FileError: naming the line that is not such an object.
     """
     try:
-        # The task of the questions is not asked for any.
+        # Any task will do: the questions are those of the file.
         task = RewardTask(ARITHMETIC, function)
     except ValueError as error:
         raise SettingsError(f"--reward {function}: {error}") from error
@@ -41,16 +41,16 @@ def try_reward(function: str, path: Path) -> list[str]:
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise FileError(f"{path.name}, line {i}: got {line.strip()[:80]}; {_EXPECTED}")
             answers.append((texts[1], "stop", Question(i, texts[0], texts[0], entry)))
-    found = verdicts(task, answers)
+    judged = verdicts(task, answers)
     said = []
-    for (completion, _, question), verdict in zip(answers, found, strict=True):
+    for (completion, _, question), verdict in zip(answers, judged, strict=True):
         what = f"{verdict.reward:+g}" if verdict.answer is not None else "no answer"
         said.append(f"{question.group}: {verdict.problem or what}  {completion.strip()[:60]!r}")
-    problems = count_problems(found)
+    problems = count_problems(judged)
     causes = "".join(f", {count} {cause}" for cause, count in sorted(problems.items()))
-    none = sum(v.answer is None for v in found) - sum(problems.values())
-    above = sum(v.reward > 0 for v in found)
-    return [*said, f"{len(found)} completions: {above} rewarded above 0, {none} no answer{causes}"]
+    none = sum(v.answer is None for v in judged) - sum(problems.values())
+    above = sum(v.reward > 0 for v in judged)
+    return [*said, f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}"]
 
 
 _EXPECTED = 'expected {"question": text, "completion": text, ...}'

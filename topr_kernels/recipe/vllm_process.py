@@ -1,6 +1,6 @@
-"""The process that vLLM runs in; ``vllm_backend`` starts this file as a script, and it ends with it.
+"""The process that vLLM runs in: ``vllm_backend`` starts this file as a script. It ends with its parent.
 
-Speaks pickles over a socket: the settings of the engine first, then batches. Imports nothing of this
+Reads pickles from a socket: the settings of the engine first, then batches. Imports nothing of this
 package, so that it starts at once and shares no state with it.
 """
 
@@ -24,10 +24,10 @@ def end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def serve(link: Connection) -> None:
-    """Starts an engine and samples what is asked, until the other side closes.
+def sample_until_closed(link: Connection) -> None:
+    """Starts an engine and samples the batches that arrive, until the other side closes.
 
-    Every answer is a pair: None and the value, or what went wrong and None.
+    Every answer is a pair (error, value), one of which is None.
     """
     try:
         vllm: Any = importlib.import_module("vllm")
@@ -38,7 +38,7 @@ def serve(link: Connection) -> None:
     except EOFError:
         return
     except BaseException as error:
-        # The other side says only the last line.
+        # The other side shows only the last line.
         traceback.print_exc()
         link.send((f"{type(error).__name__}: {error}", None))
 
@@ -54,8 +54,8 @@ def sample(
         prompts: ids of each.
         settings: of ``SamplingParams``, one for each prompt.
     """
-    # A batch must not depend on those before it: a prefix that another batch has computed differs by
-    # rounding. Within a batch, samples of one question still share theirs.
+    # A batch must not depend on earlier ones, whose cached prefixes differ by rounding. Samples of one
+    # question still share their prefix within the batch.
     engine.reset_prefix_cache()
     outputs = engine.generate(
         [{"prompt_token_ids": row} for row in prompts],
@@ -73,13 +73,13 @@ def sample(
 
 
 if __name__ == "__main__":
-    # The folder of this file, whose names are not for others to import. Not in vLLM's workers, which
-    # run this file under another name and are given the path as it is here.
+    # The folder of this file, so that nothing imports its modules by mistake. vLLM's workers, which run
+    # this file under another name, inherit the path.
     del sys.path[0]
-    # One process where one does: requests that arrive while another one steps are batched as it happens,
-    # and rounding with them.
+    # In one process: requests that arrive while an engine in another process runs would be batched by
+    # chance, and rounding would change with the batches.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     descriptor, starter = (int(argument) for argument in sys.argv[1:])
     threading.Thread(target=end_with, args=(starter,), daemon=True).start()
-    serve(Connection(descriptor))
+    sample_until_closed(Connection(descriptor))
