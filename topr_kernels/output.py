@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topr_kernels.layout import sequence_offsets
+from topr_kernels.ops.options import Tokens
+
 #: A negative whose weight is below this no longer teaches anything.
 DEAD_WEIGHT = 1e-6
 
@@ -24,6 +27,13 @@ class LogProbOutput(NamedTuple):
     log_prob: Tensor
     lse: Tensor
     entropy: Tensor
+
+    def poisoned(self, tokens: Tokens) -> LogProbOutput:
+        """NaN everywhere if the offsets are not sound."""
+        if tokens.cu_seqlens is None:
+            return self
+        _, sound = sequence_offsets(tokens.labels, tokens.cu_seqlens)
+        return LogProbOutput(*(torch.where(sound, x, torch.nan) for x in self))
 
 
 class TOPROutput(NamedTuple):
@@ -55,6 +65,11 @@ class TOPROutput(NamedTuple):
     length: Tensor
     active_share: Tensor
     left_out: Tensor
+
+    def shaped(self, shape: torch.Size) -> TOPROutput:
+        """The same, what is per token in another shape."""
+        log_prob, entropy, token_log_ratio = (x.view(shape) for x in self[1:4])
+        return self._replace(log_prob=log_prob, entropy=entropy, token_log_ratio=token_log_ratio)
 
     def metrics(self) -> dict[str, Tensor]:
         """Summarises one batch; every value is a 0-dim tensor on the device of the loss.

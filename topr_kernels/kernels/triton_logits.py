@@ -55,6 +55,7 @@ from topr_kernels.kernels.triton_sequences import (
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.ops import logits as ops
+from topr_kernels.ops.options import Objective, Tokens, Transforms
 
 # What the constants RATIO and REDUCTION of the kernels mean.
 _RATIO = {name: i for i, name in enumerate(RATIOS)}
@@ -339,6 +340,8 @@ def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20
     logits = torch.randn(1, rows, vocab, device=device).to(dtype)
     labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
     token = torch.full((1, rows), -1.0, device=device)
+    tokens, transforms = Tokens(labels, None, False), Transforms(1.0, None, 1.0)
+    saved = ops.Saved(token, token, token, token, None, None)
     key = (vocab, logits.element_size(), is_aligned(logits))
     best: tuple[float, Settings] | None = None
     for warps, u, tiles in itertools.product((4, 8), (1, 2, 4), (4, 8, 16)):
@@ -347,10 +350,8 @@ def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20
         seconds = []
         for _ in range(1 + repetitions):  # the first compiles
             start = _now(device)
-            log_prob_fwd(logits, labels, None, 1.0, None, False, False)
-            logits_bwd(
-                logits, labels, None, token, token, token, token, None, None, 1.0, None, False
-            )
+            log_prob_fwd(logits, tokens, transforms, False)
+            logits_bwd(logits, tokens, saved, transforms)
             seconds.append(_now(device) - start)
         median = sorted(seconds[1:])[repetitions // 2]
         if best is None or median < best[0]:
@@ -383,15 +384,10 @@ class _Rows:
     """What a forward launch needs and leaves behind, per token."""
 
     def __init__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-        shift: bool,
+        self, logits: Tensor, tokens: Tokens, transforms: Transforms, entropy: bool
     ) -> None:
+        labels, cu_seqlens, shift = tokens
+        _, softcap, temperature = transforms
         _check(logits)
         self.logits, self.labels = logits, labels.contiguous()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -474,13 +470,11 @@ class _Sequences:
     def __init__(
         self,
         rows: _Rows,
-        behavior_log_prob: Tensor,
-        reward: Tensor,
-        normalizer: Tensor | None,
-        log_limits: tuple[float, float, float, float],
-        baseline: float,
+        objective: Objective,
         batch: Tensor,
     ) -> None:
+        behavior_log_prob, reward, normalizer = objective[:3]
+        baseline = objective.baseline
         self.behavior = behavior_log_prob.float().contiguous()
         self.behavior_low: Tensor | None = None
         if behavior_log_prob.dim() == 1:
@@ -491,7 +485,7 @@ class _Sequences:
             # In the dtype of the rewards, so that equal numbers give exactly 0.
             reward, baseline = (reward - torch.full_like(reward, baseline)).float(), 0.0
         self.reward_in = reward.contiguous()
-        self.limits, self.baseline = log_limits, baseline
+        self.limits, self.baseline = objective.log_limits, baseline
         self.normalizer = None if normalizer is None else normalizer.float()
         token = rows.log_prob
         self.d_log_prob = torch.empty_like(token)
@@ -541,43 +535,29 @@ class _Sequences:
 
 
 def log_prob_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    shift: bool,
+    logits: Tensor, tokens: Tokens, transforms: Transforms, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _Rows(logits, labels, cu_seqlens, temperature, softcap, entropy, shift)
+    rows = _Rows(logits, tokens, transforms, entropy)
     with torch.cuda.device_of(logits):
         rows.launch(rows.counters(), None, "sequence", "sum")
     return rows.log_prob, rows.lse, rows.lse_low, rows.entropy
 
 
-def _topr_fwd(one_launch: bool, *args: Any) -> tuple[Tensor, ...]:
-    (
-        logits,
-        labels,
-        cu_seqlens,
-        behavior_log_prob,
-        reward,
-        normalizer,
-        log_limits,
-        ratio,
-        baseline,
-        reduction,
-        temperature,
-        softcap,
-        entropy,
-        shift,
-    ) = args
-    rows = _Rows(logits, labels, cu_seqlens, temperature, softcap, entropy, shift)
+def _topr_fwd(
+    one_launch: bool,
+    logits: Tensor,
+    tokens: Tokens,
+    objective: Objective,
+    transforms: Transforms,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
+    ratio, reduction, shift = objective.ratio, objective.reduction, tokens.shift
+    rows = _Rows(logits, tokens, transforms, entropy)
     with torch.cuda.device_of(logits):
         counters = rows.counters()
         # All bits set is a NaN: what is left of a batch whose offsets turn out unsound.
         batch = counters[-2:].view(torch.float32)
-        seq = _Sequences(rows, behavior_log_prob, reward, normalizer, log_limits, baseline, batch)
+        seq = _Sequences(rows, objective, batch)
         if one_launch and rows.b:
             rows.launch(counters, seq, ratio, reduction)
         else:
@@ -624,24 +604,15 @@ def topr_fwd_staged(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _write_gradient(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor,
-    log_prob: Tensor,
-    d_log_prob: Tensor,
-    d_loss: Tensor | None,
-    denominator: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
+    out: Tensor, logits: Tensor, tokens: Tokens, saved: ops.Saved, transforms: Transforms
 ) -> None:
+    labels, shift = tokens.labels, tokens.shift
+    lse, lse_low, log_prob, d_log_prob, d_loss, denominator = saved
+    _, softcap, temperature = transforms
     _check(logits)
     if d_loss is None:
         # Callers of log_prob may pass any gradient for unscored tokens; the loss has zeros there.
-        scored = scored_labels(labels, cu_seqlens, shift) != IGNORE_INDEX
+        scored = scored_labels(*tokens) != IGNORE_INDEX
         d_log_prob = torch.where(scored, d_log_prob, 0.0)
     o, t, vocab = logits.shape
     aligned = is_aligned(logits) and is_aligned(out)
