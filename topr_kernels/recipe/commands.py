@@ -33,6 +33,7 @@ from topr_kernels.recipe.records import (
     write_records,
 )
 from topr_kernels.recipe.score import score
+from topr_kernels.recipe.server import ServerSampler, server_facts, server_url
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -142,7 +143,7 @@ def run_generate(
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(problems)
+        return dataclasses.asdict(found) | said_problems(problems) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -380,7 +381,7 @@ def run_evaluate(
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(problems)
+        return dataclasses.asdict(accuracy) | said_problems(problems) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -432,14 +433,16 @@ def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
 
     Raises:
-        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
-            processes.
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM or a server is asked for by
+            several processes, or the URL of the server is none.
     """
     backend = choose_backend(settings.backend, settings.model)
-    if backend == "vllm" and current().count > 1:
-        if settings.backend == "vllm":
+    if settings.server:
+        server_url(settings.server)
+    if backend != "hf" and current().count > 1:
+        if settings.backend == backend:
             raise SettingsError(
-                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
+                f"backend: got {backend!r} in {current().count} processes; expected one process, or 'hf'"
             )
         backend = "hf"
     return with_engine(dataclasses.replace(settings, backend=backend))
@@ -485,6 +488,8 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
             del values[name]
     if "model" in values:
         values["model"] = model_key(values["model"])
+    # A server that has moved is the same; what it is stands in the figures.
+    values.pop("server", None)
     for name in ("task", "test_task"):
         kind, colon, file = str(values.get(name, "")).partition(":")
         if colon:
@@ -570,6 +575,7 @@ def sample_task(
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     with naming(what, "--sample-batch"), ExitStack() as held:
         sampler: Callable[..., list[Completion]] | None = None
+        positions = engine.get("max_model_len")
         if settings.backend == "vllm":
             loaded = models.take(settings.model)
             # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
@@ -578,6 +584,9 @@ def sample_task(
         else:
             loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
+        if settings.backend == "server":
+            server = ServerSampler(settings.server, settings.model, loaded, partial)
+            sampler, positions = server, server.positions
         return generate(
             loaded.model,
             loaded.tokenizer,
@@ -594,7 +603,7 @@ def sample_task(
             weights=weights_fingerprint(loaded.model),
             sampler=sampler,
             dtype=engine.get("dtype"),
-            positions=engine.get("max_model_len"),
+            positions=positions,
             label=label,
             take=take,
             progress=progress,

@@ -30,6 +30,7 @@ from topr_kernels.recipe.commands import (
 from topr_kernels.recipe.curate import figures, to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError, check_suffix, write_records
 from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
 from topr_kernels.recipe.steps import SettingsError, Step, model_key, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
@@ -370,7 +371,11 @@ def run_verify(
         write_records(step.draft(out), judgements)
         found = verifier_figures(judgements)
         print(found)
-        return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
+        return {
+            **dataclasses.asdict(figures(judgements)),
+            **dataclasses.asdict(found),
+            **server_facts(partial),
+        }
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -437,6 +442,7 @@ def run_vote(
         return {
             **dataclasses.asdict(accuracy),
             "verifier": verifier and dataclasses.asdict(verifier),
+            **server_facts(partial),
         }
 
     share = functools.partial(sample, **own_share())
