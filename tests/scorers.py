@@ -54,6 +54,11 @@ def count_a(question: str, completion: str, entry: object) -> float | None:
     return None if completion == "-" else float(completion.count("a"))
 
 
+def by_length(question: str, completion: str, entry: object) -> float:
+    """A reward: about half of whatever a model says is right."""
+    return 1.0 if len(completion) % 2 else -1.0
+
+
 def pid() -> int:
     """For answers: which worker executes them."""
     return os.getpid()
