@@ -233,7 +233,7 @@ def test_what_no_sampler_of_the_model_says_is_refused(
         ((200, {}, b'{"choices": [1]}'), "answers without a completion"),
         ((200, {}, b" " * (2 << 20)), "an answer of more than "),
         (
-            (307, {"Location": "http://evil.test/"}, b""),
+            (302, {"Location": "http://evil.test/"}, b""),
             "redirects to http://evil.test/, which is not",
         ),
         ((401, {}, b""), "wants a key (HTTP 401); set TOPR_SERVER_KEY"),

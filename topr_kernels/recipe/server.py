@@ -49,7 +49,7 @@ _MOST_REQUESTS = 256
 #: Prompts that are completed to compare the server with the model, and tokens of each.
 _COMPARED, _COMPARED_TOKENS = 8, 16
 #: Mean difference of a token's log-probability, in nats, above which the server samples from another
-#: policy. Rounding in fp32 is below 1e-4.
+#: policy. SmolLM2-135M has 0.04 in bf16, and 0.07 in llama.cpp's Q4_1; rounding in fp32 is below 1e-4.
 _ROUNDING = 0.01
 
 #: Where the token ids of the records come from.
