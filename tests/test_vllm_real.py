@@ -1,6 +1,6 @@
 """vLLM itself, as backend and as server: `make test-vllm`; not collected where it is not installed.
 
-Some 25 minutes on two cores: the engine starts some 40 times.
+Some 18 minutes on two cores beside other work: the engine starts some 40 times.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class SamplerOptions(ModelOptions):
         "",
         "URL of an OpenAI-compatible server that samples, as http://127.0.0.1:8000: vLLM, SGLang or "
         "llama.cpp. It must serve the model of --model, which scores mu, in float32; its key, if any, "
-        "is taken from TOPR_SERVER_KEY",
+        "is that of TOPR_SERVER_KEY, else OPENAI_API_KEY",
     )
     engine: tuple[str, ...] = option(
         (),
