@@ -75,6 +75,11 @@ def _opens(path: str) -> bool:
     return True
 
 
+def by_length(question: str, completion: str, entry: object) -> float:
+    """A reward: about half of whatever a model says is right."""
+    return 1.0 if len(completion) % 2 else -1.0
+
+
 def pid() -> int:
     """For answers: which worker executes them."""
     return os.getpid()

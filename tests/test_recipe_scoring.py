@@ -28,12 +28,13 @@ from scorers import Executes, InProcess
 
 from topr_kernels.recipe import commands, scoring, voting
 from topr_kernels.recipe.cli import main
-from topr_kernels.recipe.commands import plain, said_problems
+from topr_kernels.recipe.commands import plain
 from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import Record, Sampling
 from topr_kernels.recipe.rewards import RewardTask
+from topr_kernels.recipe.sampling import said_problems
 from topr_kernels.recipe.scoring import ScoringError, Verdict, count_problems, verdicts
 from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings
 from topr_kernels.recipe.task_files import find_task, find_tasks, scorer

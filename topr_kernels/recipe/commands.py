@@ -36,6 +36,7 @@ from topr_kernels.recipe.records import (
 from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.score import score
 from topr_kernels.recipe.scoring import Verdict
+from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -88,7 +89,7 @@ def run_generate(
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(judged)
+        return dataclasses.asdict(found) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -340,7 +341,7 @@ def run_evaluate(
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(judged)
+        return dataclasses.asdict(accuracy) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -432,6 +433,8 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
             del values[name]
     if "model" in values:
         values["model"] = model_key(values["model"])
+    # A server that has moved is the same; what it is stands in the figures.
+    values.pop("server", None)
     for name in ("task", "test_task"):
         kind, colon, file = str(values.get(name, "")).partition(":")
         if colon:

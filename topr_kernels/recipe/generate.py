@@ -79,6 +79,14 @@ def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list
     )
 
 
+def answer_seed(seed: int, i: int) -> int:
+    """The seed of completion ``i`` of a batch, where each is sampled by its own.
+
+    Equal prompts of a batch must not get equal completions.
+    """
+    return (seed * 4099 + i) % 2**31
+
+
 @dataclass(frozen=True)
 class Prompts:
     """A batch of prompts that the model has read, to be answered by ``complete``.

@@ -16,6 +16,7 @@ from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.scoring import Verdict, count_problems
+from topr_kernels.recipe.server import ServerSampler, server_url
 from topr_kernels.recipe.settings import SamplerOptions, engine_settings
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_engine
 
@@ -26,14 +27,16 @@ def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
 
     Raises:
-        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
-            processes.
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM or a server is asked for by
+            several processes, or the URL of the server is none.
     """
     backend = choose_backend(settings.backend, settings.model)
-    if backend == "vllm" and current().count > 1:
-        if settings.backend == "vllm":
+    if settings.server:
+        server_url(settings.server)
+    if backend != "hf" and current().count > 1:
+        if settings.backend == backend:
             raise SettingsError(
-                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
+                f"backend: got {backend!r} in {current().count} processes; expected one process, or 'hf'"
             )
         backend = "hf"
     return with_engine(dataclasses.replace(settings, backend=backend))
@@ -74,6 +77,7 @@ def sample_task(
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     with naming(what, "--sample-batch"), ExitStack() as held:
         sampler: Callable[..., list[Completion]] | None = None
+        positions = engine.get("max_model_len")
         if settings.backend == "vllm":
             loaded = models.take(settings.model)
             # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
@@ -82,6 +86,9 @@ def sample_task(
         else:
             loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
+        if settings.backend == "server":
+            server = ServerSampler(settings.server, settings.model, loaded, partial)
+            sampler, positions = server, server.positions
         return generate(
             loaded.model,
             loaded.tokenizer,
@@ -98,7 +105,7 @@ def sample_task(
             weights=weights_fingerprint(loaded.model),
             sampler=sampler,
             dtype=engine.get("dtype"),
-            positions=engine.get("max_model_len"),
+            positions=positions,
             label=label,
             take=take,
             progress=progress,

@@ -21,6 +21,7 @@ from topr_kernels.recipe.options import SettingsError, model_key
 from topr_kernels.recipe.records import Record, check_suffix, write_records
 from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.scoring import Verdict
+from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
 from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
@@ -68,7 +69,11 @@ def run_verify(
         write_records(step.draft(out), judgements)
         found = verifier_figures(judgements)
         print(found)
-        return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
+        return {
+            **dataclasses.asdict(figures(judgements)),
+            **dataclasses.asdict(found),
+            **server_facts(partial),
+        }
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -145,6 +150,7 @@ def run_vote(
             **dataclasses.asdict(accuracy),
             "verifier": verifier and dataclasses.asdict(verifier),
             **said_problems(found),
+            **server_facts(partial),
         }
 
     share = functools.partial(sample, **own_share())
