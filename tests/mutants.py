@@ -541,6 +541,64 @@ HF = [
         'if hasattr(p, "ds_id") and p.numel() < 0:',
         ("tests/test_sharded_training.py::test_a_model_that_zero_3_partitioned_cannot_be_scored",),
     ),
+    Mutant(
+        "a-term-of-a-subclass-per-micro-batch",
+        "topr_kernels/hf/trainer.py",
+        "loss_is_scaled_for_ga = False",
+        "loss_is_scaled_for_ga = True",
+        ("tests/test_trainer.py::test_a_term_of_a_subclass_is_averaged_over_the_micro_batches",),
+    ),
+    Mutant(
+        "evaluation-drops-the-last",
+        "topr_kernels/hf/trainer.py",
+        "drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False",
+        "drop_last = self.args.dataloader_drop_last",
+        ("tests/test_trainer.py::test_evaluation_does_not_depend_on_the_size_of_its_batches",),
+    ),
+    Mutant(
+        "noise-of-training-unseen",
+        "topr_kernels/hf/watch.py",
+        "if difference <= MOST_NOISE:",
+        "if difference >= 0:",
+        ("tests/test_trainer.py::test_noise_that_only_training_has_is_warned_of",),
+    ),
+    Mutant(
+        "the-look-for-noise-draws-numbers",
+        "topr_kernels/hf/watch.py",
+        "with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):",
+        "with torch.no_grad():",
+        ("tests/test_trainer.py::test_looking_for_noise_draws_no_random_number",),
+    ),
+    Mutant(
+        "a-plain-collator-scores",
+        "topr_kernels/hf/behavior.py",
+        "collate = copy.copy(collator)",
+        'collate = CompletionCollator(getattr(collator, "pad_token_id", 0))',
+        ("tests/test_trainer_data.py::test_the_collator_of_training_scores",),
+    ),
+    Mutant(
+        "log-mu-in-the-batches-order",
+        "topr_kernels/hf/behavior.py",
+        "values[index.long()] = log_prob[kept].float().cpu()",
+        "values[: len(index)] = log_prob[kept].float().cpu()",
+        ("tests/test_trainer_data.py::test_the_collator_of_training_scores",),
+    ),
+    Mutant(
+        "log-mu-of-the-checkpoints-model",
+        "topr_kernels/hf/initial.py",
+        "if not worst <= _ALLOWED:",
+        "if worst < 0:",
+        (
+            "tests/test_trainer_data.py::test_a_resumed_run_does_not_score_the_model_of_its_checkpoint",
+        ),
+    ),
+    Mutant(
+        "a-mean-of-standard-deviations",
+        "topr_kernels/hf/watch.py",
+        "self._sequences.append(torch.stack([x.double() for x in results[:5]]))",
+        "self._sequences = [torch.stack([x.double() for x in results[:5]])]",
+        ("tests/test_trainer.py::test_metrics_of_batches_are_those_of_all_their_sequences",),
+    ),
 ]
 
 RECIPE = [

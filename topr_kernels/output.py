@@ -36,6 +36,68 @@ class LogProbOutput(NamedTuple):
         return LogProbOutput(*(torch.where(sound, x, torch.nan) for x in self))
 
 
+class SequenceResults(NamedTuple):
+    """What the metrics are computed from: the sequences of one batch, or of several joined.
+
+    Attributes:
+        log_ratio: [B].
+        weight: [B].
+        objective: [B].
+        reward: [B].
+        length: [B].
+        entropy: 0-dim, summed over the tokens.
+        kl_k3: 0-dim, exp(d) - 1 - d for d = log pi - log mu, summed over the tokens.
+    """
+
+    log_ratio: Tensor
+    weight: Tensor
+    objective: Tensor
+    reward: Tensor
+    length: Tensor
+    entropy: Tensor
+    kl_k3: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """``TOPROutput.metrics`` of these sequences."""
+        counted = self.length > 0
+        tokens = self.length.sum().to(self.weight.dtype)
+        positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
+        magnitude = torch.where(counted, self.reward.abs(), 0.0)
+        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
+        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
+        w = torch.where(negative, self.weight, 0.0)
+        # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
+        scaled = w / _extreme(w, negative, torch.amax)
+        ess = scaled.sum().square() / scaled.square().sum()
+        result = {
+            "objective": _mean(objective, counted),
+            "reward_mean": _mean(self.reward, counted),
+            "length_mean": tokens / counted.sum(),
+            "entropy": self.entropy / tokens,
+            "positive_share": _mean(positive.to(w.dtype), counted),
+            "effective_positive_share": torch.where(positive, magnitude, 0.0).sum()
+            / magnitude.sum(),
+            "weight_negative_mean": _mean(self.weight, negative),
+            "dead_share": _mean((self.weight < DEAD_WEIGHT).to(w.dtype), negative),
+            "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
+            "ess_negative": ess,
+            "ess_negative_share": ess / negative.sum(),
+            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
+            "kl_k3": self.kl_k3 / tokens,
+            "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
+        }
+        for name, members in (("positive", positive), ("negative", negative)):
+            mean = _mean(self.log_ratio, members)
+            variance = _mean((self.log_ratio - mean).square(), members)
+            result |= {
+                f"log_ratio_{name}_mean": mean,
+                f"log_ratio_{name}_std": variance.sqrt(),
+                f"log_ratio_{name}_min": _extreme(self.log_ratio, members, torch.amin),
+                f"log_ratio_{name}_max": _extreme(self.log_ratio, members, torch.amax),
+            }
+        return result
+
+
 class TOPROutput(NamedTuple):
     """What a TOPR loss returns; fp32 (fp64 for fp64 inputs), all but ``loss`` detached.
 
@@ -90,45 +152,21 @@ class TOPROutput(NamedTuple):
           exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
         - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
         """
-        counted = self.length > 0
-        tokens = self.length.sum().to(self.loss.dtype)
-        positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
-        magnitude = torch.where(counted, self.reward.abs(), 0.0)
-        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
-        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
-        w = torch.where(negative, self.weight, 0.0)
-        negatives = negative.sum()
-        # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
-        scaled = w / _extreme(w, negative, torch.amax)
-        ess = scaled.sum().square() / scaled.square().sum()
+        return self.sequences().metrics()
+
+    def sequences(self) -> SequenceResults:
+        """The part that the metrics are computed from, detached; the same of several batches joins."""
         d = self.token_log_ratio
-        result = {
-            "objective": _mean(objective, counted),
-            "reward_mean": _mean(self.reward, counted),
-            "length_mean": tokens / counted.sum(),
-            "entropy": self.entropy.sum() / tokens,
-            "positive_share": _mean(positive.to(w.dtype), counted),
-            "effective_positive_share": torch.where(positive, magnitude, 0.0).sum()
-            / magnitude.sum(),
-            "weight_negative_mean": _mean(self.weight, negative),
-            "dead_share": _mean((self.weight < DEAD_WEIGHT).to(w.dtype), negative),
-            "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
-            "ess_negative": ess,
-            "ess_negative_share": ess / negatives,
-            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
-            "kl_k3": (torch.expm1(d) - d).sum() / tokens,
-            "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
-        }
-        for name, members in (("positive", positive), ("negative", negative)):
-            mean = _mean(self.log_ratio, members)
-            variance = _mean((self.log_ratio - mean).square(), members)
-            result |= {
-                f"log_ratio_{name}_mean": mean,
-                f"log_ratio_{name}_std": variance.sqrt(),
-                f"log_ratio_{name}_min": _extreme(self.log_ratio, members, torch.amin),
-                f"log_ratio_{name}_max": _extreme(self.log_ratio, members, torch.amax),
-            }
-        return result
+        kl_k3 = (torch.expm1(d) - d).sum()
+        return SequenceResults(
+            self.log_ratio,
+            self.weight,
+            self.objective,
+            self.reward,
+            self.length,
+            self.entropy.sum(),
+            kl_k3,
+        )
 
 
 def _mean(x: Tensor, members: Tensor) -> Tensor:

@@ -186,7 +186,24 @@ def head_layer(model: Any) -> HeadLayer:
             f"{type(base).__name__} has {got}; expected a plain torch.nn.Linear, with or without "
             f"LoRA; {REMEDY}, or leave the head out of adapters and quantisation"
         )
+    _check_weight(linear)
     return HeadLayer(module, linear, adapters)
+
+
+def _check_weight(linear: nn.Linear) -> None:
+    """Refuses a head whose weight is not a tensor of numbers that is there."""
+    weight = linear.weight.data
+    # Quantisation by the type of the weight (torchao) leaves the layer an nn.Linear.
+    if type(weight).__module__.partition(".")[0] != "torch":
+        raise ValueError(
+            f"the head's weight is a {_name(type(weight))}; expected a plain tensor; {REMEDY}, or leave "
+            "the head out of quantisation"
+        )
+    if weight.is_meta and hasattr(linear, "_hf_hook"):
+        raise ValueError(
+            "the head's weight is offloaded (device_map, cpu_offload), so it is not there before the "
+            f"head runs; {REMEDY}, or keep the head on its device"
+        )
 
 
 def _active_adapters(module: Any) -> tuple[_Adapter, ...]:
