@@ -5,6 +5,7 @@ Each launch runs all cases of a worker: starting processes takes longer than the
 
 from __future__ import annotations
 
+import gc
 import itertools
 from datetime import timedelta
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from topr_kernels import (
 from topr_kernels.distributed import shards
 from topr_kernels.linear import active
 from topr_kernels.linear.tile import Shard
+from topr_kernels.ops import linear as linear_ops
 from topr_kernels.output import TOPROutput
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
@@ -730,6 +732,26 @@ def grid_worker() -> None:
 
 def test_vocabulary_sequences_and_data_together():
     launch(4, "test_parallel.grid_worker")
+
+
+def forgotten_worker() -> None:
+    """The operators over a group are registered as long as the group is there."""
+    rank, world = start()
+    edges, data = cuts(world, False), batch(torch.float64)
+    known = set(linear_ops._KERNELS)
+    group = dist.new_group(list(range(world)))
+    for _ in range(2):
+        run(data, slice(edges[rank], edges[rank + 1]), group, {})
+    names = set(linear_ops._KERNELS) - known - {"torch", "native"}
+    assert len(names) == 1, names
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert not names & set(linear_ops._KERNELS)
+
+
+def test_the_operators_of_a_group_are_forgotten_with_it():
+    launch(2, "test_parallel.forgotten_worker")
 
 
 # --- what goes wrong -------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Tokens, Transforms
 from topr_kernels.output import LogProbOutput
-from topr_kernels.validation import LinearArguments, LogitsArguments
 
 
 def log_prob(
@@ -63,7 +62,7 @@ def log_prob(
             labels outside the vocabulary and unsound ``cu_seqlens``. Elsewhere those give NaN.
     """
     tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
-    given = LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
+    given = validation.LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
     if process_group is not None or sequence_group is not None:
         return calls.log_prob(Groups(process_group, sequence_group), given)
     x, tokens, transforms, *_ = validation.check_logits(given)
@@ -71,16 +70,8 @@ def log_prob(
     checked = validation.values_readable(x, debug)
     if checked:
         validation.check_values(tokens, x.shape[-1])
-    token, lse, _, row_entropy = ops.log_prob_fwd(
-        x,
-        tokens.labels,
-        tokens.cu_seqlens,
-        transforms.temperature,
-        transforms.softcap,
-        entropy,
-        shift,
-        name,
-    )
+    options = transforms.temperature, transforms.softcap, entropy, shift, name
+    token, lse, _, row_entropy = ops.log_prob_fwd(x, *tokens[:2], *options)
     out = LogProbOutput(*(y.view(labels.shape) for y in (token, lse, row_entropy)))
     return out if checked else out.poisoned(tokens)
 
@@ -138,7 +129,7 @@ def linear_log_prob(
     """
     tokens = Tokens(labels, cu_seqlens, shift)
     transforms = Transforms(logit_scale, softcap, temperature)
-    given = LinearArguments(
+    given = validation.LinearArguments(
         *(hidden, weight, bias, tokens, transforms),
         *(entropy, grad_tolerance, workspace_bytes, impl, debug),
     )
@@ -152,18 +143,8 @@ def linear_log_prob(
     if checked:
         validation.check_values(tokens, vocab)
     result = linear_ops.linear_log_prob_fwd(
-        x,
-        weights.weight,
-        weights.bias,
-        tokens.labels,
-        tokens.cu_seqlens,
-        weights.compute_dtype,
-        *transforms,
-        entropy,
-        shift,
-        wanted.grad_tolerance,
-        workspace,
-        name,
+        *(x, *weights[:2], *tokens[:2], weights.compute_dtype, *transforms),
+        *(entropy, shift, wanted.grad_tolerance, workspace, name),
     )
     out = LogProbOutput(*(y.view(labels.shape) for y in result))
     return out if checked else out.poisoned(tokens)

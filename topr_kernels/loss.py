@@ -16,12 +16,6 @@ from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Tokens, Transforms
 from topr_kernels.output import TOPROutput
 from topr_kernels.sequence import topr_from_log_prob
-from topr_kernels.validation import (
-    LinearArguments,
-    LogitsArguments,
-    SequenceArguments,
-    TokenArguments,
-)
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
@@ -95,8 +89,8 @@ def topr_loss(
             On an accelerator and in compiled graphs those turn the loss into NaN.
     """
     tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
-    given = LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
-    sequences = SequenceArguments(
+    given = validation.LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
+    sequences = validation.SequenceArguments(
         behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
     if process_group is not None or sequence_group is not None:
@@ -107,18 +101,8 @@ def topr_loss(
         _check_inplace(x)
     if validation.values_readable(x, debug):
         validation.check_values(tokens, x.shape[-1], objective.reward, normalizer)
-    out = ops.topr_fwd(
-        x,
-        tokens.labels,
-        tokens.cu_seqlens,
-        *objective,
-        transforms.temperature,
-        transforms.softcap,
-        entropy,
-        shift,
-        inplace,
-        kernels.resolve(impl, x),
-    )
+    options = transforms.temperature, transforms.softcap, entropy, shift, inplace
+    out = ops.topr_fwd(x, *tokens[:2], *objective, *options, kernels.resolve(impl, x))
     loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
     nan = torch.full_like(loss, torch.nan, requires_grad=False)
     rest += nan, nan
@@ -215,11 +199,11 @@ def linear_topr_loss(
     """
     tokens = Tokens(labels, cu_seqlens, shift)
     transforms = Transforms(logit_scale, softcap, temperature)
-    given = LinearArguments(
+    given = validation.LinearArguments(
         *(hidden, weight, bias, tokens, transforms),
         *(entropy, grad_tolerance, workspace_bytes, impl, debug),
     )
-    sequences = SequenceArguments(
+    sequences = validation.SequenceArguments(
         behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
     if process_group is not None or sequence_group is not None:
@@ -233,20 +217,8 @@ def linear_topr_loss(
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective.reward, normalizer)
     out = linear_ops.linear_topr_fwd(
-        x,
-        weights.weight,
-        weights.bias,
-        tokens.labels,
-        tokens.cu_seqlens,
-        *objective,
-        weights.compute_dtype,
-        *transforms,
-        entropy,
-        shift,
-        wanted.grad_tolerance,
-        workspace,
-        *wanted[1:],
-        name,
+        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
+        *(entropy, shift, wanted.grad_tolerance, workspace, *wanted[1:], name),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
     return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
@@ -298,8 +270,8 @@ def topr_loss_from_log_prob(
         TypeError: wrong type or dtype of an argument; half-precision log-probs among them.
         ValueError: as :func:`topr_loss`.
     """
-    given = TokenArguments(log_prob, mask, cu_seqlens, debug)
-    sequences = SequenceArguments(
+    given = validation.TokenArguments(log_prob, mask, cu_seqlens, debug)
+    sequences = validation.SequenceArguments(
         behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
     if sequence_group is not None:

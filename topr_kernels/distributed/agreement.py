@@ -22,15 +22,10 @@ PER_SEQUENCE, PER_TOKEN = 1, 2
 
 
 class Groups(NamedTuple):
-    """The process groups of a call.
+    """The process groups of a call."""
 
-    Attributes:
-        process_group: over which the vocabulary is spread, or None.
-        sequence_group: over which the sequences are spread, or None.
-    """
-
-    process_group: Any
-    sequence_group: Any
+    process_group: Any  # over which the vocabulary is spread, or None
+    sequence_group: Any  # over which the sequences are spread, or None
 
 
 class Facts(NamedTuple):
@@ -64,15 +59,10 @@ class Statement(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What the processes of a call have agreed on.
+    """What the processes of a call have agreed on."""
 
-    Attributes:
-        shard: the part of the vocabulary that is here; None for the whole.
-        per_token: whether a log mu that could be either is per token.
-    """
-
-    shard: Shard | None
-    per_token: bool
+    shard: Shard | None  # the part of the vocabulary that is here; None for the whole
+    per_token: bool  # whether a log mu that could be either is per token
 
 
 class Call(Protocol[T]):

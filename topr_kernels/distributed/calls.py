@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topr_kernels import kernels, validation
-from topr_kernels.distributed.agreement import (
-    PER_SEQUENCE,
-    PER_TOKEN,
-    Agreement,
-    Facts,
-    Groups,
-    Statement,
-    agree,
-)
+from topr_kernels.distributed import agreement, pieces, shards
+from topr_kernels.distributed.agreement import PER_SEQUENCE, PER_TOKEN, Agreement, Groups
 from topr_kernels.distributed.collectives import over, sum_
-from topr_kernels.distributed.pieces import (
-    check_shift,
-    loss_at_labels,
-    next_tokens,
-    scores_at_labels,
-    shifted,
-)
-from topr_kernels.distributed.shards import (
-    check_impl,
-    local_columns,
-    local_head,
-    log_probs,
-    shard_tile,
-)
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.linear.operators import linear_kernels
 from topr_kernels.linear.tile import Shard
@@ -43,13 +21,7 @@ from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens
 from topr_kernels.output import LogProbOutput, TOPROutput
 from topr_kernels.sequence import topr_from_log_prob
-from topr_kernels.validation import (
-    LinearArguments,
-    LinearInputs,
-    LogitsArguments,
-    SequenceArguments,
-    TokenArguments,
-)
+from topr_kernels.validation import LinearArguments, LogitsArguments, SequenceArguments
 
 
 def topr_loss(
@@ -61,7 +33,7 @@ def topr_loss(
             "inplace: got True with a process group, where it is not served; pass inplace=False"
         )
     call = _LogitsCall(groups, given, sequences)
-    checked, agreed = agree(groups, _device(given.logits), call)
+    checked, agreed = agreement.agree(groups, _device(given.logits), call)
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     tokens, objective = _at_rows(inputs.tokens, objective, groups)
     scores = _log_probs(inputs._replace(tokens=tokens), checked.impl, agreed, groups)
@@ -75,13 +47,15 @@ def topr_loss(
     out = out._replace(entropy=scores.entropy)
     if tokens.shift != given.tokens.shift:
         summed = objective.behavior_log_prob.dim() == 1
-        out = loss_at_labels(out, given.entropy, summed, groups.sequence_group)
+        out = pieces.loss_at_labels(out, given.entropy, summed, groups.sequence_group)
     return out.shaped(given.tokens.labels.shape)
 
 
 def log_prob(groups: Groups, given: LogitsArguments) -> LogProbOutput:
     """:func:`topr_kernels.log_prob` of logits whose columns or tokens are spread."""
-    checked, agreed = agree(groups, _device(given.logits), _LogitsCall(groups, given, None))
+    checked, agreed = agreement.agree(
+        groups, _device(given.logits), _LogitsCall(groups, given, None)
+    )
     tokens, _ = _at_rows(checked.inputs.tokens, None, groups)
     out = _log_probs(checked.inputs._replace(tokens=tokens), checked.impl, agreed, groups)
     return _scores(out, given.tokens, tokens, given.entropy, groups)
@@ -92,58 +66,48 @@ def linear_topr_loss(
 ) -> TOPROutput:
     """:func:`topr_kernels.linear_topr_loss` of a head or of tokens that are spread."""
     call = _LinearCall(groups, given, sequences, frozen_tolerance)
-    checked, agreed = agree(groups, _device(given.hidden), call)
+    checked, agreed = agreement.agree(groups, _device(given.hidden), call)
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     tokens, objective = _at_rows(inputs.tokens, objective, groups)
+    workspace = _workspace(given, inputs, agreed.shard)
+    impl = _registered(checked.impl, agreed.shard, groups)
+    x, weights, _, transforms, wanted = inputs
     out = linear_ops.linear_topr_fwd(
-        inputs.hidden,
-        *inputs.weights[:2],
-        *tokens[:2],
-        *objective,
-        inputs.weights.compute_dtype,
-        *inputs.transforms,
-        given.entropy,
-        tokens.shift,
-        inputs.wanted.grad_tolerance,
-        _workspace(given, inputs, agreed.shard),
-        *inputs.wanted[1:],
-        _registered(checked.impl, agreed.shard, groups),
+        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
+        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
     result = TOPROutput(loss, token, row_entropy, token_log_ratio, *rest)
     if tokens.shift != given.tokens.shift:
         summed = objective.behavior_log_prob.dim() == 1
-        result = loss_at_labels(result, given.entropy, summed, groups.sequence_group)
+        result = pieces.loss_at_labels(result, given.entropy, summed, groups.sequence_group)
     return result.shaped(given.tokens.labels.shape)
 
 
 def linear_log_prob(groups: Groups, given: LinearArguments) -> LogProbOutput:
     """:func:`topr_kernels.linear_log_prob` of a head or of tokens that are spread."""
     call = _LinearCall(groups, given, None, 0.0)
-    checked, agreed = agree(groups, _device(given.hidden), call)
+    checked, agreed = agreement.agree(groups, _device(given.hidden), call)
     inputs = checked.inputs
     tokens, _ = _at_rows(inputs.tokens, None, groups)
+    workspace = _workspace(given, inputs, agreed.shard)
+    impl = _registered(checked.impl, agreed.shard, groups._replace(sequence_group=None))
+    x, weights, _, transforms, wanted = inputs
     out = linear_ops.linear_log_prob_fwd(
-        inputs.hidden,
-        *inputs.weights[:2],
-        *tokens[:2],
-        inputs.weights.compute_dtype,
-        *inputs.transforms,
-        given.entropy,
-        tokens.shift,
-        inputs.wanted.grad_tolerance,
-        _workspace(given, inputs, agreed.shard),
-        _registered(checked.impl, agreed.shard, groups._replace(sequence_group=None)),
+        *(x, *weights[:2], *tokens[:2], weights.compute_dtype, *transforms),
+        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, impl),
     )
     return _scores(LogProbOutput(*out), given.tokens, tokens, given.entropy, groups)
 
 
 def topr_loss_from_log_prob(
-    sequence_group: Any, given: TokenArguments, sequences: SequenceArguments
+    sequence_group: Any, given: validation.TokenArguments, sequences: SequenceArguments
 ) -> TOPROutput:
     """:func:`topr_kernels.topr_loss_from_log_prob` of sequences in pieces."""
     groups = Groups(None, sequence_group)
-    checked, agreed = agree(groups, _device(given.log_prob), _TokenCall(groups, given, sequences))
+    checked, agreed = agreement.agree(
+        groups, _device(given.log_prob), _TokenCall(groups, given, sequences)
+    )
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     out = topr_from_log_prob(
         inputs.log_prob, inputs.mask, inputs.cu_seqlens, objective, over(sum_, sequence_group)
@@ -195,8 +159,8 @@ def _statement(
     tokens: Tokens,
     columns: int,
     shape: torch.Size,
-    options: Mapping[str, object],
-) -> Statement:
+    options: tuple[object, ...],
+) -> agreement.Statement:
     """What the processes must agree on.
 
     Args:
@@ -209,7 +173,7 @@ def _statement(
     """
     labels, cu_seqlens, shift = tokens
     shared: dict[str, object] = {
-        "options": (*options.values(), checked.impl, shift),
+        "options": (*options, checked.impl, shift),
         "dtype": x.dtype,
         "requires_grad": x.requires_grad and torch.is_grad_enabled(),
         "number of sequences": len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
@@ -229,8 +193,10 @@ def _statement(
         }
         tensors = {"reward": objective.reward, "normalizer": objective.normalizer}
     whole = {"labels": labels, "cu_seqlens": cu_seqlens, **tensors}
-    vocabulary = Facts({**shared, "shape": tuple(shape)}, whole, behavior)
-    return Statement(columns, vocabulary, Facts(shared, tensors, summed), checked.forms)
+    vocabulary = agreement.Facts({**shared, "shape": tuple(shape)}, whole, behavior)
+    return agreement.Statement(
+        columns, vocabulary, agreement.Facts(shared, tensors, summed), checked.forms
+    )
 
 
 class _LogitsCall(NamedTuple):
@@ -242,16 +208,17 @@ class _LogitsCall(NamedTuple):
 
     def check(self) -> _Checked:
         given = self.given
-        check_shift(given.tokens, self.groups.sequence_group)
-        here = local_columns(self.groups.process_group, given.logits)
+        pieces.check_shift(given.tokens, self.groups.sequence_group)
+        here = shards.local_columns(self.groups.process_group, given.logits)
         inputs = validation.check_logits(given._replace(logits=here))
-        impl = check_impl(given.impl, inputs.logits, self.groups.process_group, kernels.LOGITS)
+        impl = shards.check_impl(
+            given.impl, inputs.logits, self.groups.process_group, kernels.LOGITS
+        )
         return _checked(inputs, inputs.tokens, self.sequences, impl)
 
-    def statement(self, checked: _Checked) -> Statement:
+    def statement(self, checked: _Checked) -> agreement.Statement:
         inputs: LogitsArguments = checked.inputs
-        options = {"transforms": inputs.transforms, "entropy": inputs.entropy}
-        x = inputs.logits
+        x, options = inputs.logits, (inputs.transforms, inputs.entropy)
         return _statement(checked, x, inputs.tokens, x.shape[-1], x.shape[:-1], options)
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
@@ -269,27 +236,26 @@ class _LinearCall(NamedTuple):
 
     def check(self) -> _Checked:
         given, group = self.given, self.groups.process_group
-        check_shift(given.tokens, self.groups.sequence_group)
-        weight, bias = local_head(group, given.weight, given.bias)
+        pieces.check_shift(given.tokens, self.groups.sequence_group)
+        weight, bias = shards.local_head(group, given.weight, given.bias)
         given = given._replace(weight=weight, bias=bias)
         inputs = validation.check_linear(given, self.frozen_tolerance)
-        impl = check_impl(given.impl, inputs.hidden, group, kernels.LINEAR)
+        impl = shards.check_impl(given.impl, inputs.hidden, group, kernels.LINEAR)
         return _checked(inputs, inputs.tokens, self.sequences, impl)
 
-    def statement(self, checked: _Checked) -> Statement:
-        inputs: LinearInputs = checked.inputs
-        options = {
-            "compute_dtype": inputs.weights.compute_dtype,
-            "transforms": inputs.transforms,
-            "wanted": inputs.wanted,
-            "workspace_bytes": self.given.workspace_bytes,
-            "entropy": self.given.entropy,
-        }
+    def statement(self, checked: _Checked) -> agreement.Statement:
+        inputs: validation.LinearInputs = checked.inputs
+        options = (
+            *inputs[3:],
+            inputs.weights.compute_dtype,
+            self.given.workspace_bytes,
+            self.given.entropy,
+        )
         x, columns = inputs.hidden, len(inputs.weights.weight)
         return _statement(checked, x, inputs.tokens, columns, x.shape, options)
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
-        inputs: LinearInputs = checked.inputs
+        inputs: validation.LinearInputs = checked.inputs
         vocab = vocab or len(inputs.weights.weight)
         _check_values(checked, inputs.hidden, vocab, self.sequences, self.given.debug)
 
@@ -298,7 +264,7 @@ class _TokenCall(NamedTuple):
     """``topr_loss_from_log_prob``."""
 
     groups: Groups
-    given: TokenArguments
+    given: validation.TokenArguments
     sequences: SequenceArguments
 
     def check(self) -> _Checked:
@@ -306,21 +272,17 @@ class _TokenCall(NamedTuple):
         tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
         return _checked(inputs, tokens, self.sequences, "")
 
-    def statement(self, checked: _Checked) -> Statement:
-        inputs: TokenArguments = checked.inputs
+    def statement(self, checked: _Checked) -> agreement.Statement:
+        inputs: validation.TokenArguments = checked.inputs
         tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-        return _statement(checked, inputs.log_prob, tokens, 0, inputs.log_prob.shape, {})
+        return _statement(checked, inputs.log_prob, tokens, 0, inputs.log_prob.shape, ())
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
-        inputs: TokenArguments = checked.inputs
+        inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
             assert checked.objective is not None
-            validation.check_sequence_values(
-                inputs.mask,
-                inputs.cu_seqlens,
-                checked.objective.reward,
-                self.sequences.normalizer,
-            )
+            rest = checked.objective.reward, self.sequences.normalizer
+            validation.check_sequence_values(inputs.mask, inputs.cu_seqlens, *rest)
 
 
 def _check_values(
@@ -348,9 +310,9 @@ def _at_rows(tokens: Tokens, objective: Any, groups: Groups) -> tuple[Tokens, An
     group = groups.sequence_group
     if group is None or not tokens.shift:
         return tokens, objective
-    moved = shifted(tokens, group)
+    moved = pieces.shifted(tokens, group)
     if objective is not None and objective.behavior_log_prob.dim() == 2:
-        mu = next_tokens(objective.behavior_log_prob, 0.0, group)
+        mu = pieces.next_tokens(objective.behavior_log_prob, 0.0, group)
         objective = objective._replace(behavior_log_prob=mu)
     return moved, objective
 
@@ -361,16 +323,9 @@ def _log_probs(
     """Results per token [O, T], aligned with the labels of ``inputs``."""
     x, tokens, transforms, entropy = inputs[:4]
     if agreed.shard is not None:
-        return log_probs(x, tokens, transforms, entropy, agreed.shard, groups.process_group)
-    log_prob, lse, _, row_entropy = ops.log_prob_fwd(
-        x,
-        *tokens[:2],
-        transforms.temperature,
-        transforms.softcap,
-        entropy,
-        tokens.shift,
-        impl,
-    )
+        return shards.log_probs(x, tokens, transforms, entropy, agreed.shard, groups.process_group)
+    options = transforms.temperature, transforms.softcap, entropy, tokens.shift, impl
+    log_prob, lse, _, row_entropy = ops.log_prob_fwd(x, *tokens[:2], *options)
     return LogProbOutput(log_prob, lse, row_entropy)
 
 
@@ -379,11 +334,11 @@ def _scores(
 ) -> LogProbOutput:
     """Results of a scorer at their labels, in the shape of the labels given."""
     if tokens.shift != given.shift:
-        out = scores_at_labels(out, entropy, groups.sequence_group)
+        out = pieces.scores_at_labels(out, entropy, groups.sequence_group)
     return LogProbOutput(*(x.view(given.labels.shape) for x in out.poisoned(tokens)))
 
 
-def _workspace(given: LinearArguments, inputs: LinearInputs, shard: Shard | None) -> int:
+def _workspace(given: LinearArguments, inputs: validation.LinearInputs, shard: Shard | None) -> int:
     """Bytes of a tile, of which all shards have the same number of rows."""
     largest = len(inputs.weights.weight) if shard is None else shard.largest
     return validation.check_workspace(given.workspace_bytes, inputs.hidden, largest)
@@ -407,7 +362,7 @@ def _registered(impl: str, shard: Shard | None, groups: Groups) -> str:
     name = f"{impl} groups {numbers} shard {shard and shard[:3]}"
     if linear_ops.is_registered(name):
         return name
-    tile = kernels.linear_tile(impl) if shard is None else shard_tile(shard, process_group)
+    tile = kernels.linear_tile(impl) if shard is None else shards.shard_tile(shard, process_group)
     if sequence_group is not None:
         tile = tile._replace(sum_pieces=over(sum_, sequence_group))
     linear_ops.register(name, linear_kernels(tile))

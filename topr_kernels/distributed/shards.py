@@ -116,8 +116,8 @@ def _tile_rows(
     slopes = []
     for part in parts:
         slopes.append(softcap_slope(z[part], transforms) if gradient else None)
-        found = exp_sums_(z[part], top[part], column[part], entropy)
-        sums[: len(found), part] = torch.stack(found)
+        of_part = exp_sums_(z[part], top[part], column[part], entropy)
+        sums[: len(of_part), part] = torch.stack(of_part)
     sums[1] = torch.where(here, sums[1], 0.0)
     rows = finish_rows(top, shard.sum_(sums).unbind(), label, shard.vocab, entropy)
     factor, j_sum = -1 / rows.sum_exp, torch.zeros_like(rows.sum_exp)
@@ -175,8 +175,8 @@ class _ShardedLogProb(torch.autograd.Function):
         sums = top.new_zeros((3, n))
         for part in parts:
             z = transform_(_copied_rows(logits, part, wide), transforms)
-            found = exp_sums_(z, top[part], column[part], entropy)
-            sums[: len(found), part] = torch.stack(found)
+            of_part = exp_sums_(z, top[part], column[part], entropy)
+            sums[: len(of_part), part] = torch.stack(of_part)
         sums[1] = torch.where(here, sums[1], 0.0)
         rows: Rows = finish_rows(top, shard.sum_(sums).unbind(), label, shard.vocab, entropy)
         ignored = label == IGNORE_INDEX

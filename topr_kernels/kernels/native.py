@@ -127,18 +127,8 @@ def topr_fwd(
         # Unsound offsets poison the loss, every coefficient, and what would look like a ratio of 1.
         for poisoned in (loss, denominator, token_log_ratio):
             poisoned.fill_(torch.nan)
-    return (
-        loss,
-        denominator,
-        *rows,
-        token_log_ratio,
-        log_ratio,
-        weight,
-        tapered,
-        reward,
-        length,
-        d_log_prob,
-    )
+    sequences = log_ratio, weight, tapered, reward, length
+    return (loss, denominator, *rows, token_log_ratio, *sequences, d_log_prob)
 
 
 def _write_gradient(

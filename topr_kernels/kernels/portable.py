@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topr_kernels.layout import (
-    IGNORE_INDEX,
-    scored_labels,
-    sequence_offsets,
-    to_labels,
-    to_rows,
-)
+from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets, to_labels, to_rows
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
@@ -84,21 +78,7 @@ def topr_fwd(
     offsets, sound = sequence_offsets(labels, tokens.cu_seqlens)
     scored = scored_labels(labels, tokens.cu_seqlens, tokens.shift) != IGNORE_INDEX
     stage = sequence_stage(log_prob, scored, offsets, sound, objective)
-    return (
-        stage.loss,
-        stage.denominator,
-        log_prob,
-        lse,
-        low,
-        ent,
-        stage.token_log_ratio,
-        stage.log_ratio,
-        stage.weight,
-        stage.objective,
-        stage.reward,
-        stage.length,
-        stage.d_log_prob,
-    )
+    return (*stage[:2], log_prob, lse, low, ent, *stage[2:])
 
 
 def _write_gradient(

@@ -20,34 +20,20 @@ CLUSTERS, PENDING_PROFILES = 8, 32
 
 
 class GradedRows(NamedTuple):
-    """Rows of one tile that have a gradient.
+    """Rows of one tile that have a gradient."""
 
-    Attributes:
-        z: [n, V] logits as the row kernel left them.
-        label: [n].
-        stats: of the row kernel.
-        row: [n] positions in the flattened hidden states.
-        hidden: [n, D] operand of the forward product.
-        c: [n] gradient of the loss by the log-probs, none of them 0.
-    """
-
-    z: Tensor
-    label: Tensor
+    z: Tensor  # [n, V] logits as the row kernel left them
+    label: Tensor  # [n]
     stats: RowStats
-    row: Tensor
-    hidden: Tensor
-    c: Tensor
+    row: Tensor  # [n] positions in the flattened hidden states
+    hidden: Tensor  # [n, D] operand of the forward product
+    c: Tensor  # [n] gradient of the loss by the log-probs, none of them 0
 
     def part(self, index: slice) -> GradedRows:
         """Some of the rows."""
-        return GradedRows(
-            self.z[index],
-            self.label[index],
-            RowStats(*(x[index] for x in self.stats)),
-            self.row[index],
-            self.hidden[index],
-            self.c[index],
-        )
+        z, label, stats, *rest = self
+        stats = RowStats(*(x[index] for x in stats))
+        return GradedRows(z[index], label[index], stats, *(x[index] for x in rest))
 
 
 class Tail(NamedTuple):

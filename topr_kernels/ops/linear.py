@@ -190,16 +190,9 @@ def linear_topr_fwd(
     [V]. A gradient that is not wanted has shape [0].
     """
     objective = Objective(
-        behavior_log_prob,
-        reward,
-        normalizer,
-        log_pos_min,
-        log_pos_max,
-        log_neg_min,
-        log_neg_max,
-        ratio,
-        baseline,
-        reduction,
+        *(behavior_log_prob, reward, normalizer),
+        *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        *(ratio, baseline, reduction),
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,

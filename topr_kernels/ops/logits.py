@@ -125,16 +125,9 @@ def topr_fwd(
     is the gradient of the loss by each log-prob.
     """
     objective = Objective(
-        behavior_log_prob,
-        reward,
-        normalizer,
-        log_pos_min,
-        log_pos_max,
-        log_neg_min,
-        log_neg_max,
-        ratio,
-        baseline,
-        reduction,
+        *(behavior_log_prob, reward, normalizer),
+        *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        *(ratio, baseline, reduction),
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         logits,
@@ -243,19 +236,9 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
     d_log_prob = d[0]
     if d_log_prob is None or not ctx.needs_input_grad[0]:
         return (None,) * 8
-    logits, labels, cu_seqlens, lse, lse_low, log_prob = ctx.saved_tensors
-    d_logits = logits_bwd(
-        logits,
-        labels,
-        cu_seqlens,
-        lse,
-        lse_low,
-        log_prob,
-        d_log_prob.to(lse.dtype),
-        None,
-        None,
-        *ctx.settings,
-    )
+    *saved, log_prob = ctx.saved_tensors
+    d_log_prob = d_log_prob.to(log_prob.dtype)
+    d_logits = logits_bwd(*saved, log_prob, d_log_prob, None, None, *ctx.settings)
     return (d_logits, *(None,) * 7)
 
 
@@ -276,19 +259,9 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     if d_loss is None or not ctx.needs_input_grad[0]:
         return (None,) * 19
-    logits, labels, cu_seqlens, lse, lse_low, log_prob, d_log_prob, denominator = ctx.saved_tensors
+    logits, *saved, denominator = ctx.saved_tensors
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
-    row_args = (
-        labels,
-        cu_seqlens,
-        lse,
-        lse_low,
-        log_prob,
-        d_log_prob,
-        d_loss,
-        denominator,
-        *ctx.settings,
-    )
+    row_args = (*saved, d_loss, denominator, *ctx.settings)
     if ctx.inplace:
         if torch.is_grad_enabled():
             raise RuntimeError(

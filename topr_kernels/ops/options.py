@@ -13,58 +13,36 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Which rows predict which labels.
+    """Which rows predict which labels."""
 
-    Attributes:
-        labels: [O, T] int64, -100 = not scored.
-        cu_seqlens: [B + 1] offsets of packed sequences, or None.
-        shift: whether the row at t predicts the label at t + 1.
-    """
-
-    labels: Tensor
-    cu_seqlens: Tensor | None
-    shift: bool
+    labels: Tensor  # [O, T] int64, -100 = not scored
+    cu_seqlens: Tensor | None  # [B + 1] offsets of packed sequences
+    shift: bool  # whether the row at t predicts the label at t + 1
 
 
 class Transforms(NamedTuple):
-    """What happens to the logits before the softmax, in this order.
+    """What happens to the logits before the softmax, in this order."""
 
-    Attributes:
-        logit_scale: multiplies them; 1 on the logits path.
-        softcap: s of s tanh(z / s), or None.
-        temperature: divides them.
-    """
-
-    logit_scale: float
-    softcap: float | None
-    temperature: float
+    logit_scale: float  # multiplies them; 1 on the logits path
+    softcap: float | None  # s of s tanh(z / s)
+    temperature: float  # divides them
 
 
 class Objective(NamedTuple):
     """The TOPR objective of a batch: what is known of its sequences, how they are weighted and summed.
 
-    Attributes:
-        behavior_log_prob: log mu, [O, T] per token or [B] summed per sequence.
-        reward: [B].
-        normalizer: 0-dim, replaces the count of sequences or tokens; or None.
-        log_pos_min: log of a+, -inf for 0.
-        log_pos_max: log of b+.
-        log_neg_min: log of a-.
-        log_neg_max: log of b-.
-        ratio: one of ``choices.RATIOS``.
-        baseline: subtracted from the rewards.
-        reduction: one of ``choices.REDUCTIONS``.
+    The limits are (a+, b+, a-, b-); ratio and reduction are named in ``choices``.
     """
 
-    behavior_log_prob: Tensor
-    reward: Tensor
-    normalizer: Tensor | None
+    behavior_log_prob: Tensor  # log mu, [O, T] per token or [B] summed per sequence
+    reward: Tensor  # [B]
+    normalizer: Tensor | None  # 0-dim, replaces the count of sequences or tokens
     log_pos_min: float
     log_pos_max: float
     log_neg_min: float
     log_neg_max: float
     ratio: str
-    baseline: float
+    baseline: float  # subtracted from the rewards
     reduction: str
 
     @property
@@ -74,28 +52,15 @@ class Objective(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-    """The head of a language model.
+    """The head of a language model."""
 
-    Attributes:
-        weight: [V, D].
-        bias: [V] or None.
-        compute_dtype: to which the operands of the matmuls are rounded.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    compute_dtype: torch.dtype
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    compute_dtype: torch.dtype  # to which the operands of the matmuls are rounded
 
 
 class Wanted(NamedTuple):
-    """Which gradients are computed, and how exactly.
-
-    Attributes:
-        grad_tolerance: 0 is exact.
-        hidden: whether d_hidden is wanted.
-        weight: whether d_weight is wanted.
-        bias: whether d_bias is wanted.
-    """
+    """Which gradients are computed, and how exactly: a ``grad_tolerance`` of 0 is exact."""
 
     grad_tolerance: float
     hidden: bool
