@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -18,12 +19,21 @@ from torch import Tensor
 from topr_kernels import linear_log_prob, linear_topr_loss, topr_loss
 from topr_kernels.testing import make_batch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(heading: str, i: int = 0) -> str:
     """A Python block under a heading, by default the first."""
     return README.split(f"## {heading}\n")[1].split("```python\n")[1 + i].split("```")[0]
+
+
+def test_the_oldest_python_and_torch_are_those_of_the_package() -> None:
+    shown = re.search(r"needs Python ≥ ([\d.]+) and torch ≥ ([\d.]+) alone", README)
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = r'^requires-python = ">=([\d.]+)"$.*^dependencies = \["torch>=([\d.]+)"\]$'
+    floors = re.search(lines, package, re.MULTILINE | re.DOTALL)
+    assert shown and floors and shown.groups() == floors.groups()
 
 
 def test_equivalent_to() -> None:
@@ -146,7 +156,7 @@ def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "demo_seeds.py"
+    script = ROOT / "benchmarks" / "demo_seeds.py"
     command = [sys.executable, str(script), "--table-only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in README
@@ -157,12 +167,11 @@ def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
     [("results", "README.md", 5), ("results/bench", "benchmarks/README.md", 15)],
 )
 def test_the_tables_are_those_that_were_measured(folder: str, page: str, count: int) -> None:
-    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.report", f"benchmarks/{folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     tables = done.stdout.strip().split("\n\n")
     assert len(tables) == count
-    shown = (root / page).read_text(encoding="utf-8")
+    shown = (ROOT / page).read_text(encoding="utf-8")
     for table in tables:
         assert table in shown
 
