@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from topr_kernels import TOPROutput
+from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import score_checked
 from topr_kernels.hf.causal_lm import causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
@@ -21,6 +22,7 @@ from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
+from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
     MetricMean,
     NegativeWatch,
@@ -29,19 +31,6 @@ from topr_kernels.hf.watch import (
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.validation import check_workspace
-
-#: Arguments of ``Trainer`` that would never be called here, and what to use instead.
-_NEVER_CALLED = {
-    "compute_loss_func": (
-        "the loss is TOPR's; override TOPRTrainer.compute_loss for another, or write a loop over "
-        "topr_kernels.linear_log_prob"
-    ),
-    "compute_metrics": (
-        "no logits are kept to compute them from; evaluate() reports the metrics of TOPROutput, and a "
-        "TrainerCallback's on_evaluate may generate and score"
-    ),
-    "preprocess_logits_for_metrics": "no logits are kept; drop it",
-}
 
 
 class TOPRTrainer(Trainer):
@@ -76,7 +65,11 @@ class TOPRTrainer(Trainer):
     process loads batches of its own. ``evaluate`` counts every record of a data set once, however many
     processes share it.
 
+    Records longer than the model's positions are refused, or cut as ``truncate`` says. ``evaluate`` and
+    ``predict`` take data sets as the constructor does; with ``behavior="initial"`` before training only.
+
     Raises:
+        TypeError: if an argument is of another type than it should be (see ``check_arguments``).
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
             record is invalid (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
             the default collator would be joined and cut up between processes; on ``compute_loss_func``,
@@ -102,31 +95,17 @@ class TOPRTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TOPRConfig,
+        model: nn.Module | None = None,
+        args: TOPRConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        for name, remedy in _NEVER_CALLED.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected None, TOPRTrainer never calls it: {remedy}")
-        if data_collator is None:
-            eos = _eos_token_id(model, processing_class)
-            data_collator = CompletionCollator(
-                _pad_token_id(processing_class),
-                args.share_prefix,
-                args.packing,
-                args.mask_truncated,
-                eos,
-            )
-            train_dataset, eval_dataset = (
-                _each(data, lambda part: prepare_records(part, processing_class, eos_token_id=eos))
-                for data in (train_dataset, eval_dataset)
-            )
-        else:
+        args = TOPRConfig(output_dir="tmp_trainer") if args is None else args
+        check_arguments(model, args, train_dataset, eval_dataset, kwargs)
+        if data_collator is not None:
             _check_own_collator(args)
         super().__init__(
             model=model,
@@ -137,6 +116,28 @@ class TOPRTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        eos = _eos_token_id(self.model, processing_class)
+        if data_collator is None:
+            data_collator = self.data_collator = CompletionCollator(
+                _pad_token_id(processing_class),
+                args.share_prefix,
+                args.packing,
+                args.mask_truncated,
+                eos,
+            )
+        # Another collator may want its records as they are, or compute what they lack.
+        self._prepare = functools.partial(
+            prepare_records,
+            tokenizer=processing_class,
+            eos_token_id=eos,
+            max_length=longest(self.model, args),
+            truncate=args.truncate,
+            vocabulary=vocabulary(self.model),
+        )
+        if type(data_collator) is CompletionCollator:
+            self.train_dataset, self.eval_dataset = (
+                _each(data, self._prepare) for data in (self.train_dataset, self.eval_dataset)
+            )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = True
         self._head_checked = self._packing_checked = self._dropout_checked = False
@@ -159,8 +160,36 @@ class TOPRTrainer(Trainer):
                 _each(data, functools.partial(self._with_behavior, data_collator))
                 for data in (self.train_dataset, self.eval_dataset)
             )
-        if train_dataset is not None and hasattr(train_dataset, "__len__"):
-            warn_if_never_negative(_rewards(train_dataset), args.baseline, args.limits)
+        if hasattr(self.train_dataset, "__len__"):
+            warn_if_never_negative(_rewards(self.train_dataset), args.baseline, args.limits)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """``Trainer``'s loader; a data set given late is prepared like one given to the constructor."""
+        return super().get_eval_dataloader(self._late("eval_dataset", eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As ``get_eval_dataloader``."""
+        return super().get_test_dataloader(self._late("test_dataset", test_dataset))
+
+    def _late(self, name: str, dataset: Any) -> Any:
+        """A data set given to ``evaluate`` or ``predict``, prepared and with log mu.
+
+        Raises:
+            ValueError: if log mu is the initial model's, which training has changed.
+        """
+        collator = self.data_collator
+        # A name is that of a data set that the constructor was given.
+        if dataset is None or isinstance(dataset, str) or type(collator) is not CompletionCollator:
+            return dataset
+        if any(dataset is known for known in _parts(self.eval_dataset)):
+            return dataset
+        if self.args.behavior == "initial" and self.state.global_step > 0:
+            raise ValueError(
+                f"{name}: got a data set after {self.state.global_step} steps with behavior='initial', "
+                "but the initial model, which is to score it, is gone; give it to the constructor as "
+                "eval_dataset (a dict of several)"
+            )
+        return self._with_behavior(collator, self._prepare(dataset))
 
     def _with_behavior(self, collator: CompletionCollator, dataset: Any) -> Any:
         """The data set with ``behavior_log_prob``: its own, or that of the initial model."""
@@ -355,6 +384,10 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(data, dict):
         return {name: change(part) for name, part in data.items()}
     return change(data)
+
+
+def _parts(data: Any) -> list[Any]:
+    return list(data.values()) if isinstance(data, Mapping) else [data]
 
 
 def _check_own_collator(args: TOPRConfig) -> None:
