@@ -535,8 +535,8 @@ HF = [
     Mutant(
         "router-loss-of-every-micro-batch",
         "topr_kernels/hf/causal_lm.py",
-        "share = units.sum() / normalizer",
-        "share = units.sum() / units.sum()",
+        "share = units.sum().to(out.loss.dtype) / normalizer",
+        "share = units.sum().to(out.loss.dtype) / units.sum()",
         ("tests/test_causal_lm.py::test_router_losses_are_kept_and_split_by_share",),
     ),
     Mutant(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from topr_kernels.hf import (
     causal_lm_topr_loss,
     prepare_records,
 )
+from topr_kernels.hf.causal_lm import _with_router_loss
 from topr_kernels.hf.signature import positions
 from topr_kernels.layout import IGNORE_INDEX
 
@@ -331,6 +333,10 @@ def test_a_record_has_the_same_log_probs_however_it_comes(data: list[Row]):
             assert found == pytest.approx(expected, abs=1e-5)
 
 
+#: A model and its output with a router's balancing loss.
+ROUTED = SimpleNamespace(config=None, router_aux_loss_coef=0.1, aux_loss=torch.tensor(2.0))
+
+
 def test_a_default_dtype_changes_no_loss():
     """Of the user's: the numbers of records, and shares of counts, have types of their own."""
     data = rows(6)
@@ -345,6 +351,7 @@ def test_a_default_dtype_changes_no_loss():
                 out = causal_lm_topr_loss(
                     MODEL, batch, fused_head=fused, normalizer=7, baseline=0.05
                 )
+                out = _with_router_loss(out, ROUTED, ROUTED, "sequence_mean", 7)
                 found.append((out.loss.item(), out.loss.dtype, out.weight.tolist()))
         finally:
             torch.set_default_dtype(torch.float32)
