@@ -200,7 +200,7 @@ class LinearCase(Case):
         By torch's own calls, and on a CPU by the library that this package chooses. In blocks of
         rows, so that what is measured at 64k rows is the product and not the memory.
         """
-        from topr_kernels import matmul  # here: an older revision under --compare has none
+        from topr_kernels.linear import matmul  # here: --compare runs revisions without it
 
         h, w = self.data.hidden, self.data.weight
         count = "three" if trained else "two"

@@ -27,12 +27,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from topr_kernels import kernels, linear_topr_loss
-from topr_kernels.fused_linear import RowStats, Transforms, linear_kernels
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.forward import completion_hidden
 from topr_kernels.hf.heads import find_head
 from topr_kernels.hf.prefix import shares_prefix
+from topr_kernels.linear.operators import linear_kernels
+from topr_kernels.linear.tile import RowStats
 from topr_kernels.ops import linear as ops
+from topr_kernels.ops.options import Transforms
 from topr_kernels.recipe.curate import subsample_negatives
 from topr_kernels.recipe.evaluate import evaluate
 from topr_kernels.recipe.generate import generate

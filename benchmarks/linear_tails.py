@@ -9,7 +9,7 @@ what AdamW goes by. Treatments of the tail of a tile:
 
 - ``zero``: dropped, as gradient filtering elsewhere does;
 - ``one``, ``sign``: one rank-one term per tile, or one per sign of the coefficients;
-- ``clusters k``: one per cluster of similar hidden states, ``fused_linear.cluster_rows``;
+- ``clusters k``: one per cluster of similar hidden states, ``linear.active.cluster_rows``;
 - ``sampled``: d_weight unbiased from as many tail columns again, drawn with probability ~ sqrt(energy);
 - ``bf16 J``: nothing left out, the softmax rounded to bf16, to compare with.
 """
@@ -22,8 +22,9 @@ import hidden_states
 import torch
 from torch import Tensor
 
-from topr_kernels import linear_log_prob
-from topr_kernels.fused_linear import cluster_rows, select_columns
+from topr_kernels import TOPR, linear_log_prob
+from topr_kernels.linear.active import cluster_rows, select_columns
+from topr_kernels.ops.options import Objective
 from topr_kernels.sequence import sequence_stage
 
 TILE = 256
@@ -37,15 +38,17 @@ def coefficients(data: hidden_states.Hidden) -> Tensor:
     stage = sequence_stage(
         log_pi[None],
         torch.ones_like(log_pi, dtype=torch.bool)[None],
-        data.behavior_log_prob[None],
-        data.reward,
         data.cu_seqlens.long(),
         torch.tensor(True),
-        None,
-        (0.0, 0.0, -torch.inf, 0.0),
-        "sequence",
-        0.0,
-        "sequence_mean",
+        Objective(
+            data.behavior_log_prob[None],
+            data.reward,
+            None,
+            *TOPR.log(),
+            "sequence",
+            0.0,
+            "sequence_mean",
+        ),
     )
     return stage.d_log_prob[0]
 

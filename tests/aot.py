@@ -7,6 +7,7 @@ With ``each`` it takes every variant once, in one dtype or another, instead of i
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -34,23 +35,30 @@ Case = tuple[str, Any, str, dict[str, Any]]
 FULL = {"SOFTCAP": True, "TEMPERATURE": True, "ENTROPY": True}
 
 
+def parameters(kernel: Any) -> Any:
+    return inspect.signature(kernel.fn).parameters.items()
+
+
 def cases() -> list[Case]:
     """(name, kernel, dtype of the logits, constants), with the constants of real launches."""
     found = []
+    # The arguments of the later stages, which log_prob has no use for.
+    absent = dict.fromkeys(n for n, p in parameters(tk.rows_fwd_kernel) if p.default is None)
     for dtype, size in SIZES.items():
         s = tk.settings(128256, size, True, 1 << 20, 132)
         narrow = {"ALIGNED": False, "U": tk.settings(50257, size, False, 1 << 20, 132).U}
-        rows = dict(FUSED=True, PACKED=True, SHIFT=True, ALIGNED=True, SOFTCAP=False)
-        rows |= dict(TEMPERATURE=False, ENTROPY=False, RATIO=0, REDUCTION=0, SPLIT=1)
-        rows |= dict(BEHAVIOR_PER_TOKEN=True, U=s.U, BV=s.BV, BT=tk.BT, p_normalizer=None)
+        rows = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False, ENTROPY=False)
+        rows |= dict(RATIO=0, REDUCTION=0, SPLIT=1, U=s.U, BV=s.BV, BT=tk.BT)
+        rows |= dict.fromkeys(("p_parts", "p_row_counter", "p_behavior_low", "p_normalizer"))
+        split = {k: v for k, v in rows.items() if k not in ("p_parts", "p_row_counter")}
         backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False)
         backward |= dict(TILES=s.tiles_per_program, BV=s.BV)
         found += [
             ("forward", tk.rows_fwd_kernel, dtype, rows),
             ("forward, all options", tk.rows_fwd_kernel, dtype, rows | FULL | {"RATIO": 2}),
             ("forward, narrow", tk.rows_fwd_kernel, dtype, rows | narrow),
-            ("forward, split", tk.rows_fwd_kernel, dtype, rows | {"SPLIT": tk.SPLIT}),
-            ("log_prob", tk.rows_fwd_kernel, dtype, rows | {"FUSED": False}),
+            ("forward, split", tk.rows_fwd_kernel, dtype, split | {"SPLIT": tk.SPLIT}),
+            ("log_prob", tk.rows_fwd_kernel, dtype, rows | absent),
             ("backward", tk.logits_bwd_kernel, dtype, backward),
             (
                 "backward, all options",
@@ -59,7 +67,7 @@ def cases() -> list[Case]:
                 backward | {"ALIGNED": False, "SOFTCAP": True, "TEMPERATURE": True},
             ),
         ]
-    stage = dict(PACKED=True, SHIFT=True, RATIO=2, REDUCTION=0, BEHAVIOR_PER_TOKEN=True, BT=tk.BT)
+    stage = dict(SHIFT=True, RATIO=2, REDUCTION=0, BT=tk.BT, p_behavior_low=None)
     found.append(("sequences", tk.sequences_fwd_kernel, "fp32", stage))
     loss = dict(REDUCTION=0, BT=tk.BT, p_normalizer=None)
     found.append(("loss", tk.loss_fwd_kernel, "fp32", loss))

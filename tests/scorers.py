@@ -54,6 +54,32 @@ def count_a(question: str, completion: str, entry: object) -> float | None:
     return None if completion == "-" else float(completion.count("a"))
 
 
+def spied() -> tuple[int, list[str]]:
+    """For answers: how many other workers there are, and what of them and the server can be opened."""
+    server = os.getppid()
+    deadline = time.monotonic() + 10
+    others: list[int] = []
+    while not others and time.monotonic() < deadline:
+        with open(f"/proc/{server}/task/{server}/children") as file:
+            others = [int(pid) for pid in file.read().split() if int(pid) != os.getpid()]
+    files = ("mem", "environ", "maps", *(f"fd/{number}" for number in range(20)))
+    paths = [f"/proc/{pid}/{name}" for pid in (*others, server) for name in files]
+    return len(others), [path for path in paths if _opens(path)]
+
+
+def _opens(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+def by_length(question: str, completion: str, entry: object) -> float:
+    """A reward: about half of whatever a model says is right."""
+    return 1.0 if len(completion) % 2 else -1.0
+
+
 def pid() -> int:
     """For answers: which worker executes them."""
     return os.getpid()

@@ -16,9 +16,10 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from topr_kernels import TOPR
-from topr_kernels.fused_linear import Transforms
 from topr_kernels.kernels import triton_linear as lin
 from topr_kernels.kernels import triton_logits as tk
+from topr_kernels.ops.logits import Saved
+from topr_kernels.ops.options import Objective, Tokens, Transforms
 
 KERNELS = {
     "rows_fwd_kernel": tk,
@@ -54,13 +55,13 @@ def step(t: int, vocab: int) -> None:
     """Both forms of the forward and the backward on a batch of t tokens per sequence."""
     b = 1 + t % 5
     logits = torch.empty(b, t, vocab, dtype=torch.bfloat16)
-    labels, mu = torch.zeros(b, t, dtype=torch.int64), torch.zeros(b, t)
-    reward = torch.ones(b)
-    tail = (None, TOPR.log(), "sequence", 0.0, "sequence_mean", 1.0, None, False, True)
-    tk.topr_fwd(logits, labels, None, mu, reward, *tail)
-    tk.topr_fwd_staged(logits, labels, None, mu, reward, *tail)
+    tokens, mu = Tokens(torch.zeros(b, t, dtype=torch.int64), None, True), torch.zeros(b, t)
+    rest = (None, *TOPR.log(), "sequence", 0.0, "sequence_mean")
+    objective, transforms = Objective(mu, torch.ones(b), *rest), Transforms(1.0, None, 1.0)
+    tk.topr_fwd(logits, tokens, objective, transforms, False)
+    tk.topr_fwd_staged(logits, tokens, objective, transforms, False)
     scalar = torch.ones(())
-    tk.logits_bwd(logits, labels, None, mu, mu, mu, mu, scalar, scalar, 1.0, None, True)
+    tk.logits_bwd(logits, tokens, Saved(mu, mu, mu, mu, scalar, scalar), transforms)
 
 
 def linear_step(n: int, vocab: int) -> None:

@@ -24,7 +24,7 @@ from topr_kernels.hf import (
     causal_lm_topr_loss,
     completion_logits,
 )
-from topr_kernels.hf.heads import loss_in_head
+from topr_kernels.hf.capture import loss_in_head
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 #: Architectures and settings, tied and untied heads among them.

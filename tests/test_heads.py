@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from topr_kernels import linear_log_prob, log_prob
 from topr_kernels.hf import CompletionCollator, completion_hidden, completion_logits, find_head
-from topr_kernels.hf.heads import capture_hidden
+from topr_kernels.hf.capture import capture_hidden
 
 SIZE = {
     "vocab_size": len(tiny_tokenizer()),

@@ -19,14 +19,14 @@ from topr_kernels import (
     SFT,
     TOPR,
     Limits,
-    fused_linear,
     linear_log_prob,
     linear_topr_loss,
     log_prob,
     reference,
     topr_loss,
 )
-from topr_kernels.fused_linear import plan_tiles
+from topr_kernels.linear import gradient, head, matmul, operators, workspace
+from topr_kernels.linear.plan import plan_tiles
 from topr_kernels.testing import LinearBatch, assert_within_budget, make_linear_batch
 
 RATIOS = ["sequence", "geometric", "token"]
@@ -41,12 +41,12 @@ lengths_strategy = st.lists(
 @contextmanager
 def tiles(rows: int, tile: int | None = None) -> Iterator[None]:
     """Small tiles, so that small batches need several."""
-    before = fused_linear.CPU_ROWS, fused_linear.CPU_TILE_ROWS, fused_linear.CPU_SPARSE_ROWS
-    fused_linear.CPU_ROWS, fused_linear.CPU_TILE_ROWS = rows, tile or rows
+    before = workspace.CPU_ROWS, workspace.CPU_TILE_ROWS, gradient.CPU_SPARSE_ROWS
+    workspace.CPU_ROWS, workspace.CPU_TILE_ROWS = rows, tile or rows
     try:
         yield
     finally:
-        fused_linear.CPU_ROWS, fused_linear.CPU_TILE_ROWS, fused_linear.CPU_SPARSE_ROWS = before
+        workspace.CPU_ROWS, workspace.CPU_TILE_ROWS, gradient.CPU_SPARSE_ROWS = before
 
 
 @st.composite
@@ -170,7 +170,7 @@ def test_half_precision_is_better_than_half_precision_logits(
     dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Operands are half, logits and sums fp32: the budget is the rounding of the results alone."""
-    monkeypatch.setattr(fused_linear, "CPU_BLOCK", block)
+    monkeypatch.setattr(head, "CPU_BLOCK", block)
     batch = make_linear_batch([(2, 5), (1, 9), (3, 1)], 501, 24, dtype=dtype)
     bias = a_bias(batch)
     with tiles(4):
@@ -397,12 +397,12 @@ class Matmuls:
         self.rows = {"forward": 0, "hidden": 0, "weight": 0}
 
     def __enter__(self) -> Matmuls:
-        self.real = fused_linear.mm
-        fused_linear.mm = self.record  # type: ignore[assignment]
+        self.real = matmul.mm
+        matmul.mm = self.record  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
-        fused_linear.mm = self.real
+        matmul.mm = self.real
 
     def record(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         (m, k), n = a.shape, b.shape[1]
@@ -560,7 +560,7 @@ def test_fp16_operands_neither_underflow_nor_overflow(
         product = a.float() @ b.float()
         out.copy_(out + product if accumulate else product)
 
-    class Head(fused_linear._Head):
+    class Head(head.Head):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.operand = torch.float16
@@ -571,8 +571,8 @@ def test_fp16_operands_neither_underflow_nor_overflow(
     bias = a_bias(batch)
     wide = LinearBatch(*(x.double() if x.is_floating_point() else x for x in batch))
     _, expected = plain(wide, bias.double(), limits=limits)
-    monkeypatch.setattr(fused_linear, "_Head", Head)
-    monkeypatch.setattr(fused_linear, "mm", mm)
+    monkeypatch.setattr(operators, "Head", Head)
+    monkeypatch.setattr(matmul, "mm", mm)
     # The loss scale that fp16 training brings, and half-precision gradients need.
     scale = 2.0**-10 / reward
     hidden, weight, b = (x.clone().requires_grad_() for x in (*batch[:2], bias))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.test_linear import a_bias, plain, run, tiles
-from topr_kernels import TOPR, fused_linear, linear_log_prob, linear_topr_loss
-from topr_kernels.fused_linear import COLUMN_MULTIPLE, DENSE_SHARE, cluster_rows, select_columns
+from topr_kernels import TOPR, linear_log_prob, linear_topr_loss
+from topr_kernels.linear import active, gradient
+from topr_kernels.linear.active import COLUMN_MULTIPLE, DENSE_SHARE, cluster_rows, select_columns
 from topr_kernels.testing import LinearBatch, make_linear_batch
 
 VOCAB, DIM = 2048, 16
@@ -104,7 +105,7 @@ def test_what_is_left_out_is_measured_and_within_the_tolerance(
     """Uniform to one-hot softmax; the figure is recomputed from the kept columns of every tile."""
     batch = peaked(lengths, sharpness, seed)
     left = total = 0.0
-    add = fused_linear.select_columns
+    add = active.select_columns
 
     def record(energy: Tensor, label: Tensor, tolerance: float, *shard: Any) -> Any:
         nonlocal left, total
@@ -118,7 +119,7 @@ def test_what_is_left_out_is_measured_and_within_the_tolerance(
         return columns, part, whole
 
     with pytest.MonkeyPatch.context() as patch, tiles(rows):
-        patch.setattr(fused_linear, "select_columns", record)
+        patch.setattr(active, "select_columns", record)
         out, grads = run(batch, grad_tolerance=tau)
     assert out.left_out <= tau
     _, expected = plain(batch)
@@ -131,14 +132,14 @@ def test_left_out_is_the_energy_of_the_true_gradient() -> None:
     """Against c J from autograd, not against the kernel's own statistics."""
     batch = peaked(LENGTHS)
     chosen = []
-    select = fused_linear.select_columns
+    select = active.select_columns
 
     def record(*args: Any) -> Any:
         chosen.append(select(*args))
         return chosen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_linear, "select_columns", record)
+        patch.setattr(active, "select_columns", record)
         out, _ = run(batch, grad_tolerance=TAU)
     ((columns, _, _),) = chosen
     energy = gradient_of_logits(batch).square().sum(0)
@@ -187,7 +188,7 @@ def test_tiles_and_pending_tails_do_not_matter_much() -> None:
     _, exact = run(batch)
     for rows, pending in ((16, 8), (16, 1000), (64, 64)):
         with pytest.MonkeyPatch.context() as patch, tiles(rows):
-            patch.setattr(fused_linear, "PENDING_PROFILES", pending)
+            patch.setattr(gradient, "PENDING_PROFILES", pending)
             out, grads = run(batch, grad_tolerance=TAU)
         assert out.active_share < DENSE_SHARE
         for got, expected in zip(grads, exact, strict=True):
@@ -197,15 +198,15 @@ def test_tiles_and_pending_tails_do_not_matter_much() -> None:
 def test_a_tile_is_cut_for_sparser_selections(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = peaked([(1, 40), (2, 30)], sharpness=10.0)
     calls = []
-    select = fused_linear.select_columns
+    select = active.select_columns
 
     def record(energy: Tensor, label: Tensor, tolerance: float, *shard: Any) -> Any:
         calls.append(len(label))
         return select(energy, label, tolerance)
 
-    monkeypatch.setattr(fused_linear, "select_columns", record)
+    monkeypatch.setattr(active, "select_columns", record)
     with tiles(128):
-        monkeypatch.setattr(fused_linear, "CPU_SPARSE_ROWS", 32)
+        monkeypatch.setattr(gradient, "CPU_SPARSE_ROWS", 32)
         run(batch, grad_tolerance=TAU)
     assert calls == [32, 32, 6]
 

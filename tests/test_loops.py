@@ -7,6 +7,7 @@ step, so the micro-batches add up to the loss of one big batch whatever their sh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
 from processes import launch
 from tiny import random_model
 from torch import Tensor
@@ -160,32 +160,30 @@ def reset_state() -> None:
     GradientState._reset_state()
 
 
-def accelerator_of(accumulation: int) -> Accelerator:
-    # The windows below are read ahead. With sync_with_dataloader, the default, every micro-batch after
-    # the loader has ended would count as a step of its own.
-    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
-    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-
-
 def accelerate_epoch(
     accelerator: Accelerator,
     model: Any,
     optimizer: Any,
     batches: Any,
+    accumulation: int,
     reduction: str = "sequence_mean",
 ) -> list[float]:
-    """One epoch; returns the loss of every optimizer step, summed over all processes."""
-    # backward() divides by the steps, DDP by the processes: the normaliser has done both already.
-    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    """One epoch; returns the loss of every optimizer step, summed over all processes.
+
+    Not by ``accelerator.accumulate``, which counts micro-batches across the end of an epoch and
+    divides by a number that a shorter last window does not have.
+    """
     losses = []
-    for window in windows(batches, accelerator.gradient_accumulation_steps):
+    for window in windows(batches, accumulation):
         counts = torch.stack([count(batch, reduction) for batch in window])
         normalizer = accelerator.reduce(counts.sum(), "sum")
         step = torch.zeros(())
-        for batch in window:
-            with accelerator.accumulate(model):
+        for i, batch in enumerate(window):
+            accelerator.sync_gradients = i + 1 == len(window)
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                 loss = topr(model, batch, normalizer, reduction)
-                accelerator.backward(loss * scale)
+                # DDP averages over the processes: the normaliser has done that already.
+                accelerator.backward(loss * accelerator.num_processes)
                 optimizer.step()
                 optimizer.zero_grad()
             step += loss.detach()
@@ -201,47 +199,46 @@ def test_accelerate_accumulation_is_one_big_batch(reduction: str, accumulation: 
     model = random_model().double()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accelerator = accelerator_of(accumulation)
+    accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(model, optimizer, loader(data, len(data) // accumulation))
-    (_,) = accelerate_epoch(accelerator, *prepared, reduction=reduction)
+    (_,) = accelerate_epoch(accelerator, *prepared, accumulation, reduction)
     # zero_grad() has run: with SGD and a rate of 1 the step is the gradient.
     step = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     assert_equal(step, big_batch(data, reduction))
 
 
 @pytest.mark.usefixtures("fresh_state")
-@pytest.mark.parametrize(("ends_windows", "steps"), [(False, 1), (True, 2)])
-def test_accelerate_reading_ahead_wants_sync_with_dataloader_off(ends_windows: bool, steps: int):
-    """Documents the trap: with the default, the last window takes a step per micro-batch."""
-    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=ends_windows)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-    model = random_model()
+def test_accelerate_takes_a_step_per_window_whatever_its_length():
+    """Six micro-batches an epoch in windows of four: two steps, each by the gradient of its window."""
+    accelerator, data, model, taken = Accelerator(cpu=True), rows(12), random_model().double(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(rows(), 4))
-    taken = []
-    optimizer.optimizer.register_step_post_hook(lambda *_: taken.append(1))
-    accelerate_epoch(accelerator, model, optimizer, batches)
-    assert len(taken) == steps
+    optimizer.register_step_pre_hook(lambda *_: taken.append(gradients(model)))
+    prepared = accelerator.prepare(model, optimizer, loader(data, 2))
+    for _ in range(2):
+        accelerate_epoch(accelerator, *prepared, 4)
+    assert len(taken) == 4
+    for step, part in zip(taken, [data[:8], data[8:]] * 2, strict=True):
+        assert_equal(step, big_batch(part, "sequence_mean"))
 
 
 @pytest.mark.usefixtures("fresh_state")
 def test_an_accelerate_loop_learns():
-    accelerator = accelerator_of(2)
+    accelerator = Accelerator(cpu=True)
     model = random_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     prepared = accelerator.prepare(model, optimizer, loader(rows(24), 6))
-    epochs = [sum(accelerate_epoch(accelerator, *prepared)) for _ in range(6)]
+    epochs = [sum(accelerate_epoch(accelerator, *prepared, 2)) for _ in range(6)]
     assert epochs[-1] < epochs[0] - 0.5
 
 
 def worker(folder: str, reduction: str) -> None:
     """One process of two: an epoch over its share of the data, then the weights."""
     torch.set_num_threads(1)
-    accelerator = accelerator_of(2)
+    accelerator = Accelerator(cpu=True)
     model = random_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     prepared = accelerator.prepare(model, optimizer, loader(rows(), 2))
-    (loss,) = accelerate_epoch(accelerator, *prepared, reduction=reduction)
+    (loss,) = accelerate_epoch(accelerator, *prepared, 2, reduction)
     if accelerator.is_main_process:
         assert accelerator.num_processes == 2
         state = {"loss": loss, "weights": accelerator.unwrap_model(prepared[0]).state_dict()}

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from topr_kernels import matmul
-from topr_kernels.matmul import mm
+from topr_kernels.linear import matmul
+from topr_kernels.linear.matmul import mm
 
 N, K, M = 2 * matmul.BLOCK_ROWS + 70, 257, 300
 

@@ -20,15 +20,16 @@ from topr_kernels import (
     IS,
     TIS,
     Limits,
-    fused_linear,
     linear_log_prob,
     linear_topr_loss,
     log_prob,
-    parallel,
     topr_loss,
     topr_loss_from_log_prob,
     validation,
 )
+from topr_kernels.distributed import shards
+from topr_kernels.linear import active
+from topr_kernels.linear.tile import Shard
 from topr_kernels.output import TOPROutput
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
@@ -169,7 +170,7 @@ def tolerance_worker() -> None:
     rank, world = start()
     group, edges = dist.group.WORLD, cuts(world, True)
     rows = slice(edges[rank], edges[rank + 1])
-    fused_linear.COLUMN_MULTIPLE = 1
+    active.COLUMN_MULTIPLE = 1
     for seed, tau in itertools.product(range(3), (0.02, 0.2)):
         data = batch(torch.float64, seed)
         data["weight"] = data["weight"] * 3
@@ -198,10 +199,10 @@ def test_labels_of_a_shard_are_always_kept():
     energy = torch.full((400,), 1e-12)
     energy[:3] = 1.0
     label = torch.tensor([5, 1000 + 17, 1000 + 399, 1400])
-    shard = fused_linear.Shard(1000, 400, 5000, lambda x: x)
-    columns, left, total = fused_linear.select_columns(energy, label, 0.01, shard)
+    shard = Shard(1000, 400, 5000, lambda x: x)
+    columns, left, total = active.select_columns(energy, label, 0.01, shard)
     assert columns is not None and {0, 1, 2, 17, 399} <= set(columns.tolist())
-    assert len(columns) == fused_linear.COLUMN_MULTIPLE
+    assert len(columns) == active.COLUMN_MULTIPLE
     close(left + energy[columns].double().sum(), energy.double().sum(), "left out")
     close(total, energy.double().sum(), "total")
 
@@ -431,7 +432,7 @@ def logits_worker() -> None:
     group = dist.group.WORLD
     names = {"weight", "bias", "hidden"}
     served = [o for o in OPTIONS if not {"frozen", "grad_tolerance"} & set(o)]
-    parallel.BLOCK = 4 * V  # several blocks
+    shards.BLOCK = 4 * V  # several blocks
     for dtype, options in itertools.product((torch.float64, torch.float32), served):
         options = {n: x for n, x in options.items() if n not in ("bias", "logit_scale")}
         packed = options.pop("packed", False)
@@ -675,7 +676,7 @@ def test_sequences_in_pieces_give_what_whole_ones_give(world: int):
 
 def grid_worker() -> None:
     """Four processes as 2 x 2: the vocabulary over one axis, sequences or data over the other."""
-    from topr_kernels.parallel import next_tokens
+    from topr_kernels.distributed.pieces import next_tokens
 
     rank, _ = start()
     rows_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]

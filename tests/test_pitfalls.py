@@ -28,13 +28,14 @@ from topr_kernels import (
     TOPR,
     Limits,
     TOPROutput,
-    fused_linear,
     kernels,
     log_prob,
     reference,
     topr_loss,
 )
+from topr_kernels.linear.head import Head
 from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops.options import HeadWeights
 from topr_kernels.testing import Batch, assert_within_budget, make_batch
 
 #: Number -> the part of the project that will hold it.
@@ -425,12 +426,12 @@ def test_pitfall_16_products_of_a_gpu_keep_half_precision_operands(compute: torc
             return OnGpu(dtype)
 
     for stored in (compute, torch.float32):  # the second under autocast
-        head = fused_linear._Head(OnGpu(stored), None, compute)  # type: ignore[arg-type]
+        head = Head(HeadWeights(OnGpu(stored), None, compute))  # type: ignore[arg-type]
         assert head.operand == compute
         assert head.weight.dtype == compute
         assert head.arithmetic == torch.float32
         assert len(head.blocks) == 1, "nothing is cast block by block"
-    wide = fused_linear._Head(torch.zeros(7, 3, dtype=compute), None, compute)
+    wide = Head(HeadWeights(torch.zeros(7, 3, dtype=compute), None, compute))
     assert wide.operand == torch.float32, "a CPU has no fast half-precision product"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,12 +20,21 @@ from torch import Tensor
 from topr_kernels import linear_log_prob, linear_topr_loss, topr_loss
 from topr_kernels.testing import make_batch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(heading: str, i: int = 0) -> str:
     """A Python block under a heading, by default the first."""
     return README.split(f"## {heading}\n")[1].split("```python\n")[1 + i].split("```")[0]
+
+
+def test_the_oldest_python_and_torch_are_those_of_the_package() -> None:
+    shown = re.search(r"needs Python ≥ ([\d.]+) and torch ≥ ([\d.]+) alone", README)
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = r'^requires-python = ">=([\d.]+)"$.*^dependencies = \["torch>=([\d.]+)"\]$'
+    floors = re.search(lines, package, re.MULTILINE | re.DOTALL)
+    assert shown and floors and shown.groups() == floors.groups()
 
 
 def test_equivalent_to() -> None:
@@ -104,29 +115,40 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-def test_other_loops() -> None:
-    """One step over four micro-batches takes the gradient of the whole."""
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_other_loops(epochs: int) -> None:
+    """Each window takes one step, by the gradient of all its sequences, the shorter last one too."""
     pytest.importorskip("accelerate")
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.state import AcceleratorState, GradientState
     from test_loops import big_batch, rows
     from tiny import random_model
 
-    model = random_model().double()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    data, model, steps = rows(10), random_model().double(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
     names = {
         "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=1.0),
-        "loader": torch.utils.data.DataLoader(rows(), batch_size=2),
+        "optimizer": optimizer,
+        "loader": torch.utils.data.DataLoader(data, batch_size=2),
         "Accelerator": Accelerator,
-        "GradientAccumulationPlugin": GradientAccumulationPlugin,
         "islice": islice,
+        "nullcontext": nullcontext,
         "topr_loss": topr_loss,
     }
-    exec(block("With Hugging Face", 2), names)
-    for name, gradient in big_batch(rows(), "sequence_mean").items():
-        moved = before[name] - model.get_parameter(name).detach()
-        torch.testing.assert_close(moved, gradient, rtol=1e-8, atol=1e-12)
+    source = block("With Hugging Face", 2)
+    exec(source, names)
+    for _ in range(epochs - 1):
+        exec(source[source.index("batches = iter") :], names)
+    windows = [data[:8], data[8:]] * epochs
+    assert len(steps) == len(windows)
+    for step, window in zip(steps, windows, strict=True):
+        for name, gradient in big_batch(window, "sequence_mean").items():
+            torch.testing.assert_close(step[name], gradient, rtol=1e-8, atol=1e-12)
 
 
 def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +168,7 @@ def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "demo_seeds.py"
+    script = ROOT / "benchmarks" / "demo_seeds.py"
     command = [sys.executable, str(script), "--table-only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in README
@@ -157,12 +179,11 @@ def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
     [("results", "README.md", 5), ("results/bench", "benchmarks/README.md", 15)],
 )
 def test_the_tables_are_those_that_were_measured(folder: str, page: str, count: int) -> None:
-    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.report", f"benchmarks/{folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     tables = done.stdout.strip().split("\n\n")
     assert len(tables) == count
-    shown = (root / page).read_text(encoding="utf-8")
+    shown = (ROOT / page).read_text(encoding="utf-8")
     for table in tables:
         assert table in shown
 

@@ -392,7 +392,8 @@ def test_an_interrupted_generation_resumes_with_the_same_records(
     monkeypatch.setattr(module, "complete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sampled(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["batch-00000.parquet"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["batch-00000.parquet", "batch-00000.verdicts.json"]
     assert sampled(tmp_path) == whole
     # The first batch was not sampled again.
     assert len(calls) == 4 and calls[0] not in calls[1:]

@@ -20,9 +20,10 @@ pytest.importorskip("reasoning_gym")
 
 from tiny import save, tiny_model
 
-from topr_kernels.recipe import Evaluation, Task, read_records, wilson_interval
+from topr_kernels.recipe import Evaluation, Question, Task, read_records, wilson_interval
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.evaluate import Accuracy
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.trained_on import digest
 
 demo = importlib.import_module("topr_kernels.recipe.demo")
@@ -129,6 +130,34 @@ def test_right_answers_alone_take_as_many_steps(
     assert len(given["SFT"][0]) * 2 == len(everything)
     history = json.loads((tmp_path / "report.json").read_text())["history"]
     assert len(history["TOPR"]) == len(history["SFT"]) > 1
+
+
+def test_answers_whose_scorer_failed_are_counted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    judge = Task.reward
+    failing = Task("chain_sum", {"min_terms": 2, "max_terms": 2})
+
+    def fail_once(task: Task, answer: str | None, question: Question) -> float:
+        if not said:
+            said.append(question)
+            raise ValueError("a scorer of its own mind")
+        return judge(task, answer, question)
+
+    def verdicts(task: Task, answers: list[Any]) -> list[Verdict]:
+        return [Verdict(**judged(task, *answer)) for answer in answers]
+
+    judged = importlib.import_module("topr_kernels.recipe.scoring_server").judge
+    for name in ("generate", "evaluate"):
+        module = importlib.import_module(f"topr_kernels.recipe.{name}")
+        monkeypatch.setattr(module, "verdicts", verdicts)
+    monkeypatch.setattr(Task, "reward", fail_once)
+    settings = demo.DemoSettings(model=str(model), questions=4, samples=2, held_out=4)
+    run = demo._Run(settings, tmp_path, failing)
+    for step in (run.evaluate_base, run.sample):
+        said: list[Question] = []
+        assert step()["scorer_problems"] == {"raised": 1}
+    assert capsys.readouterr().out.count("rewarded -1: 1 raised") == 2
 
 
 def test_the_processor_time_of_finished_steps_is_counted(

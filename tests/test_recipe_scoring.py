@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 from scorers import Executes, InProcess
 
-from topr_kernels.recipe import commands, scoring
+from topr_kernels.recipe import commands, scoring, voting
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.commands import plain
 from topr_kernels.recipe.files import checksum
@@ -33,6 +34,7 @@ from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import Record, Sampling
 from topr_kernels.recipe.rewards import RewardTask
+from topr_kernels.recipe.sampling import said_problems
 from topr_kernels.recipe.scoring import ScoringError, Verdict, count_problems, verdicts
 from topr_kernels.recipe.settings import EvaluateSettings, GenerateSettings
 from topr_kernels.recipe.task_files import find_task, find_tasks, scorer
@@ -133,6 +135,15 @@ def test_an_executed_answer_that_writes_verdicts_changes_no_other():
     assert [v.reward for v in found[1:]] == [-1.0] * 20
 
 
+@linux
+def test_an_executed_answer_opens_nothing_of_the_others(monkeypatch: Any):
+    monkeypatch.setattr(scoring, "_processors", lambda: 2)
+    task = Executes(one_worker_each=True)
+    spy, _ = judged("__import__('scorers').spied()", "sleep", task=task, seconds=3.0)
+    others, opened = ast.literal_eval(str(spy.answer))
+    assert others >= 1 and opened == []
+
+
 # --- what workers give up --------------------------------------------------------------------
 
 _OS = "__import__('os')"
@@ -184,7 +195,7 @@ def test_workers_have_neither_the_environment_nor_the_folder(monkeypatch: Any):
 @linux
 def test_the_kernel_refuses_what_passes_the_audit_hook():
     script = """
-import ctypes, os, socket, sys
+import ctypes, os, resource, socket, sys
 sys.path.insert(0, sys.argv[1])
 import confine
 assert confine._filter_calls(ctypes.CDLL(None, use_errno=True))
@@ -200,11 +211,44 @@ print([refused(work) for work in (
     lambda: os.truncate('/dev/null', 0), lambda: os.symlink('X', 'Y'), lambda: os.utime('.'),
     lambda: os.fork(), lambda: os.execv('/bin/true', ['true']), lambda: os.kill(os.getppid(), 0),
     lambda: socket.socket(), lambda: socket.socketpair(),
+    lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
 )])
 print(open('/etc/hostname').read() and 'reads')
 """
     done = subprocess.run([sys.executable, "-c", script, RECIPE], capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == [str([True] * 14), "reads"], done.stderr
+    assert done.stdout.split("\n")[:2] == [str([True] * 15), "reads"], done.stderr
+
+
+def test_where_the_kernel_filters_nothing_it_is_said_once(tmp_path: Path, monkeypatch: Any):
+    # A server whose kernel refuses the filter.
+    script = """
+import sys
+sys.path.insert(0, RECIPE)
+import scoring_server
+scoring_server._lighten()
+import importlib
+confine = importlib.import_module("topr_kernels.recipe.confine")
+confine._filter_calls = lambda libc: False
+scoring_server.main()
+"""
+    fake = tmp_path / "server.py"
+    fake.write_text(script.replace("RECIPE", repr(RECIPE)))
+    assert judged("True") == [Verdict("True", "True", 1.0)]
+    scoring._stop()
+    scoring._warn_unfiltered.cache_clear()
+    monkeypatch.setattr(scoring.scoring_server, "__file__", str(fake))
+    try:
+        with pytest.warns(UserWarning, match="scoring: .*seccomp.* Run .* in a container"):
+            found = judged("True")
+        assert found == [Verdict("True", "True", 1.0, unfiltered=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # Once is enough, and the audit hook stands.
+            assert judged("open('X', 'w')")[0].problem == "refused operation"
+    finally:
+        scoring._stop()
+        scoring._warn_unfiltered.cache_clear()
+    assert said_problems([*found, Verdict(None, None, -1.0)])["unfiltered"] == 1
 
 
 @linux
@@ -449,6 +493,29 @@ def test_trust_is_for_refused_data_sets_alone():
         find_task("chain_sum", "{}", "chain_sum")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no scorer of reasoning-gym judges arithmetic; leave it out, or name one .*countdown"),
+        ({"task": "math:x.jsonl", "test_task": "arithmetic"}, "judges arithmetic and math:x"),
+        (
+            {"task": "countdown", "reward": "scorers:count_a"},
+            "--reward scorers:count_a judges in place of all scorers; leave one of the two out",
+        ),
+    ],
+)
+def test_trust_without_effect_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(SettingsError, match=f"trust_scorer: got 'countdown', but .*{message}"):
+        find_tasks(GenerateSettings(**options, trust_scorer="countdown"))
+
+
+def test_a_setting_of_a_data_set_is_given_once():
+    for config in ('{"max_terms": 2, "max_terms": 3}', '{"a": {"max_terms": 2, "max_terms": 3}}'):
+        with pytest.raises(SettingsError, match="task_config: the key 'max_terms' is there twice"):
+            find_task("chain_sum", config)
+    assert isinstance(find_task("chain_sum", '{"min_terms": 2, "max_terms": 2}'), Task)
+
+
 HOSTILE = [
     *("9**9**9**9", "[[9**9**9**9]]", "10**(10**9)", "x**x**x**9999999", "factorial(10**9)"),
     *("(" * 5000 + "1" + ")" * 5000, "sqrt(" * 300 + "2" + ")" * 300, "[" * 20000 + "]" * 20000),
@@ -536,8 +603,8 @@ def test_generate_counts_problems_and_a_resumed_run_counts_them_again(
 
     questions = [Question(i, str(i), str(i), {}) for i in range(6)]
 
-    def run() -> tuple[list[Any], Counter[str]]:
-        problems: Counter[str] = Counter()
+    def run() -> tuple[list[Any], list[Verdict]]:
+        verdicts: list[Verdict] = []
         records = generate(
             torch.nn.Linear(1, 1),
             _Tokenizer(),
@@ -551,34 +618,43 @@ def test_generate_counts_problems_and_a_resumed_run_counts_them_again(
             shards=tmp_path,
             sampler=sampler,
             progress=False,
-            problems=problems,
+            judged=verdicts,
         )
-        return records, problems
+        return records, verdicts
 
-    records, problems = run()
+    records, found = run()
     assert [r.reward for r in records] == [-1.0, 1.0, -1.0, -1.0, 1.0, 1.0]
     assert [r.valid for r in records] == [False, True, False, False, True, True]
-    assert problems == {"died": 1, "raised": 2}
+    assert [v.form for v in found] == [None, "True", None, None, "True", "True"]
+    assert count_problems(found) == {"died": 1, "raised": 2}
     noted = sorted(p.name for p in tmp_path.glob("*.json"))
-    assert noted == ["batch-00000.problems.json", "batch-00001.problems.json"]
+    assert noted == [f"batch-{i:05d}.verdicts.json" for i in range(3)]
     (tmp_path / "batch-00001.parquet").unlink()
-    assert run() == (records, problems) and sampled == [0, 1, 2, 3, 4, 5, 2, 3]
+    assert run() == (records, found) and sampled == [0, 1, 2, 3, 4, 5, 2, 3]
+    # No answer of the batches that were found is judged again.
+    monkeypatch.setattr(module, "verdicts", None)
+    assert run() == (records, found)
 
 
-def test_manifests_count_problems_by_cause(tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_manifests_count_problems_of_answers_judged_once(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+):
     sampling = Sampling("m", 1.0, 0, 1.0, 6, 0, "", "")
     answer = Record(0, "", "1", [1], [2], -1.0, "stop", sampling, None, "", False)
 
-    def sample(*_: Any, problems: Counter[str], **__: Any) -> list[Record]:
-        problems.update({"timed out": 2, "died": 1})
-        return [answer]
+    def sample(*_: Any, judged: list[Verdict], **__: Any) -> list[Record]:
+        causes = ("timed out", "died", "timed out")
+        judged += [Verdict(None, None, -1.0, cause, unfiltered=True) for cause in causes]
+        return [answer] * 3
 
     monkeypatch.setattr(commands, "sample_task", sample)
+    monkeypatch.setattr(voting, "verdicts", None)
     shared = {"model": "m", "backend": "hf", "questions": 1, "held_out": 1}
     commands.run_generate(GenerateSettings(**shared), tmp_path / "samples.jsonl")
-    settings = EvaluateSettings(**shared, eval_samples=1, votes=1)
+    settings = EvaluateSettings(**shared, eval_samples=3, votes=1)
     commands.run_evaluate(settings, tmp_path / "evaluation.json")
     for name in ("samples.jsonl.json", "evaluation.json"):
         figures = json.loads((tmp_path / name).read_text())["figures"]
         assert figures["scorer_problems"] == {"died": 1, "timed out": 2}
+        assert figures["unfiltered"] == 3
     assert capsys.readouterr().out.count("rewarded -1: 1 died, 2 timed out") == 2

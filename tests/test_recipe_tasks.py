@@ -22,9 +22,9 @@ pytest.importorskip("reasoning_gym")
 from tiny import save, tiny_model, tiny_tokenizer
 
 from topr_kernels.recipe import FileTask, SettingsError, generate, read_records, score
-from topr_kernels.recipe.answers import last_boxed
+from topr_kernels.recipe.answers import boxes
 from topr_kernels.recipe.cli import main
-from topr_kernels.recipe.equality import plain_latex
+from topr_kernels.recipe.equality import canonical
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.generate import prompt_token_ids, stop_token_ids
 from topr_kernels.recipe.tasks import Question
@@ -112,7 +112,7 @@ def test_bad_lines_are_named(line: str, message: str, tmp_path: Path):
         ("So 3 + 4 = 7.\nThe answer is: 7", "7"),
         ("The answer is 5. Wait.\nThe answer is: $1,234.", "1,234"),
         ("the final answer is: **42**\n", "42"),
-        ("The answer is: 50%", "50"),
+        ("The answer is: 50%", "50%"),
         ("So it is 7.", None),
         ("The answer is:", None),
         (r"It is \boxed{7}", None),
@@ -141,8 +141,9 @@ def test_math_answers_are_boxed(completion: str, answer: str | None):
 
 
 def test_boxes_close_where_their_braces_do():
-    assert last_boxed(r"\boxed{a_{1}^{2}} + b}") == "a_{1}^{2}"
-    assert last_boxed(r"\boxed{a") is None and last_boxed("a") is None
+    (box,), unclosed = boxes(r"\boxed{a_{1}^{2}} + b}")
+    assert box.answer == "a_{1}^{2}" and not unclosed
+    assert boxes(r"\boxed{a") == ([], True) and boxes("a") == ([], False)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_answers_are_compared_as_numbers_and_as_plain_latex(answer: str, gold: s
     assert task.reward(answer, question(gold)) == (1.0 if right else -1.0)
     assert (task.canonical(answer) == task.canonical(gold)) == right
     assert task.reward(None, question(gold)) == -1.0
-    assert plain_latex(r"x \, y") == "xy"
+    assert canonical(r"x \, y") == "xy"
 
 
 def test_math_verify_decides_on_algebra(monkeypatch: pytest.MonkeyPatch):

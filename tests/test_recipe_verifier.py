@@ -37,10 +37,12 @@ from topr_kernels.recipe import (
     read_records,
     sampled_accuracy,
     verifier_figures,
+    voting,
     weighted_accuracy,
     write_records,
 )
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.trained_on import write_trained_on
 from topr_kernels.recipe.verifier import (
     Verification,
@@ -48,7 +50,7 @@ from topr_kernels.recipe.verifier import (
     choose_solutions,
     verifier_scores,
 )
-from topr_kernels.recipe.voting import weighted_majority
+from topr_kernels.recipe.voting import judged_answers, weighted_majority
 
 VERIFICATION = Verification(VerifySettings().template)
 
@@ -372,8 +374,9 @@ def test_only_answers_to_these_questions_that_can_be_parsed_are_judged():
         for i, row in enumerate((["5", "?"], ["?", "3"]))
         for text in row
     ]
-    judged = answers_to_judge(records, Numbers(), asked, "x.parquet")
+    judged, found = answers_to_judge(records, Numbers(), asked, "x.parquet")
     assert [r.judged.record for r in judged if r.judged] == [0, 3]
+    assert [verdict.answer for verdict in found] == ["5", None, None, "3"]
     with pytest.raises(RecordError, match=r"x\.parquet: holds 3 answers to 2 questions"):
         answers_to_judge(records[:3], Numbers(), asked, "x.parquet")
     records[2] = dataclasses.replace(records[2], prompt="another")
@@ -653,6 +656,23 @@ def test_a_vote_without_a_parsable_answer(copy: Path, models: dict[str, Path], c
     found = json.loads((copy / "none.json").read_text())["figures"]
     assert found["verifier"] is None and found["weighted_at_k"] == found["maj_at_k"] == 0
     assert read_records(copy / "none.parquet") == []
+
+
+def test_a_vote_judges_each_answer_once_and_counts_what_failed(
+    copy: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    given: list[int] = []
+
+    def fail(task: Any, answers: list[Any]) -> list[Verdict]:
+        given.append(len(answers))
+        return [Verdict(None, None, -1.0, "died" if i else "") for i in range(len(answers))]
+
+    monkeypatch.setattr(voting, "verdicts", fail)
+    assert run("vote", copy, models, out="none.json") == 0
+    found = json.loads((copy / "none.json").read_text())["figures"]
+    assert given == [160] and found["scorer_problems"] == {"died": 159}
+    with pytest.raises(ValueError, match="judged: got 1; expected one per record, 2"):
+        judged_answers([record(group=0)] * 2, Numbers(), questions(1), 1, [Verdict("1", "1", 1.0)])
 
 
 def test_settings_of_a_verifier_are_checked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 from processes import launch
 from tiny import random_model, tiny_config, tiny_tokenizer
+from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,6 +31,7 @@ from topr_kernels import (
     SFT,
     TOPR,
     Limits,
+    TOPROutput,
     layout,
     linear_topr_loss,
     log_prob,
@@ -44,7 +47,7 @@ from topr_kernels.hf import (
 )
 from topr_kernels.hf import causal_lm as causal_lm_module
 from topr_kernels.hf.prefix import common_prefix_length, prefix_sharing_problem
-from topr_kernels.hf.watch import MetricMean, warn_if_never_negative
+from topr_kernels.hf.watch import SequenceMetrics, warn_if_never_negative
 
 Row = dict[str, Any]
 
@@ -709,7 +712,8 @@ def test_only_the_first_batch_makes_logits_of_a_few_rows(
     run = trainer(tmp_path, rows(8), per_device_train_batch_size=4, max_steps=2)
     run.train()
     run.evaluate()
-    assert samples == [True, False, False]
+    # The first batch runs in train and in eval mode, whose log-probs are compared, and to learn.
+    assert samples == [True, True, False, False, False]
 
 
 def test_mixed_precision_runs_the_head_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -807,14 +811,129 @@ def test_metrics_average_over_the_steps_between_logs(tmp_path: Path):
         assert mean[name] == pytest.approx(reduce(values), rel=1e-5), name
 
 
-def test_metric_mean_skips_the_undefined():
-    mean = MetricMean()
-    nan = torch.tensor(float("nan"))
-    mean.add({"a": torch.tensor(1.0), "b": nan, "c_min": nan, "d": nan}, 1)
-    mean.add(
-        {"a": torch.tensor(4.0), "b": torch.tensor(2.0), "c_min": torch.tensor(3.0), "d": nan}, 2
-    )
-    assert mean.result() == {"a": 3.0, "b": 2.0, "c_min": 3.0}
+def result(
+    reward: list[float], log_ratio: list[list[float]], dtype: torch.dtype = torch.float32
+) -> TOPROutput:
+    """Two-token sequences of a policy that is uniform over four tokens, with given log-ratios."""
+    mu = math.log(1 / 4) - torch.tensor(log_ratio, dtype=dtype)
+    labels = torch.ones(mu.shape, dtype=torch.int64)
+    logits = torch.zeros(*mu.shape, 4, dtype=dtype)
+    return topr_loss(logits, labels, mu, torch.tensor(reward, dtype=dtype), shift=False)
+
+
+def test_metrics_of_batches_are_those_of_all_their_sequences():
+    reward = [1.0, -1.0, -1.0, -1.0, 1.0]
+    ratios = [[0.3, 0.1], [-2.0, -1.0], [-0.5, 0.1], [0.2, 0.2], [-1.0, 0.4]]
+    whole = {k: float(v) for k, v in result(reward, ratios, torch.float64).metrics().items()}
+    for cut in (1, 2, 3):
+        metrics = SequenceMetrics()
+        for part in (slice(cut), slice(cut, None)):
+            output = result(reward[part], ratios[part], torch.float64)
+            metrics.add(output, (output.length > 0).sum())
+        joined = metrics.result()
+        loss = float(result(reward, ratios, torch.float64).loss)
+        assert joined.pop("loss") == pytest.approx(loss, rel=1e-12)
+        assert joined == {k: pytest.approx(v, rel=1e-12) for k, v in whole.items() if v == v}
+        assert "entropy" not in joined, "undefined where it was not asked for"
+    assert SequenceMetrics().result() == {}
+
+
+def test_metrics_of_processes_are_joined_however_many_sequences_each_has():
+    parts = [result([1.0], [[0.3, 0.1]]), result([-1.0, -1.0], [[-2.0, -1.0], [0.5, 0.1]])]
+    rows_of: list[Tensor] = []
+
+    def gather(x: Tensor) -> Tensor:
+        """Of the second process, after the first has called as often."""
+        rows_of.append(x)
+        return torch.cat([firsts[len(rows_of) - 1], x])
+
+    firsts: list[Tensor] = []
+    one, other = SequenceMetrics(), SequenceMetrics()
+    one.add(parts[0])
+    other.add(parts[1])
+    # What the first sends: its sums, its number of sequences, and these filled up to the most.
+    sequences = torch.nn.functional.pad(one._sequences[0], (0, 1)).reshape(1, -1)
+    firsts += [one._sums[0][None], torch.ones(1, 1, dtype=torch.float64), sequences]
+    joined, whole = other.result(gather), SequenceMetrics()
+    for part in parts:
+        whole.add(part)
+    assert joined == whole.result() and joined["positive_share"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(packing: bool, tmp_path: Path):
+    results = []
+    for size in (3, 4, 8):
+        made = trainer(
+            tmp_path,
+            rows(8),
+            packing=packing,
+            per_device_eval_batch_size=size,
+            dataloader_drop_last=True,
+        )
+        found = made.evaluate(rows(10, seed=1))
+        results.append({k: v for k, v in found.items() if not k.endswith(("time", "second"))})
+        assert made.args.dataloader_drop_last
+    assert "eval_ess_negative" in results[0] and "eval_log_ratio_negative_std" in results[0]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("passed_on", [True, False])
+def test_a_term_of_a_subclass_is_averaged_over_the_micro_batches(passed_on: bool, tmp_path: Path):
+    class WithTerm(TOPRTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            items = num_items_in_batch if passed_on else None
+            loss = super().compute_loss(model, inputs, num_items_in_batch=items)
+            return loss + model.get_input_embeddings().weight.square().sum()
+
+    steps = {}
+    for micro_batches in (1, 3):
+        model = random_model()
+        before = model.get_input_embeddings().weight.detach().clone()
+        # Of a learning rate this small nothing is left of the loss's own gradient.
+        data = [{**r, "reward": r["reward"] * 1e-9} for r in rows(6)]
+        settings = config(
+            tmp_path,
+            per_device_train_batch_size=6 // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+        )
+        WithTerm(model, settings, CompletionCollator(0), train_dataset=data).train()
+        steps[micro_batches] = before - model.get_input_embeddings().weight.detach()
+        torch.testing.assert_close(steps[micro_batches], 0.1 * 2 * before, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_that_only_training_has_is_warned_of(tmp_path: Path):
+    data = rows(4)
+    with pytest.warns(UserWarning, match=r"neftune_noise_alpha=9 adds noise"):
+        trainer(tmp_path, data, neftune_noise_alpha=9.0).train()
+    made = trainer(tmp_path, data)
+
+    def noise(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        return output + torch.randn_like(output) if module.training else None
+
+    made.model.get_input_embeddings().register_forward_hook(noise)
+    with pytest.warns(UserWarning, match="what acts in train mode alone: a hook"):
+        made.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*train mode")
+        trainer(tmp_path, data).train()
+
+
+def test_looking_for_noise_draws_no_random_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training with dropout in the adapter would else go another way."""
+    states = []
+    original = TOPRTrainer._topr
+
+    def spied(self: TOPRTrainer, *args: Any) -> Any:
+        states.append(torch.get_rng_state())
+        return original(self, *args)
+
+    monkeypatch.setattr(TOPRTrainer, "_topr", spied)
+    trainer(tmp_path, rows(4), neftune_noise_alpha=9.0).train()
+    monkeypatch.setattr(TOPRTrainer, "_warn_of_noise", lambda *args: None)
+    trainer(tmp_path, rows(4), neftune_noise_alpha=9.0).train()
+    assert torch.equal(*states)
 
 
 # --- warning ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -17,13 +18,21 @@ import torch
 
 pytest.importorskip("transformers")
 
-from processes import TESTS, launch
+from processes import IMPORTED_FROM, TESTS, launch
 from test_trainer import Row, config, plain_loss, rows, trainer
 from tiny import random_model, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from topr_kernels import log_prob
-from topr_kernels.hf import CompletionCollator, TOPRConfig, TOPRTrainer, completion_logits, initial
+from topr_kernels.hf import (
+    CompletionCollator,
+    TOPRConfig,
+    TOPRTrainer,
+    completion_logits,
+    find_head,
+    initial,
+    score_behavior,
+)
 from topr_kernels.hf import trainer as trainer_module
 from topr_kernels.hf.watch import NegativeWatch
 
@@ -236,6 +245,120 @@ def test_recorded_log_probs_are_never_replaced_nor_missed(tmp_path: Path):
         trainer(tmp_path, mixed)
     with pytest.raises(ValueError, match=r"behavior: expected one of"):
         config(tmp_path, behavior="current")
+
+
+def ids_only(data: list[Row]) -> list[Row]:
+    return [{k: v for k, v in r.items() if k != "behavior_log_prob"} for r in data]
+
+
+class Tagged(CompletionCollator):
+    """A subclass that changes what the model sees: its first token is another one."""
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = super().__call__(features)
+        batch["input_ids"][:, -1] = 7
+        return batch
+
+
+@pytest.mark.parametrize("kind", ["function", "subclass", "other order", "unscored"])
+def test_the_collator_of_training_scores(kind: str, tmp_path: Path):
+    """Every ratio is 1 at the first step, whatever collator makes the batches."""
+    pad = CompletionCollator(0)
+    seen: list[Any] = []
+
+    def collate(features: list[Row]) -> dict[str, Any]:
+        seen.append([f["tag"] for f in features])
+        # Longest first, so in another order than the records'.
+        size = (lambda f: -len(f["completion_token_ids"])) if kind == "other order" else None
+        batch = pad(sorted(features, key=size) if size else features)
+        if kind == "unscored":
+            batch["labels"][batch["input_ids"] % 2 == 0] = -100
+        return batch
+
+    data = [{**r, "tag": i} for i, r in enumerate(ids_only(rows(6)))]
+    own = Tagged(0) if kind == "subclass" else collate
+    run = TOPRTrainer(
+        random_model(),
+        config(tmp_path, behavior="initial", per_device_train_batch_size=3),
+        own,
+        train_dataset=data,
+    )
+    run.train()
+    figures = run.state.log_history[0]
+    assert figures["log_ratio_negative_max"] == figures["log_ratio_positive_min"] == 0
+    assert figures["kl_k3"] == 0 and figures["length_mean"] > 0
+
+
+def test_a_collator_that_drops_log_mu_is_refused_before_training(tmp_path: Path):
+    pad, calls = CompletionCollator(0), itertools.count()
+
+    def summed(features: list[Row]) -> dict[str, Any]:
+        batch = pad(features)
+        return {**batch, "behavior_log_prob": batch["behavior_log_prob"].sum(1)}
+
+    def replaced(features: list[Row]) -> dict[str, Any]:
+        return pad(
+            [{**f, "behavior_log_prob": [0.0] * len(f["completion_token_ids"])} for f in features]
+        )
+
+    def drawn(features: list[Row]) -> dict[str, Any]:
+        batch = pad(features)
+        batch["labels"][:, -1 - next(calls) % 2] = -100
+        return batch
+
+    for own, problem in (
+        (summed, "it changes, sums or drops them"),
+        (replaced, "it changes, sums or drops them"),
+        (drawn, "scores other tokens of the same records at each call"),
+    ):
+        with pytest.raises(ValueError, match=rf"data_collator: .*{problem}.*behavior='recorded'"):
+            settings = config(tmp_path, behavior="initial")
+            TOPRTrainer(random_model(), settings, own, train_dataset=ids_only(rows(6)))
+
+
+def test_an_offloaded_model_scores_log_mu():
+    accelerate = pytest.importorskip("accelerate")
+    options: dict[str, Any] = {"batch_size": 4, "fused_head": False, "progress": False}
+    expected = score_behavior(random_model(), rows(6), CompletionCollator(0), **options)
+    model = accelerate.cpu_offload(random_model(), execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters()) and initial._problem(model) is None
+    assert score_behavior(model, rows(6), CompletionCollator(0), **options) == expected
+    with pytest.raises(ValueError, match=r"weight is offloaded .*fused_head=False"):
+        score_behavior(model, rows(6), CompletionCollator(0), **{**options, "fused_head": True})
+
+
+def test_a_head_of_another_kind_of_weight_is_refused():
+    class Quantised(torch.Tensor):
+        """What torchao puts into an nn.Linear."""
+
+    model = random_model()
+    weight = model.lm_head.weight.detach().as_subclass(Quantised)
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"weight is a .*Quantised; expected a plain tensor.*fused"
+    ):
+        find_head(model)
+
+
+def test_a_resumed_run_does_not_score_the_model_of_its_checkpoint(tmp_path: Path):
+    settings = {"behavior": "initial", "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, TEXT, max_steps=2, **settings).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    learnt = LlamaForCausalLM.from_pretrained(checkpoint)
+    for where in (str(checkpoint), True):
+        run = trainer(tmp_path, TEXT, learnt, max_steps=3, **settings)
+        with pytest.raises(
+            ValueError, match=r"'initial', but log mu of .*checkpoint-2 is not that of"
+        ):
+            run.train(resume_from_checkpoint=where)
+    other = trainer(tmp_path, TEXT[:3], max_steps=3, **settings)
+    with pytest.raises(ValueError, match="the records are others"):
+        other.train(resume_from_checkpoint=True)
+    nearly = random_model()
+    with torch.no_grad():
+        nearly.lm_head.weight.mul_(1 + 1e-4)
+    with pytest.warns(UserWarning, match=r"behavior='initial': log mu of .*checkpoint-2 is not"):
+        trainer(tmp_path, TEXT, nearly, max_steps=3, **settings).train(resume_from_checkpoint=True)
 
 
 def test_a_stream_cannot_be_scored_before_training(tmp_path: Path):
@@ -499,7 +622,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "killed")],
         cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
+        env={**os.environ, "PYTHONPATH": IMPORTED_FROM},
         capture_output=True,
         text=True,
         timeout=150,

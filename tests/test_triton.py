@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from topr_kernels import IS, PRESETS, SFT, TOPR, Limits, log_prob, reference, topr_loss
 from topr_kernels.ops import logits as ops
+from topr_kernels.ops.logits import Saved
+from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.testing import Batch, assert_within_budget, make_batch, pack
 
 pytest.importorskip("triton")
@@ -28,6 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABS = [2, 11, 193, 1024, 4097, 50257]
 RATIOS = ["sequence", "geometric", "token"]
 LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 1)]
+PLAIN = Transforms(1.0, None, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -145,19 +148,12 @@ def test_dead_negatives_are_zero_filled_without_being_read() -> None:
     d = torch.zeros(2, 6, device=DEVICE)
     d[0, 1:] = -0.1
     ones = torch.ones((), device=DEVICE)
+    zeros = torch.zeros_like(d)
     grad = triton_logits.logits_bwd(
         logits,
-        batch.labels.to(DEVICE),
-        None,
-        torch.zeros_like(d),
-        torch.zeros_like(d),
-        torch.full_like(d, -2.0),
-        d,
-        ones,
-        ones,
-        1.0,
-        None,
-        True,
+        Tokens(batch.labels.to(DEVICE), None, True),
+        Saved(zeros, zeros, torch.full_like(d, -2.0), d, ones, ones),
+        PLAIN,
     )
     assert grad[0].abs().sum() > 0 and grad[1].abs().sum() == 0
 
@@ -306,36 +302,23 @@ def test_unsound_offsets_poison_loss_and_gradient(offsets: list[int]) -> None:
     lengths = [(2, 3), (1, 3)]
     packed = pack(make_batch(lengths, 61, dtype=torch.float32), lengths)
     sound = offsets == [0, 0, 9]
-    kw = {"temperature": 1.0, "softcap": None, "entropy": False, "shift": True}
+    logits, labels = packed.logits[None].to(DEVICE), packed.labels[None].to(DEVICE)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    objective = Objective(
+        packed.behavior_log_prob[None].to(DEVICE),
+        packed.reward.to(DEVICE),
+        None,
+        *TOPR.log(),
+        "sequence",
+        0.0,
+        "sequence_mean",
+    )
     for forward in (triton_logits.topr_fwd, triton_logits.topr_fwd_staged):
-        out = forward(
-            packed.logits[None].to(DEVICE),
-            packed.labels[None].to(DEVICE),
-            torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
-            packed.behavior_log_prob[None].to(DEVICE),
-            packed.reward.to(DEVICE),
-            None,
-            TOPR.log(),
-            "sequence",
-            0.0,
-            "sequence_mean",
-            *kw.values(),
-        )
+        out = forward(logits, Tokens(labels, cu_seqlens, True), objective, PLAIN, False)
         assert out[0].isnan() != sound
         scalar = torch.ones((), device=DEVICE)
-        grad = triton_logits.logits_bwd(
-            packed.logits[None].to(DEVICE),
-            packed.labels[None].to(DEVICE),
-            None,
-            *out[3:5],
-            out[2],
-            out[-1],
-            scalar,
-            out[1],
-            1.0,
-            None,
-            True,
-        )
+        saved = Saved(out[3], out[4], out[2], out[-1], scalar, out[1])
+        grad = triton_logits.logits_bwd(logits, Tokens(labels, None, True), saved, PLAIN)
         # Every row but the last, which predicts nothing.
         assert grad[0, :-1].isnan().all(-1).all() != sound
     if sound:  # an empty sequence is legal and not counted
@@ -428,23 +411,21 @@ def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
     outputs = [x.to(DEVICE) for x in outputs]
     triton_logits.sequences_fwd_kernel[(1,)](
         labels,
-        labels,
+        None,
         n,
         1,
         lp_d,
         mu_d,
-        mu_d,
+        None,
         reward,
         *outputs,
         length.to(DEVICE),
         d.to(DEVICE),
         *TOPR.log(),
         0.0,
-        PACKED=False,
         SHIFT=False,
         RATIO=0,
         REDUCTION=0,
-        BEHAVIOR_PER_TOKEN=True,
         BT=512,
     )
     exact = (lp - mu).double().sum()
@@ -543,12 +524,12 @@ def test_grids_have_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel"):
         monkeypatch.setattr(triton_logits, name, Spy())
-    logits, labels = torch.zeros(1, 70_000, 2), torch.zeros(1, 70_000, dtype=torch.int64)
-    mu, reward = torch.zeros(1, 70_000), torch.ones(1)
-    tail = (None, SFT.log(), "sequence", 0.0, "sum", 1.0, None, False, True)
-    triton_logits.topr_fwd(logits, labels, None, mu, reward, *tail)
-    triton_logits.topr_fwd_staged(logits, labels, None, mu, reward, *tail)
-    triton_logits.logits_bwd(logits, labels, None, mu, mu, mu, mu, None, None, 1.0, None, True)
+    logits, mu = torch.zeros(1, 70_000, 2), torch.zeros(1, 70_000)
+    tokens = Tokens(torch.zeros(1, 70_000, dtype=torch.int64), None, True)
+    objective = Objective(mu, torch.ones(1), None, *SFT.log(), "sequence", 0.0, "sum")
+    triton_logits.topr_fwd(logits, tokens, objective, PLAIN, False)
+    triton_logits.topr_fwd_staged(logits, tokens, objective, PLAIN, False)
+    triton_logits.logits_bwd(logits, tokens, Saved(mu, mu, mu, mu, None, None), PLAIN)
     assert grids and all(len(g) == 1 for g in grids) and grids[0][0] >= 70_000
 
 
@@ -574,14 +555,13 @@ def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
     for name in ("rows_fwd_kernel", "sequences_fwd_kernel", "loss_fwd_kernel", "logits_bwd_kernel"):
         monkeypatch.setattr(triton_logits, name, Spy())
-    logits, labels = torch.zeros(1, 3, 16), torch.zeros(1, 3, dtype=torch.int64)
-    mu = torch.zeros(1, 3)
-    args = (logits, labels, None, mu, torch.ones(1), None, SFT.log())
-    args = (*args, "sequence", 0.0, "sum", 1.0, None, False, True)
-    triton_logits.topr_fwd(*args)
-    triton_logits.topr_fwd_staged(*args)
-    triton_logits.log_prob_fwd(logits, labels, None, 1.0, None, False, True)
-    triton_logits.logits_bwd(logits, labels, None, mu, mu, mu, mu, None, None, 1.0, None, True)
+    logits, mu = torch.zeros(1, 3, 16), torch.zeros(1, 3)
+    tokens = Tokens(torch.zeros(1, 3, dtype=torch.int64), None, True)
+    objective = Objective(mu, torch.ones(1), None, *SFT.log(), "sequence", 0.0, "sum")
+    triton_logits.topr_fwd(logits, tokens, objective, PLAIN, False)
+    triton_logits.topr_fwd_staged(logits, tokens, objective, PLAIN, False)
+    triton_logits.log_prob_fwd(logits, tokens, PLAIN, False)
+    triton_logits.logits_bwd(logits, tokens, Saved(mu, mu, mu, mu, None, None), PLAIN)
     assert len(launched) == 6 and all(launched)
 
 

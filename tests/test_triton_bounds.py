@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from topr_kernels import TOPR
-from topr_kernels.fused_linear import Transforms
+from topr_kernels.ops.logits import Saved
+from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.testing import make_batch, pack
 
 if torch.cuda.is_available():
@@ -103,9 +104,10 @@ def test_forward(layout: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> N
         args[1][0, 2] = -7
         logits, labels, mu, reward = args
         for ratio, shift in (("sequence", True), ("token", False)):
-            options = (None, TOPR.log(), ratio, 0.1, "sequence_mean", 0.7, 5.0, True, shift)
+            tokens = Tokens(labels, cu_seqlens, shift)
+            objective = Objective(mu, reward, None, *TOPR.log(), ratio, 0.1, "sequence_mean")
             for forward in (triton_logits.topr_fwd, triton_logits.topr_fwd_staged):
-                forward(logits, labels, cu_seqlens, mu, reward, *options)
+                forward(logits, tokens, objective, Transforms(1.0, 5.0, 0.7), True)
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -120,20 +122,21 @@ def test_backward(shift: bool, poison: float, monkeypatch: pytest.MonkeyPatch) -
         values = {k: v.clone() for k, v in values.items()}
         values[name].fill_(poison)
         z = values.pop("logits")
-        rest = (0.7, 5.0, shift)
-        triton_logits.logits_bwd(z, labels, None, *values.values(), *rest)
+        tokens, transforms = Tokens(labels, None, shift), Transforms(1.0, 5.0, 0.7)
+        triton_logits.logits_bwd(z, tokens, Saved(*values.values()), transforms)
         loose = [v if k not in names[5:] else None for k, v in values.items()]
-        triton_logits.logits_bwd_(z, labels, None, *loose, *rest)
+        triton_logits.logits_bwd_(z, tokens, Saved(*loose), transforms)
 
 
 def test_unsound_offsets() -> None:
     (logits, labels, mu, reward), _ = batch_of("packed")
     n = labels.numel()
     for offsets in ([0, n + 4, n - 2, n], [0, -3, 5, n], [1, 3, 5, n], [0, 3, 5, 1 << 30]):
-        options = (None, TOPR.log(), "sequence", 0.0, "sum", 1.0, None, False, True)
+        objective = Objective(mu, reward, None, *TOPR.log(), "sequence", 0.0, "sum")
         for forward in (triton_logits.topr_fwd, triton_logits.topr_fwd_staged):
             cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-            out = forward(logits, labels, cu_seqlens, mu, reward, *options)
+            tokens = Tokens(labels, cu_seqlens, True)
+            out = forward(logits, tokens, objective, Transforms(1.0, None, 1.0), False)
             assert out[0].isnan()
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from topr_kernels import SFT, TOPR, fused_linear, linear_log_prob, linear_topr_loss
-from topr_kernels.fused_linear import RowStats, Transforms
+from topr_kernels import SFT, TOPR, linear_log_prob, linear_topr_loss
 from topr_kernels.kernels import portable_linear
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.linear import workspace
+from topr_kernels.linear.tile import RowStats
+from topr_kernels.ops.options import Transforms
 from topr_kernels.testing import assert_within_budget, make_batch
 
 pytest.importorskip("triton")
@@ -69,7 +71,7 @@ def run(
     j, kept = kernels.gather(z, label, stats, transforms, columns, torch.float32)
     gradient = kernels.gradient(z, label, stats, transforms, torch.float32)
     f = stats.factor.unsqueeze(-1)
-    return Results(stats, gradient * f, stats.total * f[:, 0], energy, sums, j * f, kept * f[:, 0])
+    return Results(stats, gradient * f, stats.j_sum * f[:, 0], energy, sums, j * f, kept * f[:, 0])
 
 
 def reference(z: Tensor, label: Tensor, transforms: Transforms, columns: Tensor) -> Results:
@@ -212,8 +214,8 @@ def test_parts_of_the_columns_with_and_without_labels(transforms: Transforms) ->
     for part, some, sums in gathered:
         assert torch.equal(some, j[:, part])
         torch.testing.assert_close(sums, j[:, part].double().sum(1).float(), rtol=0, atol=5e-7)
-    torch.testing.assert_close(stats.total, gathered[-1][2], rtol=0, atol=5e-7)
-    assert (stats.total != 0).all() == (transforms.softcap is not None)
+    torch.testing.assert_close(stats.j_sum, gathered[-1][2], rtol=0, atol=5e-7)
+    assert (stats.j_sum != 0).all() == (transforms.softcap is not None)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 7, 9, 17])
@@ -309,9 +311,9 @@ def test_confident_rows_keep_the_digits_of_the_label() -> None:
             total = j.double().sum(1)
             cancelled = (at_label / total).abs().max().item()
             torch.testing.assert_close(
-                stats.total.double(), total, rtol=16 * eps * cancelled, atol=0
+                stats.j_sum.double(), total, rtol=16 * eps * cancelled, atol=0
             )
-            assert (stats.total < 0).all()
+            assert (stats.j_sum < 0).all()
 
 
 def test_a_row_does_not_depend_on_its_tile() -> None:
@@ -460,7 +462,7 @@ def test_the_loss_is_within_the_budget_of_plain_torch(
     case = make_case(2311, sharpness=2.0)
     # Small tiles: several of them, and sequences that are longer than one and scored first.
     for name in ("CPU_ROWS", "CPU_TILE_ROWS", "GPU_ROWS", "GPU_TILE_ROWS"):
-        monkeypatch.setattr(fused_linear, name, rows)
+        monkeypatch.setattr(workspace, name, rows)
     kw = {"entropy": True, **options}
     exact, exact_grads = step(case, "torch", torch.float64, grad_tolerance=0.0, **kw)
     plain, grads = step(case, "torch", torch.float32, grad_tolerance=tolerance, **kw)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from topr_kernels import kernels, parallel, validation
-from topr_kernels.fused_linear import Shard
-from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets, to_labels, to_rows
+from topr_kernels import kernels, validation
+from topr_kernels.distributed import calls
+from topr_kernels.distributed.agreement import Groups
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
+from topr_kernels.ops.options import Tokens, Transforms
 from topr_kernels.output import LogProbOutput
-
-
-class LogProbInputs(NamedTuple):
-    """Arguments of ``log_prob``, checked."""
-
-    x: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
-    temperature: float
-    softcap: float | None
-    impl: str
+from topr_kernels.validation import LinearArguments, LogitsArguments
 
 
 def log_prob(
@@ -73,25 +62,27 @@ def log_prob(
         ValueError: shapes, devices or options that disagree; on eager CPU (or with ``debug``) also
             labels outside the vocabulary and unsound ``cu_seqlens``. Elsewhere those give NaN.
     """
-    groups = process_group, sequence_group
-    given, settled = parallel.settle(
-        *groups,
-        logits,
-        lambda: check_logits(
-            logits, labels, cu_seqlens, temperature, softcap, shift, *groups, impl
-        ),
-        lambda i: describe(
-            i.x, i.labels, i.cu_seqlens, i.x.shape[-1], i.x.shape[:-1], (*i[3:], entropy, shift)
-        ),
-        lambda i, vocab: _check_values(i.x, i.labels, i.cu_seqlens, vocab or i.x.shape[-1], debug),
+    tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
+    given = LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
+    if process_group is not None or sequence_group is not None:
+        return calls.log_prob(Groups(process_group, sequence_group), given)
+    x, tokens, transforms, *_ = validation.check_logits(given)
+    name = kernels.resolve(impl, x)
+    checked = validation.values_readable(x, debug)
+    if checked:
+        validation.check_values(tokens, x.shape[-1])
+    token, lse, _, row_entropy = ops.log_prob_fwd(
+        x,
+        tokens.labels,
+        tokens.cu_seqlens,
+        transforms.temperature,
+        transforms.softcap,
+        entropy,
+        shift,
+        name,
     )
-    pieces = shift and sequence_group is not None
-    if pieces:
-        moved = parallel.next_tokens(given.labels, IGNORE_INDEX, sequence_group)
-        given, shift = given._replace(labels=moved), False
-    out = token_log_probs(given, settled.shard, process_group, entropy, shift)
-    group = sequence_group if pieces else None
-    return _aligned(out, labels, given.labels, given.cu_seqlens, entropy, group)
+    out = LogProbOutput(*(y.view(labels.shape) for y in (token, lse, row_entropy)))
+    return out if checked else out.poisoned(tokens)
 
 
 def linear_log_prob(
@@ -145,153 +136,34 @@ def linear_log_prob(
         TypeError: wrong type or dtype of an argument, or a head sharded over processes.
         ValueError: as :func:`log_prob`.
     """
-
-    def check() -> tuple[validation.LinearInputs, float, str]:
-        parallel.check_shift(shift, sequence_group, cu_seqlens)
-        head = parallel.local_rows(process_group, weight, bias)
-        given = validation.check_linear(
-            hidden, head[0], labels, head[1], cu_seqlens, logit_scale, temperature, softcap
-        )
-        tolerance = validation.check_tolerance(grad_tolerance, given.compute_dtype, False, 0.0)
-        validation.check_workspace(workspace_bytes, given.x, given.weight.shape[0])
-        return given, tolerance, parallel.check_impl(impl, given.x, process_group, kernels.LINEAR)
-
-    def claims(checked: tuple[validation.LinearInputs, float, str]) -> parallel.Claims:
-        i, *options = checked
-        options += [*i[5:], workspace_bytes, entropy, shift]
-        return describe(i.x, i.labels, i.cu_seqlens, len(i.weight), i.x.shape, options)
-
-    (given, tolerance, name), settled = parallel.settle(
-        process_group,
-        sequence_group,
-        hidden,
-        check,
-        claims,
-        lambda c, vocab: _check_values(
-            c[0].x, c[0].labels, c[0].cu_seqlens, vocab or len(c[0].weight), debug
-        ),
+    tokens = Tokens(labels, cu_seqlens, shift)
+    transforms = Transforms(logit_scale, softcap, temperature)
+    given = LinearArguments(
+        *(hidden, weight, bias, tokens, transforms),
+        *(entropy, grad_tolerance, workspace_bytes, impl, debug),
     )
-    y = given.labels
-    pieces = shift and sequence_group is not None
-    if pieces:
-        y, shift = parallel.next_tokens(y, IGNORE_INDEX, sequence_group), False
-    shard = settled.shard
-    largest = given.weight.shape[0] if shard is None else shard.largest
-    out = linear_ops.linear_log_prob_fwd(
-        given.x,
-        given.weight,
-        given.bias,
-        y,
-        given.cu_seqlens,
-        given.compute_dtype,
-        given.logit_scale,
-        given.softcap,
-        given.temperature,
+    if process_group is not None or sequence_group is not None:
+        return calls.linear_log_prob(Groups(process_group, sequence_group), given)
+    x, weights, tokens, transforms, wanted = validation.check_linear(given, 0.0)
+    vocab = weights.weight.shape[0]
+    workspace = validation.check_workspace(workspace_bytes, x, vocab)
+    name = kernels.resolve(impl, x, kernels.LINEAR)
+    checked = validation.values_readable(x, debug)
+    if checked:
+        validation.check_values(tokens, vocab)
+    result = linear_ops.linear_log_prob_fwd(
+        x,
+        weights.weight,
+        weights.bias,
+        tokens.labels,
+        tokens.cu_seqlens,
+        weights.compute_dtype,
+        *transforms,
         entropy,
         shift,
-        tolerance,
-        validation.check_workspace(workspace_bytes, given.x, largest),
-        parallel.serve(shard, process_group, None, name),
+        wanted.grad_tolerance,
+        workspace,
+        name,
     )
-    group = sequence_group if pieces else None
-    return _aligned(out, labels, y, given.cu_seqlens, entropy, group)
-
-
-def describe(
-    x: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    size: int,
-    shape: torch.Size,
-    options: Iterable[object],
-) -> parallel.Claims:
-    """What the processes of the groups must agree on.
-
-    Args:
-        x: logits or hidden states.
-        labels: [O, T].
-        cu_seqlens: [B + 1] or None.
-        size: columns of the vocabulary that are here.
-        shape: what ``x`` has in common with those of other shards.
-        options: of the call.
-    """
-    shared = {
-        "options": tuple(options),
-        "dtype": x.dtype,
-        "requires_grad": x.requires_grad and torch.is_grad_enabled(),
-        "number of sequences": len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
-    }
-    tensors = {"labels": labels, "cu_seqlens": cu_seqlens}
-    whole = parallel.Facts({**shared, "shape": tuple(shape)}, tensors)
-    return parallel.Claims(size, whole, parallel.Facts(shared, {}))
-
-
-def _check_values(
-    x: Tensor, labels: Tensor, cu_seqlens: Tensor | None, vocab: int, debug: bool
-) -> None:
-    if validation.values_readable(x, debug):
-        validation.check_values(labels, vocab, cu_seqlens)
-
-
-def check_logits(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
-    process_group: Any,
-    sequence_group: Any,
-    impl: str,
-) -> LogProbInputs:
-    """Checks all but values."""
-    parallel.check_shift(shift, sequence_group, cu_seqlens)
-    here = parallel.local_columns(process_group, logits)
-    rows = validation.check_rows(here, labels, cu_seqlens)
-    transforms = validation.check_transforms(temperature, softcap)
-    name = parallel.check_impl(impl, rows[0], process_group, kernels.LOGITS)
-    return LogProbInputs(*rows, *transforms, name)
-
-
-def token_log_probs(
-    given: LogProbInputs, shard: Shard | None, group: Any, entropy: bool, shift: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_prob, lse, entropy) [O, T] aligned with the labels; over a ``group`` for a ``shard``."""
-    x, y, offsets, temperature, softcap, name = given
-    if shard is None:
-        log_prob, lse, _, row_entropy = ops.log_prob_fwd(
-            x, y, offsets, temperature, softcap, entropy, shift, name
-        )
-        return log_prob, lse, row_entropy
-    target = to_rows(scored_labels(y, offsets, shift), shift, IGNORE_INDEX)
-    flat: tuple[Tensor, ...] = parallel.ShardedLogProb.apply(  # type: ignore[no-untyped-call]
-        x, target.flatten(), shard, group, softcap, temperature, entropy
-    )
-    log_prob, lse, row_entropy = (to_labels(value.view(y.shape), shift) for value in flat)
-    return log_prob, lse, row_entropy if entropy else torch.full_like(lse, torch.nan)
-
-
-def _aligned(
-    out: tuple[Tensor, Tensor, Tensor],
-    labels: Tensor,
-    y: Tensor,
-    offsets: Tensor | None,
-    entropy: bool,
-    group: Any,
-) -> LogProbOutput:
-    """Results in the shape of the labels; NaN for offsets that are not sound.
-
-    With a ``group`` they are moved to their labels across the pieces of the sequences.
-    """
-    if group is not None:
-        log_prob, lse, row_entropy = out
-        out = (
-            parallel.moved_to_labels(log_prob, 0.0, group),
-            parallel.previous_tokens(lse, 0.0, group),
-            parallel.previous_tokens(row_entropy, 0.0 if entropy else torch.nan, group),
-        )
-    if offsets is not None:
-        _, sound = sequence_offsets(y, offsets)
-        log_prob, lse, row_entropy = (torch.where(sound, x, torch.nan) for x in out)
-        out = log_prob, lse, row_entropy
-    return LogProbOutput(*(x.view(labels.shape) for x in out))
+    out = LogProbOutput(*(y.view(labels.shape) for y in result))
+    return out if checked else out.poisoned(tokens)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topr_kernels import choices, kernels, parallel, validation
-from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
+from topr_kernels import choices, kernels, validation
+from topr_kernels.distributed import calls
+from topr_kernels.distributed.agreement import Groups
 from topr_kernels.limits import TOPR, Limits
-from topr_kernels.log_prob import LogProbInputs, check_logits, describe, token_log_probs
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
+from topr_kernels.ops.options import Tokens, Transforms
 from topr_kernels.output import TOPROutput
-from topr_kernels.sequence import SequenceLoss, SequenceStage
+from topr_kernels.sequence import topr_from_log_prob
+from topr_kernels.validation import (
+    LinearArguments,
+    LogitsArguments,
+    SequenceArguments,
+    TokenArguments,
+)
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
@@ -87,70 +94,35 @@ def topr_loss(
             labels outside the vocabulary, unsound ``cu_seqlens`` and rewards that are not finite.
             On an accelerator and in compiled graphs those turn the loss into NaN.
     """
-    if process_group is not None or sequence_group is not None:
-        if inplace:
-            raise ValueError(
-                "inplace: got True with a process group, where it is not served; pass inplace=False"
-            )
-        return _spread_topr_loss(
-            logits,
-            labels,
-            cu_seqlens,
-            _Sequences(
-                behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
-            ),
-            (temperature, softcap, entropy),
-            shift,
-            process_group,
-            sequence_group,
-            impl,
-        )
-    x, y, offsets = validation.check_rows(logits, labels, cu_seqlens)
-    behavior, signed_reward, denominator = validation.check_sequences(
-        y, offsets, behavior_log_prob, reward, normalizer, ratio, reduction
+    tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
+    given = LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
+    sequences = SequenceArguments(
+        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
-    limits = validation.check_limits(limits)
-    baseline = validation.check_number("baseline", baseline)
-    temperature, softcap = validation.check_transforms(temperature, softcap)
+    if process_group is not None or sequence_group is not None:
+        return calls.topr_loss(Groups(process_group, sequence_group), given, sequences, inplace)
+    x, tokens, transforms, *_ = validation.check_logits(given)
+    objective = validation.check_objective(tokens, sequences)
     if inplace:
         _check_inplace(x)
     if validation.values_readable(x, debug):
-        validation.check_values(y, x.shape[-1], offsets, signed_reward, normalizer)
-    name = kernels.resolve(impl, x)
+        validation.check_values(tokens, x.shape[-1], objective.reward, normalizer)
     out = ops.topr_fwd(
         x,
-        y,
-        offsets,
-        behavior,
-        signed_reward,
-        denominator,
-        *limits.log(),
-        ratio,
-        baseline,
-        reduction,
-        temperature,
-        softcap,
+        tokens.labels,
+        tokens.cu_seqlens,
+        *objective,
+        transforms.temperature,
+        transforms.softcap,
         entropy,
         shift,
         inplace,
-        name,
+        kernels.resolve(impl, x),
     )
-    loss, _, log_prob, _, _, ent, token_log_ratio, log_ratio, *sequence, _ = out
-    weight, objective, effective_reward, length = sequence
-    not_measured = torch.full_like(loss, torch.nan, requires_grad=False)
-    return TOPROutput(
-        loss=loss,
-        log_prob=log_prob.view(labels.shape),
-        entropy=ent.view(labels.shape),
-        token_log_ratio=token_log_ratio.view(labels.shape),
-        log_ratio=log_ratio,
-        weight=weight,
-        objective=objective,
-        reward=effective_reward,
-        length=length,
-        active_share=not_measured,
-        left_out=not_measured,
-    )
+    loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
+    nan = torch.full_like(loss, torch.nan, requires_grad=False)
+    rest += nan, nan
+    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
 
 
 def linear_topr_loss(
@@ -241,91 +213,43 @@ def linear_topr_loss(
         TypeError: wrong type or dtype of an argument, or a head sharded over processes.
         ValueError: as :func:`topr_loss`.
     """
-    given = _Sequences(
-        behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
+    tokens = Tokens(labels, cu_seqlens, shift)
+    transforms = Transforms(logit_scale, softcap, temperature)
+    given = LinearArguments(
+        *(hidden, weight, bias, tokens, transforms),
+        *(entropy, grad_tolerance, workspace_bytes, impl, debug),
     )
-
-    def tolerance_of(i: validation.LinearInputs) -> float:
-        return validation.check_tolerance(
-            grad_tolerance, i.compute_dtype, not i.wanted[1], FROZEN_HEAD_TOLERANCE
-        )
-
-    def check() -> tuple[validation.LinearInputs, _Checked, str]:
-        parallel.check_shift(shift, sequence_group, cu_seqlens)
-        head = parallel.local_rows(process_group, weight, bias)
-        i = validation.check_linear(
-            hidden, head[0], labels, head[1], cu_seqlens, logit_scale, temperature, softcap
-        )
-        sequences = given.check(i.labels, i.cu_seqlens)
-        tolerance_of(i)
-        validation.check_workspace(workspace_bytes, i.x, i.weight.shape[0])
-        return i, sequences, parallel.check_impl(impl, i.x, process_group, kernels.LINEAR)
-
-    def claims(checked: tuple[validation.LinearInputs, _Checked, str]) -> parallel.Claims:
-        i, sequences, name = checked
-        options = (name, *i[5:], grad_tolerance, workspace_bytes, entropy, shift)
-        base = describe(i.x, i.labels, i.cu_seqlens, len(i.weight), i.x.shape, options)
-        return given.claims(base, sequences)
-
-    def check_values(
-        checked: tuple[validation.LinearInputs, _Checked, str], vocab: int | None
-    ) -> None:
-        i, sequences, _ = checked
-        if validation.values_readable(i.x, debug):
-            vocab = vocab or i.weight.shape[0]
-            validation.check_values(i.labels, vocab, i.cu_seqlens, sequences.reward, normalizer)
-
-    (inputs, sequences, name), settled = parallel.settle(
-        process_group, sequence_group, hidden, check, claims, check_values
+    sequences = SequenceArguments(
+        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
-    y, behavior = inputs.labels, sequences.of_kind(settled.per_token)
-    pieces_shift = shift and sequence_group is not None
-    if pieces_shift:
-        y, behavior = parallel.aligned(y, behavior, sequence_group)
-    largest = inputs.weight.shape[0] if settled.shard is None else settled.shard.largest
+    if process_group is not None or sequence_group is not None:
+        groups = Groups(process_group, sequence_group)
+        return calls.linear_topr_loss(groups, given, sequences, FROZEN_HEAD_TOLERANCE)
+    x, weights, tokens, transforms, wanted = validation.check_linear(given, FROZEN_HEAD_TOLERANCE)
+    objective = validation.check_objective(tokens, sequences)
+    vocab = weights.weight.shape[0]
+    workspace = validation.check_workspace(workspace_bytes, x, vocab)
+    name = kernels.resolve(impl, x, kernels.LINEAR)
+    if validation.values_readable(x, debug):
+        validation.check_values(tokens, vocab, objective.reward, normalizer)
     out = linear_ops.linear_topr_fwd(
-        inputs.x,
-        inputs.weight,
-        inputs.bias,
-        y,
-        inputs.cu_seqlens,
-        behavior,
-        sequences.reward,
-        sequences.denominator,
-        *sequences.limits.log(),
-        ratio,
-        sequences.baseline,
-        reduction,
-        inputs.compute_dtype,
-        inputs.logit_scale,
-        inputs.softcap,
-        inputs.temperature,
+        x,
+        weights.weight,
+        weights.bias,
+        tokens.labels,
+        tokens.cu_seqlens,
+        *objective,
+        weights.compute_dtype,
+        *transforms,
         entropy,
-        shift and not pieces_shift,
-        tolerance_of(inputs),
-        validation.check_workspace(workspace_bytes, inputs.x, largest),
-        *inputs.wanted,
-        parallel.serve(settled.shard, process_group, sequence_group, name),
+        shift,
+        wanted.grad_tolerance,
+        workspace,
+        *wanted[1:],
+        name,
     )
-    loss, _, log_prob, _, ent, token_log_ratio, *per_sequence, active_share, left_out = out[:13]
-    log_ratio, sequence_weight, objective, effective_reward, length = per_sequence
-    result = TOPROutput(
-        loss=loss,
-        log_prob=log_prob.view(labels.shape),
-        entropy=ent.view(labels.shape),
-        token_log_ratio=token_log_ratio.view(labels.shape),
-        log_ratio=log_ratio,
-        weight=sequence_weight,
-        objective=objective,
-        reward=effective_reward,
-        length=length,
-        active_share=active_share,
-        left_out=left_out,
-    )
-    if not pieces_shift:
-        return result
-    back = _back_to_labels(result, entropy, behavior.dim() == 1, sequence_group)
-    return result._replace(**back)
+    loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
+    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
 
 
 def topr_loss_from_log_prob(
@@ -374,216 +298,17 @@ def topr_loss_from_log_prob(
         TypeError: wrong type or dtype of an argument; half-precision log-probs among them.
         ValueError: as :func:`topr_loss`.
     """
-    given = _Sequences(
-        behavior_log_prob, reward, limits, ratio, baseline, reduction, normalizer, debug
+    given = TokenArguments(log_prob, mask, cu_seqlens, debug)
+    sequences = SequenceArguments(
+        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
     )
-
-    def check() -> tuple[Tensor, Tensor, Tensor | None, _Checked]:
-        x, scored, offsets = validation.check_token_log_prob(log_prob, mask, cu_seqlens)
-        return x, scored, offsets, given.check(scored, offsets)
-
-    def claims(checked: tuple[Tensor, Tensor, Tensor | None, _Checked]) -> parallel.Claims:
-        x, scored, offsets, sequences = checked
-        return given.claims(describe(x, scored, offsets, 0, x.shape, ()), sequences)
-
-    def check_values(
-        checked: tuple[Tensor, Tensor, Tensor | None, _Checked], vocab: int | None
-    ) -> None:
-        x, scored, offsets, sequences = checked
-        if validation.values_readable(x, debug):
-            validation.check_sequence_values(scored, offsets, sequences.reward, normalizer)
-
-    (x, scored, offsets, sequences), settled = parallel.settle(
-        None, sequence_group, log_prob, check, claims, check_values
-    )
-    behavior = sequences.of_kind(settled.per_token)
-    return _from_log_prob(
-        x, scored, offsets, behavior, sequences, given, sequence_group, log_prob.shape
-    )
-
-
-class _Checked(NamedTuple):
-    """The arguments that belong to sequences, checked."""
-
-    #: [O, T] or [B]; [O, T] also where it could be either.
-    behavior: Tensor
-    reward: Tensor
-    denominator: Tensor | None
-    limits: Limits
-    baseline: float
-    #: PER_SEQUENCE, PER_TOKEN or both.
-    kind: int
-
-    def of_kind(self, per_token: bool) -> Tensor:
-        """Log mu as the processes have agreed to take it."""
-        either = self.kind == parallel.PER_SEQUENCE | parallel.PER_TOKEN
-        return self.behavior.reshape(-1) if either and not per_token else self.behavior
-
-
-class _Sequences(NamedTuple):
-    """The arguments that belong to sequences, as they came."""
-
-    behavior_log_prob: Tensor
-    reward: Tensor
-    limits: Limits
-    ratio: str
-    baseline: float
-    reduction: str
-    normalizer: float | Tensor | None
-    debug: bool
-
-    def check(self, labels: Tensor, cu_seqlens: Tensor | None) -> _Checked:
-        """Checks them against labels (or scored tokens) [O, T]."""
-        behavior, reward, denominator = validation.check_sequences(
-            labels,
-            cu_seqlens,
-            self.behavior_log_prob,
-            self.reward,
-            self.normalizer,
-            self.ratio,
-            self.reduction,
-        )
-        limits = validation.check_limits(self.limits)
-        baseline = validation.check_number("baseline", self.baseline)
-        kind = parallel.PER_TOKEN if behavior.dim() == 2 else parallel.PER_SEQUENCE
-        if self.behavior_log_prob.shape == reward.shape and self.ratio != "token":
-            kind |= parallel.PER_SEQUENCE
-        return _Checked(behavior, reward, denominator, limits, baseline, kind)
-
-    def claims(self, base: parallel.Claims, checked: _Checked) -> parallel.Claims:
-        """Adds what belongs to sequences to what the processes of the groups must agree on."""
-        options = {
-            "limits": checked.limits.log(),
-            "ratio": self.ratio,
-            "baseline": checked.baseline,
-            "reduction": self.reduction,
-            "dtype of behavior_log_prob": checked.behavior.dtype,
-        }
-        tensors = {"reward": checked.reward, "normalizer": checked.denominator}
-        whole = parallel.Facts(
-            {**base.whole.options, **options},
-            {**base.whole.tensors, **tensors},
-            checked.behavior,
-        )
-        summed = checked.of_kind(False) if checked.kind & parallel.PER_SEQUENCE else None
-        pieces = parallel.Facts({**base.pieces.options, **options}, tensors, summed)
-        return parallel.Claims(base.size, whole, pieces, checked.kind)
-
-
-def _from_log_prob(
-    x: Tensor,
-    scored: Tensor,
-    offsets: Tensor | None,
-    behavior: Tensor,
-    sequences: _Checked,
-    given: _Sequences,
-    group: Any,
-    shape: torch.Size,
-) -> TOPROutput:
-    """The sequence stage over log-probs [O, T]; results per token in ``shape``."""
-    starts, sound = sequence_offsets(scored, offsets)
-    x = torch.where(scored, x, 0.0)
-    stage = SequenceStage(
-        *SequenceLoss.apply(  # type: ignore[no-untyped-call]
-            x,
-            scored,
-            behavior,
-            sequences.reward,
-            starts,
-            sound,
-            sequences.denominator,
-            sequences.limits.log(),
-            given.ratio,
-            sequences.baseline,
-            given.reduction,
-            None,
-            parallel.total_of(group),
-        )
-    )
-    nan = torch.full_like(stage.loss, torch.nan, requires_grad=False)
-    return TOPROutput(
-        loss=stage.loss,
-        log_prob=x.detach().view(shape),
-        entropy=nan.expand(shape),
-        token_log_ratio=stage.token_log_ratio.view(shape),
-        log_ratio=stage.log_ratio,
-        weight=stage.weight,
-        objective=stage.objective,
-        reward=stage.reward,
-        length=stage.length,
-        active_share=nan,
-        left_out=nan,
-    )
-
-
-def _spread_topr_loss(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    given: _Sequences,
-    transforms: tuple[float, float | None, bool],
-    shift: bool,
-    process_group: Any,
-    sequence_group: Any,
-    impl: str,
-) -> TOPROutput:
-    """``topr_loss`` in its two stages, each over its process group."""
-
-    def check() -> tuple[LogProbInputs, _Checked]:
-        i = check_logits(
-            logits, labels, cu_seqlens, *transforms[:2], shift, process_group, sequence_group, impl
-        )
-        return i, given.check(i.labels, i.cu_seqlens)
-
-    def claims(checked: tuple[LogProbInputs, _Checked]) -> parallel.Claims:
-        i, sequences = checked
-        options = (*i[3:], transforms[2], shift)
-        size, shape = i.x.shape[-1], i.x.shape[:-1]
-        return given.claims(describe(i.x, i.labels, i.cu_seqlens, size, shape, options), sequences)
-
-    def check_values(checked: tuple[LogProbInputs, _Checked], vocab: int | None) -> None:
-        i, sequences = checked
-        if validation.values_readable(i.x, given.debug):
-            vocab = vocab or i.x.shape[-1]
-            validation.check_values(
-                i.labels, vocab, i.cu_seqlens, sequences.reward, given.normalizer
-            )
-
-    (inputs, sequences), settled = parallel.settle(
-        process_group, sequence_group, logits, check, claims, check_values
-    )
-    y, behavior = inputs.labels, sequences.of_kind(settled.per_token)
-    pieces_shift = shift and sequence_group is not None
-    if pieces_shift:
-        y, behavior = parallel.aligned(y, behavior, sequence_group)
-        shift = False
-    token = token_log_probs(
-        inputs._replace(labels=y), settled.shard, process_group, transforms[2], shift
-    )
-    scored = scored_labels(y, inputs.cu_seqlens, shift) != IGNORE_INDEX
-    out = _from_log_prob(
-        token[0],
-        scored,
-        inputs.cu_seqlens,
-        behavior,
-        sequences,
-        given,
-        sequence_group,
-        labels.shape,
-    )._replace(entropy=token[2].view(labels.shape))
-    if not pieces_shift:
-        return out
-    return out._replace(**_back_to_labels(out, transforms[2], behavior.dim() == 1, sequence_group))
-
-
-def _back_to_labels(out: TOPROutput, entropy: bool, summed: bool, group: Any) -> dict[str, Tensor]:
-    """Tensors per token of the rows here, moved to their labels across the pieces."""
-    fills = {
-        "log_prob": 0.0,
-        "entropy": 0.0 if entropy else torch.nan,
-        "token_log_ratio": torch.nan if summed else 0.0,
-    }
-    return {n: parallel.previous_tokens(getattr(out, n), f, group) for n, f in fills.items()}
+    if sequence_group is not None:
+        return calls.topr_loss_from_log_prob(sequence_group, given, sequences)
+    x, scored, offsets, _ = validation.check_token_log_prob(given)
+    objective = validation.check_objective(Tokens(scored, offsets, False), sequences)
+    if validation.values_readable(x, debug):
+        validation.check_sequence_values(scored, offsets, objective.reward, normalizer)
+    return topr_from_log_prob(x, scored, offsets, objective).shaped(log_prob.shape)
 
 
 def _check_inplace(logits: Tensor) -> None:

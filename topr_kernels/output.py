@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topr_kernels.layout import sequence_offsets
+from topr_kernels.ops.options import Tokens
+
 #: A negative whose weight is below this no longer teaches anything.
 DEAD_WEIGHT = 1e-6
 
@@ -24,6 +27,75 @@ class LogProbOutput(NamedTuple):
     log_prob: Tensor
     lse: Tensor
     entropy: Tensor
+
+    def poisoned(self, tokens: Tokens) -> LogProbOutput:
+        """NaN everywhere if the offsets are not sound."""
+        if tokens.cu_seqlens is None:
+            return self
+        _, sound = sequence_offsets(tokens.labels, tokens.cu_seqlens)
+        return LogProbOutput(*(torch.where(sound, x, torch.nan) for x in self))
+
+
+class SequenceResults(NamedTuple):
+    """What the metrics are computed from: the sequences of one batch, or of several joined.
+
+    Attributes:
+        log_ratio: [B].
+        weight: [B].
+        objective: [B].
+        reward: [B].
+        length: [B].
+        entropy: 0-dim, summed over the tokens.
+        kl_k3: 0-dim, exp(d) - 1 - d for d = log pi - log mu, summed over the tokens.
+    """
+
+    log_ratio: Tensor
+    weight: Tensor
+    objective: Tensor
+    reward: Tensor
+    length: Tensor
+    entropy: Tensor
+    kl_k3: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """``TOPROutput.metrics`` of these sequences."""
+        counted = self.length > 0
+        tokens = self.length.sum().to(self.weight.dtype)
+        positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
+        magnitude = torch.where(counted, self.reward.abs(), 0.0)
+        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
+        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
+        w = torch.where(negative, self.weight, 0.0)
+        # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
+        scaled = w / _extreme(w, negative, torch.amax)
+        ess = scaled.sum().square() / scaled.square().sum()
+        result = {
+            "objective": _mean(objective, counted),
+            "reward_mean": _mean(self.reward, counted),
+            "length_mean": tokens / counted.sum(),
+            "entropy": self.entropy / tokens,
+            "positive_share": _mean(positive.to(w.dtype), counted),
+            "effective_positive_share": torch.where(positive, magnitude, 0.0).sum()
+            / magnitude.sum(),
+            "weight_negative_mean": _mean(self.weight, negative),
+            "dead_share": _mean((self.weight < DEAD_WEIGHT).to(w.dtype), negative),
+            "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
+            "ess_negative": ess,
+            "ess_negative_share": ess / negative.sum(),
+            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
+            "kl_k3": self.kl_k3 / tokens,
+            "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
+        }
+        for name, members in (("positive", positive), ("negative", negative)):
+            mean = _mean(self.log_ratio, members)
+            variance = _mean((self.log_ratio - mean).square(), members)
+            result |= {
+                f"log_ratio_{name}_mean": mean,
+                f"log_ratio_{name}_std": variance.sqrt(),
+                f"log_ratio_{name}_min": _extreme(self.log_ratio, members, torch.amin),
+                f"log_ratio_{name}_max": _extreme(self.log_ratio, members, torch.amax),
+            }
+        return result
 
 
 class TOPROutput(NamedTuple):
@@ -56,6 +128,11 @@ class TOPROutput(NamedTuple):
     active_share: Tensor
     left_out: Tensor
 
+    def shaped(self, shape: torch.Size) -> TOPROutput:
+        """The same, what is per token in another shape."""
+        log_prob, entropy, token_log_ratio = (x.view(shape) for x in self[1:4])
+        return self._replace(log_prob=log_prob, entropy=entropy, token_log_ratio=token_log_ratio)
+
     def metrics(self) -> dict[str, Tensor]:
         """Summarises one batch; every value is a 0-dim tensor on the device of the loss.
 
@@ -75,45 +152,21 @@ class TOPROutput(NamedTuple):
           exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
         - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
         """
-        counted = self.length > 0
-        tokens = self.length.sum().to(self.loss.dtype)
-        positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
-        magnitude = torch.where(counted, self.reward.abs(), 0.0)
-        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
-        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
-        w = torch.where(negative, self.weight, 0.0)
-        negatives = negative.sum()
-        # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
-        scaled = w / _extreme(w, negative, torch.amax)
-        ess = scaled.sum().square() / scaled.square().sum()
+        return self.sequences().metrics()
+
+    def sequences(self) -> SequenceResults:
+        """The part that the metrics are computed from, detached; the same of several batches joins."""
         d = self.token_log_ratio
-        result = {
-            "objective": _mean(objective, counted),
-            "reward_mean": _mean(self.reward, counted),
-            "length_mean": tokens / counted.sum(),
-            "entropy": self.entropy.sum() / tokens,
-            "positive_share": _mean(positive.to(w.dtype), counted),
-            "effective_positive_share": torch.where(positive, magnitude, 0.0).sum()
-            / magnitude.sum(),
-            "weight_negative_mean": _mean(self.weight, negative),
-            "dead_share": _mean((self.weight < DEAD_WEIGHT).to(w.dtype), negative),
-            "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
-            "ess_negative": ess,
-            "ess_negative_share": ess / negatives,
-            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
-            "kl_k3": (torch.expm1(d) - d).sum() / tokens,
-            "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
-        }
-        for name, members in (("positive", positive), ("negative", negative)):
-            mean = _mean(self.log_ratio, members)
-            variance = _mean((self.log_ratio - mean).square(), members)
-            result |= {
-                f"log_ratio_{name}_mean": mean,
-                f"log_ratio_{name}_std": variance.sqrt(),
-                f"log_ratio_{name}_min": _extreme(self.log_ratio, members, torch.amin),
-                f"log_ratio_{name}_max": _extreme(self.log_ratio, members, torch.amax),
-            }
-        return result
+        kl_k3 = (torch.expm1(d) - d).sum()
+        return SequenceResults(
+            self.log_ratio,
+            self.weight,
+            self.objective,
+            self.reward,
+            self.length,
+            self.entropy.sum(),
+            kl_k3,
+        )
 
 
 def _mean(x: Tensor, members: Tensor) -> Tensor:

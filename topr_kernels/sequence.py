@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.layout import sequence_index
+from topr_kernels.layout import sequence_index, sequence_offsets
+from topr_kernels.ops.options import Objective
+from topr_kernels.output import TOPROutput
 from topr_kernels.taper import taper
 
 
@@ -43,23 +45,28 @@ def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
     )
 
 
-def loss_denominator(
-    length: Tensor, sound: Tensor, normalizer: Tensor | None, reduction: str
-) -> Tensor:
-    """What the sum over the sequences is divided by, 0-dim; NaN for unsound offsets.
+def effective_reward(objective: Objective) -> Tensor:
+    """[B] rewards less the baseline, in the dtype of the rewards.
+
+    In that dtype 0.7 - 0.7 is 0, and not a negative of 1e-8 that would take the other branch.
+    """
+    return objective.reward - torch.full_like(objective.reward, objective.baseline)
+
+
+def loss_denominator(length: Tensor, sound: Tensor, objective: Objective) -> Tensor:
+    """What the sum over the sequences is divided by, 0-dim fp64; NaN for unsound offsets.
 
     Args:
         length: [B] int64 scored tokens.
         sound: 0-dim bool.
-        normalizer: 0-dim, replaces the count; or None.
-        reduction: "sequence_mean", "token_mean" or "sum".
+        objective: its normalizer, or else its reduction, decides.
     """
-    if normalizer is not None:
-        denominator = normalizer
-    elif reduction == "sum":
+    if objective.normalizer is not None:
+        denominator = objective.normalizer
+    elif objective.reduction == "sum":
         denominator = torch.ones_like(sound)
     else:
-        units = length > 0 if reduction == "sequence_mean" else length
+        units = length > 0 if objective.reduction == "sequence_mean" else length
         denominator = units.sum().clamp(min=1)
     # Unsound offsets poison both the loss and every coefficient.
     return torch.where(sound, denominator.to(torch.float64), torch.nan)
@@ -68,66 +75,54 @@ def loss_denominator(
 def sequence_stage(
     log_prob: Tensor,
     scored: Tensor,
-    behavior_log_prob: Tensor,
-    reward: Tensor,
     offsets: Tensor,
     sound: Tensor,
-    normalizer: Tensor | None,
-    log_limits: tuple[float, float, float, float],
-    ratio: str,
-    baseline: float,
-    reduction: str,
+    objective: Objective,
     length: Tensor | None = None,
-    total: Callable[[Tensor], Tensor] | None = None,
+    sum_pieces: Callable[[Tensor], Tensor] | None = None,
 ) -> SequenceStage:
     """Computes the TOPR loss (Eq. 6) and its gradient with respect to the token log-probs.
 
     Args:
         log_prob: [O, T] log pi of each label, fp32 or fp64, 0 where not scored.
         scored: [O, T] bool.
-        behavior_log_prob: log mu, [O, T] per token or [B] summed per sequence, fp32 or fp64.
-        reward: [B] floating.
         offsets: [B + 1] int64 offsets of the sequences in the flattened positions.
         sound: 0-dim bool; False poisons the loss with NaN.
-        normalizer: 0-dim denominator in the units of ``reduction``, or None to count here.
-        log_limits: logs of (a+, b+, a-, b-).
-        ratio: "sequence", "geometric" or "token".
-        baseline: subtracted from the reward; the difference decides the sign.
-        reduction: "sequence_mean", "token_mean" or "sum".
+        objective: log mu, rewards and options.
         length: [B] int64, scored tokens of the whole sequences where only a part of them is here.
-        total: sum over the processes that hold the pieces of each sequence, in place; None where the
-            sequences are here as a whole.
+        sum_pieces: sum over the processes that hold the pieces of each sequence, in place; None where
+            the sequences are here as a whole.
 
     Returns:
         SequenceStage, in the dtype of ``log_prob`` (``length`` int64).
     """
     dtype = log_prob.dtype
+    behavior_log_prob, ratio = objective.behavior_log_prob, objective.ratio
     scored_flat = scored.reshape(-1)
     if length is None:
         length = segment_sum(scored_flat, offsets).to(torch.int64)
-        if total is not None:
+        if sum_pieces is not None:
             # Offsets that are unsound in one piece poison all.
-            counts = total(torch.cat([length, (~sound).to(torch.int64)[None]]))
+            counts = sum_pieces(torch.cat([length, (~sound).to(torch.int64)[None]]))
             length, sound = counts[:-1], counts[-1] == 0
     if behavior_log_prob.dim() == 2:
         difference = log_prob.double() - behavior_log_prob.double()
         difference = torch.where(scored, difference, 0.0).reshape(-1)
         log_ratio64 = segment_sum(difference, offsets)
-        if total is not None:
-            total(log_ratio64)
+        if sum_pieces is not None:
+            sum_pieces(log_ratio64)
         token_log_ratio = difference.to(dtype)
     else:
         log_ratio64 = segment_sum(torch.where(scored, log_prob, 0.0).reshape(-1), offsets)
-        if total is not None:
-            total(log_ratio64)
+        if sum_pieces is not None:
+            sum_pieces(log_ratio64)
         # A sequence without a scored token has nothing to subtract from.
         log_ratio64 = torch.where(length > 0, log_ratio64 - behavior_log_prob.double(), 0.0)
         token_log_ratio = torch.full_like(log_prob, torch.nan).reshape(-1)
 
-    # The baseline in the dtype of the rewards: 0.7 - 0.7 is 0, and not a negative of 1e-8.
-    reward = (reward - torch.full_like(reward, baseline)).to(dtype)
+    reward = effective_reward(objective).to(dtype)
     negative = reward < 0  # NaN takes the positive branch and poisons it below
-    pos_min, pos_max, neg_min, neg_max = log_limits
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
     log_min = torch.full_like(reward, pos_min).masked_fill(negative, neg_min)
     log_max = torch.full_like(reward, pos_max).masked_fill(negative, neg_max)
 
@@ -138,24 +133,24 @@ def sequence_stage(
         token_weight = torch.where(scored_flat, token_weight, 0.0)
         values = (torch.where(scored_flat, value, 0.0), token_weight)
         sums = torch.stack([segment_sum(x, offsets) for x in values])
-        if total is not None:
-            total(sums)
-        objective, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
+        if sum_pieces is not None:
+            sum_pieces(sums)
+        tapered, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
     else:
         scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
         value, weight = taper((log_ratio64 / scale).to(dtype), log_min, log_max)
-        objective = (value.double() * scale).to(dtype)
+        tapered = (value.double() * scale).to(dtype)
         token_weight = weight[sequence]
     log_ratio = log_ratio64.to(dtype)
     weight = torch.where(reward.isnan(), torch.nan, weight)
 
     counted = length > 0
-    denominator = loss_denominator(length, sound, normalizer, reduction).to(dtype)
-    share = -reward / tokens if reduction == "sequence_mean" else -reward
+    denominator = loss_denominator(length, sound, objective).to(dtype)
+    share = -reward / tokens if objective.reduction == "sequence_mean" else -reward
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
-    silent = ~counted | ((reward == 0) & ~objective.isnan())
-    contribution = torch.where(silent, 0.0, share * objective)
+    silent = ~counted | ((reward == 0) & ~tapered.isnan())
+    contribution = torch.where(silent, 0.0, share * tapered)
     token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
     d_log_prob = torch.where(token_silent, 0.0, share[sequence] * token_weight)
     loss = (contribution.double().sum() / denominator.double()).to(dtype)
@@ -166,7 +161,7 @@ def sequence_stage(
         token_log_ratio=token_log_ratio.view_as(log_prob),
         log_ratio=log_ratio,
         weight=torch.where(counted, weight, 0.0),
-        objective=torch.where(counted, objective, 0.0),
+        objective=torch.where(counted, tapered, 0.0),
         reward=reward,
         length=length,
         d_log_prob=d_log_prob.view_as(log_prob),
@@ -194,9 +189,38 @@ class SequenceLoss(torch.autograd.Function):
                 "topr_kernels.reference"
             )
         d_log_prob, denominator = ctx.saved_tensors
-        nothing = [None] * 12
+        nothing = [None] * 6
         if d_loss is None:
             return None, *nothing
         # Selected, not multiplied: a coefficient of 0 stays 0 under an infinite loss scale.
         gradient = d_log_prob * (d_loss / denominator)
         return torch.where(d_log_prob == 0, 0.0, gradient), *nothing
+
+
+def topr_from_log_prob(
+    log_prob: Tensor,
+    scored: Tensor,
+    cu_seqlens: Tensor | None,
+    objective: Objective,
+    sum_pieces: Callable[[Tensor], Tensor] | None = None,
+) -> TOPROutput:
+    """The TOPR loss of token log-probs [O, T], differentiable; results per token [O, T].
+
+    Entropy, ``active_share`` and ``left_out`` are NaN. Arguments as in :func:`sequence_stage`.
+    """
+    offsets, sound = sequence_offsets(scored, cu_seqlens)
+    log_prob = torch.where(scored, log_prob, 0.0)
+    stage = SequenceStage(
+        *SequenceLoss.apply(  # type: ignore[no-untyped-call]
+            log_prob, scored, offsets, sound, objective, None, sum_pieces
+        )
+    )
+    not_measured = torch.full_like(stage.loss, torch.nan, requires_grad=False)
+    return TOPROutput(
+        stage.loss,
+        log_prob.detach(),
+        not_measured.expand(log_prob.shape),
+        *stage[2:8],
+        not_measured,
+        not_measured,
+    )

@@ -18,6 +18,7 @@ from torch import Tensor
 from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import PRESETS, Limits
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,12 +60,15 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return float(value)
 
 
-def check_transforms(temperature: float, softcap: float | None) -> tuple[float, float | None]:
-    """Checks temperature and softcap; returns them as floats."""
+def check_transforms(
+    temperature: float, softcap: float | None, logit_scale: float = 1.0
+) -> Transforms:
+    """Checks the transforms of the logits; returns them as floats."""
+    logit_scale = check_number("logit_scale", logit_scale, positive=True)
     temperature = check_number("temperature", temperature, positive=True)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
-    return temperature, softcap
+    return Transforms(logit_scale, softcap, temperature)
 
 
 def check_limits(limits: object) -> Limits:
@@ -135,14 +139,38 @@ def check_rows(
     return x, labels, cu_seqlens
 
 
-def check_token_log_prob(
-    log_prob: object, mask: object, cu_seqlens: object
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks log-probs per token and their mask and brings them to [O, T].
+class LogitsArguments(NamedTuple):
+    """Arguments of ``topr_loss`` and ``log_prob`` but those of sequences, as they came or checked."""
 
-    Returns:
-        (log_prob [O, T], mask [O, T] bool, cu_seqlens [B + 1] or None).
-    """
+    logits: Tensor
+    tokens: Tokens
+    transforms: Transforms
+    entropy: bool
+    impl: str
+    debug: bool
+
+
+def check_logits(given: LogitsArguments) -> LogitsArguments:
+    """Checks all but values; logits become [O, T, V], labels [O, T]."""
+    logits, tokens, transforms, entropy, impl, debug = given
+    x, labels, cu_seqlens = check_rows(logits, tokens.labels, tokens.cu_seqlens)
+    tokens = Tokens(labels, cu_seqlens, tokens.shift)
+    transforms = check_transforms(transforms.temperature, transforms.softcap)
+    return LogitsArguments(x, tokens, transforms, entropy, impl, debug)
+
+
+class TokenArguments(NamedTuple):
+    """Arguments of ``topr_loss_from_log_prob`` but those of sequences, as they came or checked."""
+
+    log_prob: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None
+    debug: bool
+
+
+def check_token_log_prob(given: TokenArguments) -> TokenArguments:
+    """Checks all but values; log-probs and mask become [O, T], the mask bool."""
+    log_prob, mask, cu_seqlens, debug = given
     if not isinstance(log_prob, Tensor):
         raise TypeError(f"log_prob: expected a torch.Tensor, got {type(log_prob).__name__}")
     log_prob = check_tensor(
@@ -168,13 +196,14 @@ def check_token_log_prob(
                 "log_prob: expected [B, T], or [N] / [1, N] with cu_seqlens, got shape "
                 f"{tuple(log_prob.shape)}"
             )
-        return log_prob, mask, None
+        return TokenArguments(log_prob, mask, None, debug)
     if log_prob.dim() not in (1, 2) or (log_prob.dim() == 2 and log_prob.shape[0] != 1):
         raise ValueError(
             f"log_prob: with cu_seqlens expected [N] or [1, N], got {tuple(log_prob.shape)}; flatten "
             "the batch, or drop cu_seqlens for padded input"
         )
-    return log_prob.view(1, -1), mask.view(1, -1), _check_cu_seqlens(cu_seqlens, mask)
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, mask)
+    return TokenArguments(log_prob.view(1, -1), mask.view(1, -1), cu_seqlens, debug)
 
 
 def _check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> Tensor:
@@ -189,9 +218,7 @@ def _check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> Tensor:
     return cu_seqlens
 
 
-def check_head(
-    hidden: Tensor, weight: object, bias: object
-) -> tuple[Tensor, Tensor | None, torch.dtype]:
+def check_head(hidden: Tensor, weight: object, bias: object) -> HeadWeights:
     """Checks the head of a language model against its hidden states.
 
     Args:
@@ -200,7 +227,7 @@ def check_head(
         bias: [V] or None.
 
     Returns:
-        (weight, bias, dtype of the matmuls' operands: autocast's where it is on).
+        HeadWeights; its compute_dtype is that of autocast where it is on.
     """
     device = hidden.device
     if not isinstance(weight, Tensor):
@@ -233,14 +260,14 @@ def check_head(
                 f"{tuple(bias.shape)}"
             )
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
-        return weight, bias, torch.get_autocast_dtype(device.type)
+        return HeadWeights(weight, bias, torch.get_autocast_dtype(device.type))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
                 f"{name}: expected dtype {hidden.dtype} like the hidden states, got {x.dtype}; cast one "
                 "of them, or run under torch.autocast"
             )
-    return weight, bias, hidden.dtype
+    return HeadWeights(weight, bias, hidden.dtype)
 
 
 def check_tolerance(
@@ -259,56 +286,57 @@ def check_tolerance(
     return tolerance
 
 
-class LinearInputs(NamedTuple):
-    """What the fused-linear functions have in common, checked.
+class LinearArguments(NamedTuple):
+    """Arguments of the fused-linear functions but those of sequences, as they came."""
 
-    Attributes:
-        x: [O, T, D].
-        labels: [O, T].
-        cu_seqlens: [B + 1] or None.
-        weight: [V, D].
-        bias: [V] or None.
-        compute_dtype: of the operands of the matmuls.
-        logit_scale: multiplies the logits.
-        temperature: divides them.
-        softcap: caps them, or None.
-        wanted: which of x, weight and bias need a gradient.
-    """
-
-    x: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
+    hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    compute_dtype: torch.dtype
-    logit_scale: float
-    temperature: float
-    softcap: float | None
-    wanted: tuple[bool, bool, bool]
+    tokens: Tokens
+    transforms: Transforms
+    entropy: bool
+    grad_tolerance: float | None
+    workspace_bytes: int | None
+    impl: str
+    debug: bool
 
 
-def check_linear(
-    hidden: object,
-    weight: object,
-    labels: object,
-    bias: object,
-    cu_seqlens: object,
-    logit_scale: float,
-    temperature: float,
-    softcap: float | None,
-) -> LinearInputs:
-    """Checks hidden states, head, labels and transforms."""
-    x, y, offsets = check_rows(hidden, labels, cu_seqlens, "hidden", "D")
-    head, bias, compute_dtype = check_head(x, weight, bias)
-    grad = torch.is_grad_enabled()
-    wanted = (
-        x.requires_grad and grad,
-        head.requires_grad and grad,
-        bias is not None and bias.requires_grad and grad,
+class LinearInputs(NamedTuple):
+    """The same, checked: hidden [O, T, D], labels [O, T]."""
+
+    hidden: Tensor
+    weights: HeadWeights
+    tokens: Tokens
+    transforms: Transforms
+    wanted: Wanted
+
+
+def check_linear(given: LinearArguments, frozen_tolerance: float) -> LinearInputs:
+    """Checks all but values and the workspace.
+
+    Args:
+        given: the arguments.
+        frozen_tolerance: ``grad_tolerance`` of a frozen head in half precision, where it is None.
+    """
+    tokens, transforms = given.tokens, given.transforms
+    x, labels, cu_seqlens = check_rows(
+        given.hidden, tokens.labels, tokens.cu_seqlens, "hidden", "D"
     )
-    logit_scale = check_number("logit_scale", logit_scale, positive=True)
-    transforms = check_transforms(temperature, softcap)
-    return LinearInputs(x, y, offsets, head, bias, compute_dtype, logit_scale, *transforms, wanted)
+    weights = check_head(x, given.weight, given.bias)
+    grad = torch.is_grad_enabled()
+    hidden, weight, bias = (
+        y is not None and y.requires_grad and grad for y in (x, weights.weight, weights.bias)
+    )
+    tolerance = check_tolerance(
+        given.grad_tolerance, weights.compute_dtype, not weight, frozen_tolerance
+    )
+    return LinearInputs(
+        x,
+        weights,
+        Tokens(labels, cu_seqlens, tokens.shift),
+        check_transforms(transforms.temperature, transforms.softcap, transforms.logit_scale),
+        Wanted(tolerance, hidden, weight, bias),
+    )
 
 
 def check_workspace(workspace_bytes: object, hidden: Tensor, vocab: int) -> int:
@@ -335,29 +363,31 @@ def check_frozen(name: str, x: Tensor) -> None:
         )
 
 
-def check_sequences(
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    behavior_log_prob: object,
-    reward: object,
-    normalizer: object,
-    ratio: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class SequenceArguments(NamedTuple):
+    """The arguments that belong to sequences, as they came."""
+
+    behavior_log_prob: Tensor
+    reward: Tensor
+    normalizer: float | Tensor | None
+    limits: Limits
+    ratio: str
+    baseline: float
+    reduction: str
+
+
+def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     """Checks what belongs to sequences.
 
     Args:
-        labels: [O, T], already checked.
-        cu_seqlens: [B + 1] or None, already checked.
-        behavior_log_prob: [O, T] (packed: [N] or [1, N]) per token, or [B] per sequence.
-        reward: [B].
-        normalizer: number > 0, 0-dim tensor or None.
-        ratio: ratio level.
-        reduction: reduction.
+        tokens: checked; labels [O, T], or a mask in their place.
+        given: behavior_log_prob [O, T] (packed: [N] or [1, N]) per token, or [B] per sequence;
+            reward [B]; normalizer a number > 0, a 0-dim tensor or None.
 
     Returns:
-        (behavior_log_prob [O, T] or [B], reward [B], normalizer 0-dim tensor or None).
+        Objective; behavior_log_prob [O, T] or [B].
     """
+    labels, cu_seqlens, _ = tokens
+    behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction = given
     check_choice("ratio", ratio, RATIOS)
     check_choice("reduction", reduction, REDUCTIONS)
     device = labels.device
@@ -395,7 +425,10 @@ def check_sequences(
             f"behavior_log_prob: ratio='token' needs it per token, shape {tuple(per_token[-1])}, got "
             f"one sum per sequence {tuple(behavior.shape)}; pass token log-probs or another ratio"
         )
-    return behavior, reward, _normalizer(normalizer, reduction, device)
+    normalizer = _normalizer(normalizer, reduction, device)
+    log_limits = check_limits(limits).log()
+    baseline = check_number("baseline", baseline)
+    return Objective(behavior, reward, normalizer, *log_limits, ratio, baseline, reduction)
 
 
 def _normalizer(normalizer: object, reduction: str, device: torch.device) -> Tensor | None:
@@ -440,15 +473,11 @@ def values_readable(x: Tensor, debug: bool) -> bool:
 
 
 def check_values(
-    labels: Tensor,
-    vocab: int,
-    cu_seqlens: Tensor | None,
-    reward: Tensor | None = None,
-    normalizer: object = None,
+    tokens: Tokens, vocab: int, reward: Tensor | None = None, normalizer: object = None
 ) -> None:
     """Raises on values that are not sound; reads them on the host."""
-    check_label_values(labels, vocab)
-    check_sequence_values(labels != IGNORE_INDEX, cu_seqlens, reward, normalizer)
+    check_label_values(tokens.labels, vocab)
+    check_sequence_values(tokens.labels != IGNORE_INDEX, tokens.cu_seqlens, reward, normalizer)
 
 
 def check_sequence_values(

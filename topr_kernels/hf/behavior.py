@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def score_behavior(
 def score_checked(
     model: nn.Module,
     records: Sequence[Mapping[str, Any]],
-    collator: CompletionCollator,
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
     *,
     batch_size: int,
     progress: bool,
@@ -77,7 +78,7 @@ def score_checked(
     Args:
         model: as in ``score_behavior``.
         records: as in ``score_behavior``.
-        collator: as in ``score_behavior``.
+        collator: as in ``score_behavior``; any other that passes log mu on, too.
         batch_size: as in ``score_behavior``.
         progress: as in ``score_behavior``.
         **options: ``temperature``, ``fused_head``, ``workspace_bytes`` and ``impl``.
@@ -85,25 +86,83 @@ def score_checked(
     Returns:
         As ``score_behavior``.
     """
-    collate = CompletionCollator(collator.pad_token_id, collator.share_prefix, collator.packing)
-    device = next(model.parameters()).device
+    collate = copy.copy(collator)
+    if isinstance(collate, CompletionCollator):
+        collate.mask_truncated = False
+    device = _device(model)
     scored: list[list[float]] = []
     bar = tqdm(total=len(records), desc="score", unit="record", disable=not progress)
     with eval_mode(model), bar:
         for start in range(0, len(records), batch_size):
-            part = [_unscored(r) for r in records[start : start + batch_size]]
+            part = _numbered(records[start : start + batch_size])
             batch = {
                 name: x.to(device) if isinstance(x, Tensor) else x
                 for name, x in collate(part).items()
             }
             log_prob = causal_lm_log_prob(model, batch, check=start == 0, **options).log_prob
-            kept = batch["labels"][:, -log_prob.shape[1] :].ne(IGNORE_INDEX)
-            # In row-major order, which is record by record in both layouts.
-            values = log_prob[kept].cpu()
             lengths = [len(record["completion_token_ids"]) for record in part]
+            values = _in_order(log_prob, batch, sum(lengths))
+            if len(values) and values.isnan().any():
+                again = collate(part)["labels"]
+                if not torch.equal(again, batch["labels"].to(again.device)):
+                    raise ValueError(
+                        "data_collator: it scores other tokens of the same records at each call, so "
+                        "that their log mu cannot be computed beforehand; score all of them, or use "
+                        "behavior='recorded'"
+                    )
+                # Tokens that the collator leaves out are never read.
+                values = values.nan_to_num(0.0)
             scored += [row.tolist() for row in torch.split(values, lengths)]
             bar.update(len(part))
     return scored
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the inputs of a model go; the weights of an offloaded one are elsewhere, or nowhere."""
+    for p in model.parameters():
+        if not p.is_meta:
+            return p.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((d for d in devices if d is not None), "cpu"))
+
+
+def _numbered(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a batch with -1, -2, ... in the place of log mu: a number for every token.
+
+    So the batch of any collator tells where it put each token.
+    """
+    numbered, first = [], 1
+    for record in records:
+        end = first + len(record["completion_token_ids"])
+        numbers = [-float(n) for n in range(first, end)]
+        numbered.append({"reward": 0.0, **record, "behavior_log_prob": numbers})
+        first = end
+    return numbered
+
+
+def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> Tensor:
+    """Log-probs of the ``count`` tokens that ``_numbered`` numbered, on the CPU; NaN where unscored.
+
+    Raises:
+        ValueError: if the collator does not pass ``behavior_log_prob`` on per token.
+    """
+    labels, numbers = batch["labels"], batch["behavior_log_prob"]
+    if numbers.shape == labels.shape:
+        width = log_prob.shape[1]
+        kept = labels[:, -width:].ne(IGNORE_INDEX)
+        index = -numbers[:, -width:][kept].double().cpu() - 1
+        sound = (index == index.round()) & (index >= 0) & (index < count)
+        if sound.all() and len(index.unique()) == len(index):
+            values = torch.full((count,), torch.nan)
+            values[index.long()] = log_prob[kept].float().cpu()
+            return values
+    raise ValueError(
+        "data_collator: expected the values of each record's behavior_log_prob in the batch's "
+        "behavior_log_prob, [B, T] like the labels; it changes, sums or drops them, so that it is not "
+        "known where log mu belongs. Pass them on as they are, or score the records beforehand "
+        "(score_behavior) and use behavior='recorded'"
+    )
 
 
 def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
@@ -111,14 +170,3 @@ def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
     remedy = "Give it token ids, which prepare_records makes of text and messages"
     for i, record in enumerate(records):
         check_token_ids(record, f"record {i} of {of}", (), remedy)
-
-
-def _unscored(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with placeholders for the fields that the collator needs and scoring ignores."""
-    completion = record["completion_token_ids"]
-    return {
-        "prompt_token_ids": record["prompt_token_ids"],
-        "completion_token_ids": completion,
-        "behavior_log_prob": [0.0] * len(completion),
-        "reward": 0.0,
-    }

@@ -18,8 +18,9 @@ from topr_kernels import (
     log_prob,
     topr_loss,
 )
+from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import model_inputs
-from topr_kernels.hf.heads import Head, base_model, loss_in_head
+from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topr_kernels.hf.heads import Head, base_model, capture_hidden, check_logits
+from topr_kernels.hf.capture import capture_hidden, check_logits
+from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import is_packed, packed_inputs
 from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
 from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, takes

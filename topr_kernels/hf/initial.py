@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import TrainerCallback
 
 from topr_kernels.hf.behavior import check_records
 
@@ -84,8 +88,63 @@ def score_initial(
     return [shares[i % processes][0][i // processes] for i in range(len(records))]
 
 
+class ScoredBy(TrainerCallback):
+    """Keeps in every checkpoint what tells the model that log mu was scored under.
+
+    A script that loads the model of the checkpoint it resumes from would score that one instead.
+
+    Args:
+        log_probs: of the records of the first data set that was scored.
+    """
+
+    NAME = "initial_log_probs.json"
+    #: The first so many tokens.
+    TOKENS = 256
+
+    def __init__(self, log_probs: Sequence[Sequence[float]]) -> None:
+        self.first = list(islice(chain.from_iterable(log_probs), self.TOKENS))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes them into the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / self.NAME).write_text(json.dumps(self.first), encoding="utf-8")
+
+    def check(self, checkpoint: Path) -> None:
+        """Compares them with those of a checkpoint, if it has any.
+
+        Raises:
+            ValueError: if another model, or other records, were scored then.
+
+        Warns:
+            UserWarning: if they differ by so little that another device may have rounded apart.
+        """
+        path = checkpoint / self.NAME
+        if not path.is_file():
+            return
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if then == self.first:
+            return
+        what = "the records are others"
+        worst = math.inf
+        if len(then) == len(self.first):
+            worst = max(abs(a - b) for a, b in zip(then, self.first, strict=True))
+            what = f"the log-probs of one token differ by up to {worst:.2g} nats"
+        problem = f"log mu of {checkpoint} is not that of the model given here: {what}"
+        remedy = (
+            "Give TOPRTrainer the model that the run began with, not that of the checkpoint (whose "
+            f"weights are loaded as it resumes), or {_REMEDY}"
+        )
+        # Written so that NaN fails.
+        if not worst <= _ALLOWED:
+            raise ValueError(f"behavior: got 'initial', but {problem}. {remedy}")
+        warnings.warn(f"behavior='initial': {problem}. {remedy}", UserWarning, stacklevel=3)
+
+
 def _problem(model: nn.Module) -> str | None:
     """Why this process cannot run the model by itself; None if it can."""
+    # Hooks of accelerate fetch the weights of an offloaded model as it runs.
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     for name, p in model.named_parameters():
         if hasattr(p, "ds_id") and p.numel() == 0:
             return (
@@ -94,7 +153,7 @@ def _problem(model: nn.Module) -> str | None:
             )
         if hasattr(p, "full_tensor"):
             return f"{name} is sharded over the processes, and none can score by itself"
-        if p.is_meta:
+        if p.is_meta and not offloaded:
             return f"{name} has no values on some process"
     return None
 

@@ -31,7 +31,8 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
     dispatch = cast(Any, args.accelerator_config).dispatch_batches
     parts = [part for data in datasets for part in _parts(data)]
     streams = any(isinstance(part, IterableDataset) for part in parts)
-    if args.world_size > 1 and (dispatch or (dispatch is None and streams)):
+    # In one process, too, when it is asked for.
+    if dispatch or (args.world_size > 1 and dispatch is None and streams):
         _check_not_dispatched(collator, args.world_size)
 
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from topr_kernels import TOPROutput
 from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import score_checked
-from topr_kernels.hf.causal_lm import causal_lm_topr_loss
+from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import base_model, head_shape
-from topr_kernels.hf.initial import score_initial
+from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
-    MetricMean,
     NegativeWatch,
+    SequenceMetrics,
     warn_if_never_negative,
     warn_of_dropout,
+    warn_of_noise,
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.validation import check_workspace
@@ -41,9 +45,9 @@ class TOPRTrainer(Trainer):
     tokenizer). Gradients do not depend on how a batch is split: the loss is normalised by the
     non-empty sequences (or tokens) of the whole accumulated batch over all processes.
 
-    ``log`` gets the metrics of ``TOPROutput.metrics()``: means over the micro-batches since the last
-    log in which they are defined (keys that end in ``_min`` or ``_max``: the extreme). ``evaluate``
-    reports the loss and the same metrics. Normaliser and metrics cover all processes.
+    ``log`` gets the metrics of ``TOPROutput.metrics()``, of all sequences since the last log as if they
+    were one batch; those that are undefined there are left out. ``evaluate`` reports the loss and the
+    same metrics. Normaliser and metrics cover all processes.
 
     Disable dropout (``attention_dropout=0.0`` and the like in the model's configuration); the first
     batch warns of it. Training runs the model in train mode, so with dropout > 0 pi is noisy while mu
@@ -88,8 +92,8 @@ class TOPRTrainer(Trainer):
             CPU although training does not run there.
     """
 
-    # The loss is normalised over the whole accumulated batch: the Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
+    # Trainer divides by the number of micro-batches; compute_loss has multiplied by it.
+    loss_is_scaled_for_ga = False
 
     args: TOPRConfig
 
@@ -139,8 +143,8 @@ class TOPRTrainer(Trainer):
                 _each(data, self._prepare) for data in (self.train_dataset, self.eval_dataset)
             )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
-        self.model_accepts_loss_kwargs = True
-        self._head_checked = self._packing_checked = self._dropout_checked = False
+        self.model_accepts_loss_kwargs = False
+        self._head_checked = self._packing_checked = self._noise_checked = False
         self._eval_loader: Any = None
         check_loading(args, data_collator, self.train_dataset, self.eval_dataset)
         if args.fused_head and args.n_gpu > 1:
@@ -152,10 +156,12 @@ class TOPRTrainer(Trainer):
         if args.fused_head:
             vocab, _ = head_shape(self.model)
             check_workspace(args.workspace_bytes, torch.empty(0, device=args.device), vocab)
-        self._train_metrics = MetricMean()
-        self._eval_metrics = MetricMean()
+        self._scored_by: ScoredBy | None = None
+        self._train_metrics = SequenceMetrics()
+        self._eval_metrics = SequenceMetrics()
         self._watch = NegativeWatch()
-        if isinstance(data_collator, CompletionCollator):
+        # A custom collator may find or compute log mu itself.
+        if isinstance(data_collator, CompletionCollator) or args.behavior == "initial":
             self.train_dataset, self.eval_dataset = (
                 _each(data, functools.partial(self._with_behavior, data_collator))
                 for data in (self.train_dataset, self.eval_dataset)
@@ -191,7 +197,7 @@ class TOPRTrainer(Trainer):
             )
         return self._with_behavior(collator, self._prepare(dataset))
 
-    def _with_behavior(self, collator: CompletionCollator, dataset: Any) -> Any:
+    def _with_behavior(self, collator: Any, dataset: Any) -> Any:
         """The data set with ``behavior_log_prob``: its own, or that of the initial model."""
         if not hasattr(dataset, "__len__"):
             if self.args.behavior == "initial":
@@ -239,6 +245,9 @@ class TOPRTrainer(Trainer):
         log_probs = score_initial(
             model, records, score, device=self.args.device, processes=processes, rank=rank
         )
+        if self._scored_by is None:
+            self._scored_by = ScoredBy(log_probs)
+            self.add_callback(self._scored_by)
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
                 dataset = dataset.remove_columns("behavior_log_prob")
@@ -247,6 +256,15 @@ class TOPRTrainer(Trainer):
             {**r, "behavior_log_prob": values} for r, values in zip(records, log_probs, strict=True)
         ]
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer.train``; refuses to go on with log mu of another model than the run began with."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
+        if checkpoint and self._scored_by is not None:
+            self._scored_by.check(Path(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -254,24 +272,55 @@ class TOPRTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss of one micro-batch, normalised by the items of the whole accumulated batch."""
-        if model.training and not self._dropout_checked:
-            warn_of_dropout(self.accelerator.unwrap_model(model))
-            self._dropout_checked = True
+        """Loss of one micro-batch, normalised by the items of the whole accumulated batch.
+
+        In training it is multiplied by the number of micro-batches, by which Trainer divides: what a
+        subclass adds to it is averaged over them, and over the processes.
+        """
+        if model.training and not self._noise_checked:
+            self._noise_checked = True
+            self._warn_of_noise(model, inputs)
         output = self._topr(model, inputs, num_items_in_batch)
-        metrics = self._train_metrics if model.training else self._eval_metrics
-        counted = (output.length > 0).sum()
-        metrics.add(output.metrics(), counted)
         if model.training:
+            self._train_metrics.add(output)
             self._watch.add(output)
         else:
             # Trainer's own mean weighs batches by their first dimension, which is 1 if they are packed.
+            counted = (output.length > 0).sum()
             units = counted if self.args.reduction == "sequence_mean" else output.length.sum()
-            metrics.add({"loss": output.loss}, units)
+            self._eval_metrics.add(output, units)
         # Data-parallel wrappers average gradients over processes; our normaliser is global already.
-        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        loss = output.loss * processes
+        # Trainer divides by the micro-batches, which is right for a term that a subclass adds.
+        scale = 1
+        if num_items_in_batch is not None:
+            scale = self.accelerator.num_processes
+            scale *= self.current_gradient_accumulation_steps if model.training else 1
+        loss = output.loss * scale
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _warn_of_noise(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Warns if pi has noise in training that log mu was scored without."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        if warn_of_dropout(unwrapped):
+            return
+
+        def score() -> Tensor:
+            with self.compute_loss_context_manager():
+                return causal_lm_log_prob(
+                    model,
+                    inputs,
+                    unwrapped=unwrapped,
+                    temperature=self.args.temperature,
+                    fused_head=self.args.fused_head,
+                    workspace_bytes=self.args.workspace_bytes if self.args.fused_head else None,
+                    impl=self.args.impl,
+                    check=not self._head_checked,
+                ).log_prob
+
+        # Another mode is another graph, and minutes of compilation.
+        if not self.args.torch_compile:
+            warn_of_noise(model, score, self.args.neftune_noise_alpha)
+            self._head_checked = True
 
     def _topr(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> TOPROutput:
         fused: dict[str, Any] = {}
@@ -319,6 +368,24 @@ class TOPRTrainer(Trainer):
         # A batch without anything to learn from has loss 0, not 0 / 0.
         return items.clamp(min=1)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
+        with self._keeping_last():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
+        with self._keeping_last():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _keeping_last(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -335,7 +402,7 @@ class TOPRTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """``Trainer``'s evaluation, with the loss's metrics added to its figures."""
         check_loader(dataloader, self.data_collator, self.args.world_size)
-        self._eval_metrics, self._eval_loader = MetricMean(), dataloader
+        self._eval_metrics, self._eval_loader = SequenceMetrics(), dataloader
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
@@ -349,7 +416,7 @@ class TOPRTrainer(Trainer):
         """Adds the metrics since the last log to a training log."""
         if "loss" in logs:
             logs = {**logs, **self._train_metrics.result(self._gather)}
-            self._train_metrics = MetricMean()
+            self._train_metrics = SequenceMetrics()
             self._watch.warn(self._gather)
         super().log(logs, start_time)
 

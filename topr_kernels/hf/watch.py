@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,11 @@ from torch import Tensor, nn
 
 from topr_kernels import Limits, TOPROutput
 from topr_kernels.hf.heads import base_model
-from topr_kernels.output import DEAD_WEIGHT
+from topr_kernels.hf.packing import eval_mode
+from topr_kernels.output import DEAD_WEIGHT, SequenceResults
+
+#: Nats by which a token's log-prob may differ between train and eval mode.
+MOST_NOISE = 0.01
 
 
 class NegativeWatch:
@@ -64,57 +67,49 @@ class NegativeWatch:
             )
 
 
-class MetricMean:
-    """Means of device scalars over batches, each weighted by its size; NaN means "undefined here".
+class SequenceMetrics:
+    """Metrics of the sequences of several batches, as if they had been one batch.
 
-    Keys that end in ``_min`` or ``_max`` keep the extreme instead. Nothing is copied to the host
-    before ``result``.
+    The sequences' results are kept, five numbers each, since a standard deviation or an effective
+    sample size is no mean of those of the batches. Nothing is copied to the host before ``result``.
     """
 
     def __init__(self) -> None:
-        self._total: dict[str, Tensor] = {}
-        self._weight: dict[str, Tensor] = {}
+        self._sequences: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
-    def add(self, metrics: Mapping[str, Tensor], size: int | Tensor) -> None:
-        """Adds one batch's metrics (scalars of any dtype) with ``size``, a number, as their weight."""
-        for name, value in metrics.items():
-            x = value.detach().double()
-            undefined = x.isnan()
-            if name.endswith(("_min", "_max")):
-                known = self._total.get(name, x)
-                extreme = torch.fmin if name.endswith("_min") else torch.fmax
-                self._total[name] = extreme(known, x)
-                continue
-            zero = torch.zeros_like(x)
-            weight = torch.where(undefined, zero, zero + size)
-            # Select, don't multiply: 0 * NaN is NaN.
-            weighted = torch.where(undefined, zero, x * size)
-            self._total[name] = self._total.get(name, zero) + weighted
-            self._weight[name] = self._weight.get(name, zero) + weight
+    def add(self, output: TOPROutput, items: Tensor | None = None) -> None:
+        """Adds a batch; with ``items``, what its loss was divided by, for the mean loss."""
+        results = output.sequences()
+        self._sequences.append(torch.stack([x.double() for x in results[:5]]))
+        known = torch.zeros_like(results.entropy) if items is None else items
+        loss = torch.where(known == 0, 0.0, output.loss.detach() * known)
+        sums = (results.entropy, results.kl_k3, loss, known)
+        self._sums.append(torch.stack([x.double() for x in sums]))
 
     def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means so far; metrics that were never defined are left out.
+        """The metrics, and ``loss`` if its items were given; what is undefined is left out.
 
         Args:
-            gather: from [1, K] of each of P processes to [P, K], for the means over all of them. Every
-                process must call it, with the same metrics.
+            gather: from [1, K] of each of P processes to [P, K], for the metrics over all of them.
+                Every process must call it.
         """
-        if not self._total:
+        if not self._sums:
             return {}
-        names = sorted(self._total)
-        totals = torch.stack([self._total[name] for name in names])[None]
-        ones = torch.ones_like(totals[0, 0])
-        weights = torch.stack([self._weight.get(name, ones) for name in names])[None]
+        sequences, sums = torch.cat(self._sequences, dim=1), torch.stack(self._sums).sum(0)
         if gather is not None:
-            totals, weights = gather(totals), gather(weights)
-        means = {}
-        for i, name in enumerate(names):
-            if name.endswith(("_min", "_max")):
-                extreme = torch.fmin if name.endswith("_min") else torch.fmax
-                means[name] = float(functools.reduce(extreme, totals[:, i]))
-            elif weight := float(weights[:, i].sum()):
-                means[name] = float(totals[:, i].sum()) / weight
-        return {name: value for name, value in means.items() if not math.isnan(value)}
+            sums = gather(sums[None]).sum(0)
+            longest = int(gather(sums.new_tensor([[sequences.shape[1]]])).max())
+            # Sequences of length 0 are not counted.
+            padded = nn.functional.pad(sequences, (0, longest - sequences.shape[1]))
+            sequences = gather(padded.reshape(1, -1)).view(-1, *padded.shape)
+            sequences = sequences.transpose(0, 1).flatten(1)
+        entropy, kl_k3, loss, items = sums
+        metrics = SequenceResults._make([*sequences, entropy, kl_k3]).metrics()
+        figures = {name: float(value) for name, value in metrics.items()}
+        if items:
+            figures["loss"] = float(loss / items)
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Limits) -> bool:
@@ -167,6 +162,42 @@ def warn_of_dropout(model: nn.Module) -> bool:
         f"{name} of the model is {rate:g}{more}: it drops out in training, but mu was scored without, "
         "so pi/mu is noise where the policies are equal, and its clipping acts on that. Load the "
         f"model {remedy} (of LoRA: LoraConfig(lora_dropout=0.0))",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def warn_of_noise(
+    model: nn.Module, score: Callable[[], Tensor], neftune: float | None = None
+) -> bool:
+    """Warns if a model in train mode gives other log-probs than in eval mode: pi is then noisy.
+
+    Args:
+        model: in train mode; it is run twice.
+        score: runs the model on a batch; its log-probs.
+        neftune: ``neftune_noise_alpha`` of the Trainer, to name it.
+
+    Returns:
+        Whether it warned.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # The random numbers of training stay what they would be.
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        in_training = score()
+        with eval_mode(model):
+            difference = float((in_training - score()).nan_to_num(0.0).abs().max())
+    if difference <= MOST_NOISE:
+        return False
+    cause = (
+        f"neftune_noise_alpha={neftune:g} adds noise to the embeddings"
+        if neftune
+        else "find what acts in train mode alone: a hook, LayerDrop, noise in a router"
+    )
+    warnings.warn(
+        f"The log-probs of the first batch differ by up to {difference:.2g} nats between train mode and "
+        f"eval mode, in which mu was scored: {cause}. So pi/mu is noise where the policies are equal, "
+        "and its clipping acts on that. Train without it",
         UserWarning,
         stacklevel=2,
     )

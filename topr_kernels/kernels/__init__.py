@@ -114,8 +114,3 @@ def load(module: str) -> bool:
 def linear_tile(impl: str) -> Any:
     """The ``TileKernels`` of a resolved implementation of the fused-linear path."""
     return importlib.import_module(f"{__name__}.{LINEAR[impl]}").TILE
-
-
-def shard_tile(*args: Any) -> Any:
-    """The ``TileKernels`` of one shard of the vocabulary; see ``portable_linear.shard_tile``."""
-    return importlib.import_module(f"{__name__}.{LINEAR['torch']}").shard_tile(*args)

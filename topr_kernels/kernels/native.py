@@ -18,15 +18,15 @@ from topr_kernels.kernels.native_library import DTYPES, call, library
 from topr_kernels.layout import sequence_offsets
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import logits as ops
+from topr_kernels.ops.options import Objective, Tokens, Transforms
+from topr_kernels.sequence import effective_reward
 
 # enum topr_ratio and topr_reduction.
 _RATIO = {name: i for i, name in enumerate(RATIOS)}
 _REDUCTION = {name: i for i, name in enumerate(REDUCTIONS)}
 
 
-def _shape(
-    logits: Tensor, temperature: float, softcap: float | None, shift: bool
-) -> dict[str, Any]:
+def _shape(logits: Tensor, transforms: Transforms, shift: bool) -> dict[str, Any]:
     outer, time, vocab = logits.shape
     stride_outer, stride_time, stride_vocab = logits.stride()
     return {
@@ -38,33 +38,26 @@ def _shape(
         "stride_outer": stride_outer,
         "stride_time": stride_time,
         "stride_vocab": stride_vocab,
-        "logit_scale": 1.0,
-        "softcap": softcap or 0.0,
-        "temperature": temperature,
+        "logit_scale": transforms.logit_scale,
+        "softcap": transforms.softcap or 0.0,
+        "temperature": transforms.temperature,
         "shift": shift,
     }
 
 
 def log_prob_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    shift: bool,
+    logits: Tensor, tokens: Tokens, transforms: Transforms, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    labels = labels.contiguous()
-    offsets, _ = sequence_offsets(labels, cu_seqlens)
-    return _rows(logits, labels, offsets, temperature, softcap, entropy, shift)
+    labels = tokens.labels.contiguous()
+    offsets, _ = sequence_offsets(labels, tokens.cu_seqlens)
+    return _rows(logits, labels, offsets, transforms, entropy, tokens.shift)
 
 
 def _rows(
     logits: Tensor,
     labels: Tensor,
     offsets: Tensor,
-    temperature: float,
-    softcap: float | None,
+    transforms: Transforms,
     entropy: bool,
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +66,7 @@ def _rows(
     )
     call(
         "topr_log_prob",
-        **_shape(logits, temperature, softcap, shift),
+        **_shape(logits, transforms, shift),
         labels=labels,
         offsets=offsets,
         sequences=len(offsets) - 1,
@@ -87,40 +80,25 @@ def _rows(
 
 
 def topr_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    behavior_log_prob: Tensor,
-    reward: Tensor,
-    normalizer: Tensor | None,
-    log_limits: tuple[float, float, float, float],
-    ratio: str,
-    baseline: float,
-    reduction: str,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    shift: bool,
+    logits: Tensor, tokens: Tokens, objective: Objective, transforms: Transforms, entropy: bool
 ) -> tuple[Tensor, ...]:
-    labels = labels.contiguous()
-    offsets, sound = sequence_offsets(labels, cu_seqlens)
-    rows = _rows(logits, labels, offsets, temperature, softcap, entropy, shift)
+    labels = tokens.labels.contiguous()
+    offsets, sound = sequence_offsets(labels, tokens.cu_seqlens)
+    rows = _rows(logits, labels, offsets, transforms, entropy, tokens.shift)
     log_prob = rows[0]
     dtype = log_prob.dtype
-    behavior = behavior_log_prob.contiguous()
-    # The baseline in the dtype of the rewards: 0.7 - 0.7 is 0, and not a negative of 1e-8.
-    reward = (reward - torch.full_like(reward, baseline)).to(dtype).contiguous()
+    behavior, normalizer = objective.behavior_log_prob.contiguous(), objective.normalizer
+    reward = effective_reward(objective).to(dtype).contiguous()
     loss, denominator = (log_prob.new_empty(()) for _ in range(2))
     token_log_ratio, d_log_prob = (torch.empty_like(log_prob) for _ in range(2))
-    log_ratio, weight, objective = (torch.empty_like(reward) for _ in range(3))
+    log_ratio, weight, tapered = (torch.empty_like(reward) for _ in range(3))
     length = torch.empty_like(reward, dtype=torch.int64)
-    pos_min, pos_max, neg_min, neg_max = log_limits
     call(
         "topr_sequences",
         dtype=DTYPES[dtype],
         outer=labels.shape[0],
         time=labels.shape[1],
-        shift=shift,
+        shift=tokens.shift,
         labels=labels,
         offsets=offsets,
         sequences=len(offsets) - 1,
@@ -130,18 +108,18 @@ def topr_fwd(
         behavior_per_sequence=behavior.dim() == 1,
         reward=reward,
         normalizer=None if normalizer is None else normalizer.to(dtype),
-        log_pos_min=pos_min,
-        log_pos_max=pos_max,
-        log_neg_min=neg_min,
-        log_neg_max=neg_max,
-        ratio=_RATIO[ratio],
-        reduction=_REDUCTION[reduction],
+        log_pos_min=objective.log_pos_min,
+        log_pos_max=objective.log_pos_max,
+        log_neg_min=objective.log_neg_min,
+        log_neg_max=objective.log_neg_max,
+        ratio=_RATIO[objective.ratio],
+        reduction=_REDUCTION[objective.reduction],
         loss=loss,
         denominator=denominator,
         token_log_ratio=token_log_ratio,
         log_ratio=log_ratio,
         weight=weight,
-        objective=objective,
+        objective=tapered,
         length=length,
         d_log_prob=d_log_prob,
     )
@@ -156,7 +134,7 @@ def topr_fwd(
         token_log_ratio,
         log_ratio,
         weight,
-        objective,
+        tapered,
         reward,
         length,
         d_log_prob,
@@ -164,36 +142,18 @@ def topr_fwd(
 
 
 def _write_gradient(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor,
-    log_prob: Tensor,
-    d_log_prob: Tensor,
-    d_loss: Tensor | None,
-    denominator: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
+    out: Tensor, logits: Tensor, tokens: Tokens, saved: ops.Saved, transforms: Transforms
 ) -> None:
-    labels = labels.contiguous()
-    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    labels, shift = tokens.labels.contiguous(), tokens.shift
+    offsets, _ = sequence_offsets(labels, tokens.cu_seqlens)
     stride_outer, stride_time, stride_vocab = out.stride()
     # Saved tensors come back as a hook likes to return them.
-    dense = {
-        "lse": lse,
-        "lse_low": lse_low,
-        "log_prob": log_prob,
-        "d_log_prob": d_log_prob,
-        "d_loss": d_loss,
-        "loss_denominator": denominator,
-    }
+    dense = saved._asdict()
+    dense["loss_denominator"] = dense.pop("denominator")
     dtype = accumulate_dtype(logits.dtype)
     call(
         "topr_gradient",
-        **_shape(logits, temperature, softcap, shift),
+        **_shape(logits, transforms, shift),
         gradient=out,
         gradient_stride_outer=stride_outer,
         gradient_stride_time=stride_time,

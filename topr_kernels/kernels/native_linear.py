@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from topr_kernels.fused_linear import RowStats, TileKernels, Transforms, linear_kernels
 from topr_kernels.kernels.native_library import DTYPES, call, library
+from topr_kernels.linear.operators import linear_kernels
+from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.ops import linear as ops
+from topr_kernels.ops.options import Transforms
 
 
 def _tile(z: Tensor) -> dict[str, Tensor | float]:
@@ -46,7 +48,7 @@ def rows(
         lse_low=stats.lse_low,
         row_entropy=stats.entropy,
         factor=stats.factor,
-        total=stats.total,
+        total=stats.j_sum,
     )
     return stats
 
@@ -90,16 +92,16 @@ def gather(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     columns = columns.contiguous()
-    j, total = z.new_empty((len(z), len(columns))), z.new_empty(len(z))
+    j, j_sum = z.new_empty((len(z), len(columns))), z.new_empty(len(z))
     call(
         "topr_gather",
         **_tile(z),
         columns=columns,
         column_count=len(columns),
         gathered=j,
-        gathered_sums=total,
+        gathered_sums=j_sum,
     )
-    return j.to(dtype), total
+    return j.to(dtype), j_sum
 
 
 library()

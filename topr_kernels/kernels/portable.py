@@ -22,7 +22,8 @@ from topr_kernels.layout import (
 )
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops import logits as ops
-from topr_kernels.rows import softmax_rows_, transform_
+from topr_kernels.ops.options import Objective, Tokens, Transforms
+from topr_kernels.rows import onehot_minus_softmax_, softcap_slope, softmax_rows_, transform_
 from topr_kernels.sequence import sequence_stage
 
 # Elements of a row block. Its few fp32 temporaries (2 MiB each) fit a desktop's last-level cache; a
@@ -49,14 +50,9 @@ def _read(logits: Tensor, block: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def log_prob_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    shift: bool,
+    logits: Tensor, tokens: Tokens, transforms: Transforms, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels, cu_seqlens, shift = tokens
     vocab = logits.shape[-1]
     # Results take the layout of what they are computed from; the contract says contiguous.
     labels = labels.contiguous()
@@ -66,7 +62,7 @@ def log_prob_fwd(
     row_log_prob = logits.new_zeros(labels.shape, dtype=dtype)
     row_lse, row_low, row_entropy = (torch.zeros_like(row_log_prob) for _ in range(3))
     for block in _row_blocks(scored, vocab):
-        z = transform_(_read(logits, block), 1.0, softcap, temperature)
+        z = transform_(_read(logits, block), transforms)
         rows = softmax_rows_(z, target[block], entropy)
         row_log_prob[block] = rows.log_prob
         row_lse[block] = rows.lse
@@ -81,39 +77,13 @@ def log_prob_fwd(
 
 
 def topr_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    behavior_log_prob: Tensor,
-    reward: Tensor,
-    normalizer: Tensor | None,
-    log_limits: tuple[float, float, float, float],
-    ratio: str,
-    baseline: float,
-    reduction: str,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    shift: bool,
+    logits: Tensor, tokens: Tokens, objective: Objective, transforms: Transforms, entropy: bool
 ) -> tuple[Tensor, ...]:
-    log_prob, lse, low, ent = log_prob_fwd(
-        logits, labels, cu_seqlens, temperature, softcap, entropy, shift
-    )
-    labels = labels.contiguous()
-    offsets, sound = sequence_offsets(labels, cu_seqlens)
-    stage = sequence_stage(
-        log_prob,
-        scored_labels(labels, cu_seqlens, shift) != IGNORE_INDEX,
-        behavior_log_prob,
-        reward,
-        offsets,
-        sound,
-        normalizer,
-        log_limits,
-        ratio,
-        baseline,
-        reduction,
-    )
+    log_prob, lse, low, ent = log_prob_fwd(logits, tokens, transforms, entropy)
+    labels = tokens.labels.contiguous()
+    offsets, sound = sequence_offsets(labels, tokens.cu_seqlens)
+    scored = scored_labels(labels, tokens.cu_seqlens, tokens.shift) != IGNORE_INDEX
+    stage = sequence_stage(log_prob, scored, offsets, sound, objective)
     return (
         stage.loss,
         stage.denominator,
@@ -132,23 +102,12 @@ def topr_fwd(
 
 
 def _write_gradient(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor,
-    log_prob: Tensor,
-    d_log_prob: Tensor,
-    d_loss: Tensor | None,
-    denominator: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
+    out: Tensor, logits: Tensor, tokens: Tokens, saved: ops.Saved, transforms: Transforms
 ) -> None:
     """Writes d_log_prob * (onehot - softmax), chained through temperature and softcap, to ``out``."""
-    vocab = logits.shape[-1]
-    target = to_rows(scored_labels(labels, cu_seqlens, shift), shift, IGNORE_INDEX)
+    lse, lse_low, log_prob, d_log_prob, d_loss, denominator = saved
+    vocab, shift = logits.shape[-1], tokens.shift
+    target = to_rows(scored_labels(*tokens), shift, IGNORE_INDEX)
     if d_loss is not None and denominator is not None:
         # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale; a NaN
         # scale (unsound offsets) reaches every row.
@@ -161,16 +120,11 @@ def _write_gradient(
         if out.device.type == "cpu":
             out[block] = 0
     for block in _row_blocks(active, vocab):
-        z = transform_(_read(logits, block), 1.0, softcap, temperature)
-        label = target[block].clamp(0, vocab - 1).unsqueeze(-1)
-        c = coefficient[block].unsqueeze(-1)
-        slope = None
-        if softcap is not None:
-            slope = 1 - (z * (temperature / softcap)).square_()
-        p = z.sub_(row_lse[block].unsqueeze(-1)).sub_(row_low[block].unsqueeze(-1)).exp_()
-        # The true class in the accumulation dtype, before any rounding: 1 - p_y = -expm1(log p_y).
-        p_label = -torch.expm1(row_log_prob[block].unsqueeze(-1))
-        d = p.neg_().scatter_(-1, label, p_label).mul_(c / temperature)
+        z = transform_(_read(logits, block), transforms)
+        slope = softcap_slope(z, transforms)
+        row = row_lse[block], row_low[block]
+        d = onehot_minus_softmax_(z, row, row_log_prob[block], target[block].clamp(0, vocab - 1))
+        d.mul_(coefficient[block].unsqueeze(-1) / transforms.temperature)
         if slope is not None:
             d.mul_(slope)
         if out.device.type != "cpu":

@@ -33,7 +33,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topr_kernels.fused_linear import RowStats, TileKernels, Transforms, linear_kernels
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
     INFINITY,
@@ -45,7 +44,10 @@ from topr_kernels.kernels.triton_rows import (
     tanh,
     transform,
 )
+from topr_kernels.linear.operators import linear_kernels
+from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.ops import linear as ops
+from topr_kernels.ops.options import Transforms
 
 # ---- J ---------------------------------------------------------------------------------------------
 

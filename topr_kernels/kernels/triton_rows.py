@@ -65,16 +65,16 @@ def two_sum(a, b):
 
 @triton.jit
 def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Folds a tile [U, BV] into what every lane holds of the row.
+    """Adds a tile [U, BV] to what each of BV lanes holds of the row.
 
-    That is the max m, s = sum e^(z-m), h = sum e^(z-m) (z-m) and g = sum e^(z-m) slope.
+    A lane holds the max m, s = sum e^(z-m), h = sum e^(z-m) (z-m) and g = sum e^(z-m) slope.
     """
     m_new = tl.maximum(m, tl.max(z, axis=0))
     p = tl.exp(z - m_new[None, :])
     rescale = tl.exp(m - m_new)
     if ENTROPY:
         # By selection: an empty lane has m - m_new = -inf, a banned token z - m_new = -inf.
-        old = tl.where(s == 0, 0.0, rescale * (h + s * (m - m_new)))
+        old = tl.where(s == 0, 0.0, rescale * tl.fma(s, m - m_new, h))
         h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
     if SLOPE:
         g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))
@@ -84,19 +84,19 @@ def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def join(m, s, h, g, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Joins lanes or parts: vectors (m, s, h, g) -> scalars of the same meaning."""
+    """Joins lanes or parts of a row: vectors (m, s, h, g) -> scalars of the same meaning."""
     top = tl.max(m, axis=0)
     scale = tl.exp(m - top)
-    total = tl.sum(s * scale, axis=0)
+    s_all = tl.sum(s * scale, axis=0)
     if ENTROPY:
-        h_total = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
+        h_all = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
     else:
-        h_total = total * 0.0
+        h_all = s_all * 0.0
     if SLOPE:
-        g_total = tl.sum(g * scale, axis=0)
+        g_all = tl.sum(g * scale, axis=0)
     else:
-        g_total = total * 0.0
-    return top, total, h_total, g_total
+        g_all = s_all * 0.0
+    return top, s_all, h_all, g_all
 
 
 @triton.jit

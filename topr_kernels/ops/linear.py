@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 
 
 class Kernels(NamedTuple):
-    """One implementation of the fused-linear path; signatures are the operators' less ``impl``."""
+    """One implementation of the fused-linear path; returns what the operators return.
+
+    log_prob_fwd(hidden, head, tokens, transforms, entropy, workspace_bytes)
+    log_prob_bwd(hidden, head, tokens, d_log_prob, transforms, workspace_bytes, wanted)
+    topr_fwd(hidden, head, tokens, objective, transforms, entropy, workspace_bytes, wanted)
+    """
 
     log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
     log_prob_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -34,6 +40,16 @@ _KERNELS: dict[str, Kernels] = {}
 def register(impl: str, kernels: Kernels) -> None:
     """Makes an implementation callable as ``impl`` from the operators of this module."""
     _KERNELS[impl] = kernels
+
+
+def is_registered(impl: str) -> bool:
+    """Whether ``impl`` is callable from the operators of this module."""
+    return impl in _KERNELS
+
+
+def unregister(impl: str) -> None:
+    """Forgets an implementation, if it is there."""
+    _KERNELS.pop(impl, None)
 
 
 @torch.library.custom_op("topr_kernels::linear_log_prob_fwd", mutates_args=())
@@ -56,16 +72,10 @@ def linear_log_prob_fwd(
     """-> (log_prob, lse, entropy), each [O, T]; entropy is NaN unless asked for."""
     return _KERNELS[impl].log_prob_fwd(
         hidden,
-        head_weight,
-        bias,
-        labels,
-        cu_seqlens,
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
+        HeadWeights(head_weight, bias, compute_dtype),
+        Tokens(labels, cu_seqlens, shift),
+        Transforms(logit_scale, softcap, temperature),
         entropy,
-        shift,
         workspace_bytes,
     )
 
@@ -101,21 +111,12 @@ def linear_log_prob_bwd(
     """-> (d_hidden, d_weight, d_bias) in the dtypes of their inputs; [0] where not wanted."""
     return _KERNELS[impl].log_prob_bwd(
         hidden,
-        head_weight,
-        bias,
-        labels,
-        cu_seqlens,
+        HeadWeights(head_weight, bias, compute_dtype),
+        Tokens(labels, cu_seqlens, shift),
         d_log_prob,
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
-        shift,
-        grad_tolerance,
+        Transforms(logit_scale, softcap, temperature),
         workspace_bytes,
-        grad_hidden,
-        grad_weight,
-        grad_bias,
+        Wanted(grad_tolerance, grad_hidden, grad_weight, grad_bias),
     )
 
 
@@ -188,30 +189,27 @@ def linear_topr_fwd(
     times it d_hidden, [O, T, D] in the dtype of hidden, is the gradient. d_weight: [V, D] fp32; d_bias:
     [V]. A gradient that is not wanted has shape [0].
     """
-    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
-        hidden,
-        head_weight,
-        bias,
-        labels,
-        cu_seqlens,
+    objective = Objective(
         behavior_log_prob,
         reward,
         normalizer,
-        (log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        log_pos_min,
+        log_pos_max,
+        log_neg_min,
+        log_neg_max,
         ratio,
         baseline,
         reduction,
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
+    )
+    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
+        hidden,
+        HeadWeights(head_weight, bias, compute_dtype),
+        Tokens(labels, cu_seqlens, shift),
+        objective,
+        Transforms(logit_scale, softcap, temperature),
         entropy,
-        shift,
-        grad_tolerance,
         workspace_bytes,
-        grad_hidden,
-        grad_weight,
-        grad_bias,
+        Wanted(grad_tolerance, grad_hidden, grad_weight, grad_bias),
     )
 
 

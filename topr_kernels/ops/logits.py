@@ -4,9 +4,9 @@ Shapes: logits [O, T, V] with any strides; labels [O, T] int64, label-aligned, -
 cu_seqlens [B + 1] or None. Packed input has O = 1. Token results are label-aligned [O, T], 0 where
 nothing is scored. Arithmetic dtype: fp64 for fp64 logits, fp32 for all others.
 
-An implementation is a module under ``kernels`` that calls :func:`register` with four functions of the
-same signatures less ``impl``. The gradient of both forwards is the same row kernel: a row of logits
-gets ``d_log_prob * (onehot - softmax)``, times the slope of softcap and temperature.
+An implementation is a module under ``kernels`` that calls :func:`register` with its four functions. The
+gradient of both forwards is the same row kernel: a row of logits gets ``d_log_prob * (onehot -
+softmax)``, times the slope of softcap and temperature.
 """
 
 from __future__ import annotations
@@ -18,10 +18,27 @@ import torch
 from torch import Tensor
 
 from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops.options import Objective, Tokens, Transforms
+
+
+class Saved(NamedTuple):
+    """What the backward knows of each token, [O, T], and of the batch, 0-dim."""
+
+    lse: Tensor
+    lse_low: Tensor
+    log_prob: Tensor
+    d_log_prob: Tensor
+    d_loss: Tensor | None
+    denominator: Tensor | None
 
 
 class Kernels(NamedTuple):
-    """One implementation of the logits path."""
+    """One implementation of the logits path; returns what the operators return.
+
+    log_prob_fwd(logits, tokens, transforms, entropy)
+    topr_fwd(logits, tokens, objective, transforms, entropy)
+    logits_bwd(logits, tokens, saved, transforms); ``logits_bwd_`` the same, over the logits.
+    """
 
     log_prob_fwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     topr_fwd: Callable[..., tuple[Tensor, ...]]
@@ -53,9 +70,8 @@ def log_prob_fwd(
     lse + lse_low is the log-sum-exp to twice the digits: under a large common offset of the logits lse
     alone would cost the gradient its precision.
     """
-    return _KERNELS[impl].log_prob_fwd(
-        logits, labels, cu_seqlens, temperature, softcap, entropy, shift
-    )
+    tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
+    return _KERNELS[impl].log_prob_fwd(logits, tokens, transforms, entropy)
 
 
 @log_prob_fwd.register_fake
@@ -108,21 +124,24 @@ def topr_fwd(
     weight, objective, reward, length: [B], the last int64. d_log_prob: [O, T]; over the denominator it
     is the gradient of the loss by each log-prob.
     """
-    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
-        logits,
-        labels,
-        cu_seqlens,
+    objective = Objective(
         behavior_log_prob,
         reward,
         normalizer,
-        (log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        log_pos_min,
+        log_pos_max,
+        log_neg_min,
+        log_neg_max,
         ratio,
         baseline,
         reduction,
-        temperature,
-        softcap,
+    )
+    return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
+        logits,
+        Tokens(labels, cu_seqlens, shift),
+        objective,
+        Transforms(1.0, softcap, temperature),
         entropy,
-        shift,
     )
 
 
@@ -175,17 +194,9 @@ def logits_bwd(
     """
     return _KERNELS[impl].logits_bwd(
         logits,
-        labels,
-        cu_seqlens,
-        lse,
-        lse_low,
-        log_prob,
-        d_log_prob,
-        d_loss,
-        denominator,
-        temperature,
-        softcap,
-        shift,
+        Tokens(labels, cu_seqlens, shift),
+        Saved(lse, lse_low, log_prob, d_log_prob, d_loss, denominator),
+        Transforms(1.0, softcap, temperature),
     )
 
 
@@ -213,17 +224,9 @@ def logits_bwd_(
     """Like :func:`logits_bwd`, but overwrites the logits with their gradient."""
     _KERNELS[impl].logits_bwd_(
         logits,
-        labels,
-        cu_seqlens,
-        lse,
-        lse_low,
-        log_prob,
-        d_log_prob,
-        d_loss,
-        denominator,
-        temperature,
-        softcap,
-        shift,
+        Tokens(labels, cu_seqlens, shift),
+        Saved(lse, lse_low, log_prob, d_log_prob, d_loss, denominator),
+        Transforms(1.0, softcap, temperature),
     )
 
 

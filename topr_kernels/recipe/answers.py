@@ -164,12 +164,6 @@ def boxed_answers(text: str) -> list[Statement]:
     return joined
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Contents of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces close, or None."""
-    found = boxes(text)[0]
-    return found[-1].answer if found else None
-
-
 def final_answer(text: str, *, boxed: bool) -> str | None:
     r"""The answer that a text ends with, or None if it gives none or takes it back.
 
@@ -249,9 +243,9 @@ def _without_subject(clause: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without the $, %, emphasis and full stop that a sentence puts around it."""
+    """An answer without the $, emphasis and full stop that a sentence puts around it."""
     text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip("$ ")
-    return text.removesuffix("%").removesuffix("\\").strip()
+    return text.removesuffix("\\").strip()
 
 
 def gold_answer(text: str) -> str:

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ from topr_kernels.recipe.records import (
 )
 from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
 from topr_kernels.recipe.score import score
+from topr_kernels.recipe.scoring import Verdict
+from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import (
     CurateSettings,
     EvaluateSettings,
@@ -83,13 +84,13 @@ def run_generate(
         )
 
     def compute(partial: Path) -> dict[str, Any]:
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(out), records)
         found = figures(records)
         print(found)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(problems)
+        return dataclasses.asdict(found) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -328,8 +329,8 @@ def run_evaluate(
 
     def compute(partial: Path) -> dict[str, Any]:
         questions = questions_of(settings, 0)[1]
-        problems: Counter[str] = Counter()
-        records = sample(partial, problems=problems)
+        judged: list[Verdict] = []
+        records = sample(partial, judged=judged)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -338,10 +339,11 @@ def run_evaluate(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=judged,
         )
         print(accuracy)
         warn_if_none_right(records, answers.name)
-        return dataclasses.asdict(accuracy) | said_problems(problems)
+        return dataclasses.asdict(accuracy) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -433,6 +435,8 @@ def plain(settings: Options, *without: str) -> dict[str, Any]:
             del values[name]
     if "model" in values:
         values["model"] = model_key(values["model"])
+    # A server that has moved is the same; what it is stands in the figures.
+    values.pop("server", None)
     for name in ("task", "test_task"):
         kind, colon, file = str(values.get(name, "")).partition(":")
         if colon:

@@ -29,7 +29,9 @@ from topr_kernels.recipe.manifests import read_mapping, write_or_check_settings
 from topr_kernels.recipe.models import LoadedModel, load_model, named_model
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.records import Record, read_records, write_records
+from topr_kernels.recipe.sampling import said_problems
 from topr_kernels.recipe.score import max_log_ratio, score
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import MOST_SEED
 from topr_kernels.recipe.steps import not_ours, on_error
 from topr_kernels.recipe.tasks import ARITHMETIC, Task, held_out_split
@@ -52,7 +54,7 @@ _SAVED = (
 _RUNS = ("TOPR", "SFT")
 #: What a demo leaves in its folder, as patterns of paths.
 _RESULTS = (
-    *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.problems.json"),
+    *("base/evaluation.json", "generated/batch-*.parquet", "generated/batch-*.verdicts.json"),
     *("samples.parquet", "records.parquet"),
     *("samples.json", "records.json", "report.json", "report.png"),
     *(
@@ -288,15 +290,15 @@ class _Run:
         return read_records(self.out / "records.parquet")
 
     def evaluate_base(self) -> dict[str, Any]:
-        evaluation = self.evaluate(self.base.model, "base")
         return {
             "model": self.base.name,
             "remark": self.base.remark,
-            **report.accuracy_json(evaluation),
+            **self.evaluate(self.base.model, "base"),
         }
 
-    def evaluate(self, model: Any, label: str) -> Evaluation:
-        return evaluate(
+    def evaluate(self, model: Any, label: str) -> dict[str, Any]:
+        judged: list[Verdict] = []
+        found = evaluate(
             model,
             self.base.tokenizer,
             self.task,
@@ -305,10 +307,13 @@ class _Run:
             batch_size=100,
             seed=self.settings.seed,
             label=label,
+            judged=judged,
         )
+        return {**report.accuracy_json(found), **said_problems(judged)}
 
     def sample(self) -> dict[str, Any]:
         """Samples and rewards; says what the data are like."""
+        judged: list[Verdict] = []
         records = generate(
             self.base.model,
             self.base.tokenizer,
@@ -320,6 +325,7 @@ class _Run:
             batch_size=128,
             seed=self.settings.seed,
             shards=self.out / "generated",
+            judged=judged,
         )
         write_records(self.out / "samples.parquet", records)
         return {
@@ -327,6 +333,7 @@ class _Run:
             "sampled_positive_share": _positive_share(records),
             "truncated_share": sum(r.finish_reason == "length" for r in records) / len(records),
             "mean_length": sum(len(r.completion_token_ids) for r in records) / len(records),
+            **said_problems(judged),
         }
 
     def score(self) -> dict[str, Any]:
@@ -402,7 +409,7 @@ class _Run:
         model = self.trained.pop(name, None)
         if model is None:
             model = load_model(str(self.out / name.lower() / "model")).model
-        return dict(report.accuracy_json(self.evaluate(model, name)))
+        return self.evaluate(model, name)
 
 
 def _write_or_check_settings(out: Path, settings: DemoSettings) -> None:

@@ -63,11 +63,6 @@ def same_answer(gold: str, answer: str) -> bool:
     return _same(right, given, 0)
 
 
-def plain_latex(answer: str) -> str:
-    r"""LaTeX without spaces, \left, \right, $ and the like; \dfrac and \tfrac as \frac."""
-    return re.sub(r"\s", "", plain(answer))
-
-
 def _form(text: str) -> str:
     if len(text) > LONGEST_ANSWER:
         return _tight(text)

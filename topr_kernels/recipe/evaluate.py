@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from topr_kernels.recipe.generate import Completion, complete, read_prompts, stop_token_ids
-from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.scoring import Verdict, verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -75,6 +75,7 @@ def evaluate(
     batch_size: int,
     seed: int,
     label: str = "",
+    judged: list[Verdict] | None = None,
 ) -> Evaluation:
     """Answers every question once greedily and once by sampling at temperature 1.
 
@@ -87,6 +88,7 @@ def evaluate(
         batch_size: questions answered together.
         seed: of the sampled answers.
         label: named on the progress bar.
+        judged: takes the verdicts on all answers, the greedy ones first.
 
     Raises:
         ValueError: if there are no questions.
@@ -112,15 +114,20 @@ def evaluate(
                     stop_ids=stop_ids,
                 )
                 bar.update(len(part))
-    greedy, sampled = (_accuracy(task, questions, given) for given in answers.values())
+    kept = [] if judged is None else judged
+    greedy, sampled = (_accuracy(task, questions, given, kept) for given in answers.values())
     return Evaluation(greedy, sampled)
 
 
 def _accuracy(
-    task: AnyTask, questions: Sequence[Question], completions: Sequence[Completion]
+    task: AnyTask,
+    questions: Sequence[Question],
+    completions: Sequence[Completion],
+    kept: list[Verdict],
 ) -> Accuracy:
     pairs = zip(questions, completions, strict=True)
     judged = verdicts(task, [(c.text, c.finish_reason, question) for question, c in pairs])
+    kept += judged
     invalid = sum(verdict.answer is None for verdict in judged)
     correct = sum(verdict.reward > 0 for verdict in judged)
     tokens = sum(len(completion.token_ids) for completion in completions)

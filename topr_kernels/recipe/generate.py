@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from topr_kernels.recipe.records import (
     read_records,
     write_records,
 )
-from topr_kernels.recipe.scoring import Verdict, count_problems, verdicts
+from topr_kernels.recipe.scoring import Verdict, verdicts
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -79,6 +78,14 @@ def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list
             message, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     )
+
+
+def answer_seed(seed: int, i: int) -> int:
+    """The seed of completion ``i`` of a batch, where each is sampled by its own.
+
+    Equal prompts of a batch must not get equal completions.
+    """
+    return (seed * 4099 + i) % 2**31
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,7 @@ def generate(
     label: str = "generate",
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
-    problems: Counter[str] | None = None,
+    judged: list[Verdict] | None = None,
 ) -> list[Record]:
     """Samples completions of every question and rewards them.
 
@@ -288,8 +295,7 @@ def generate(
         take: given the number of batches, gives those to do, in rising order: for one of several
             processes, which leaves its share in ``shards``.
         progress: whether to show a bar.
-        problems: counts the answers whose scorer failed, by cause (``scoring.CAUSES``); also those of
-            batches that were found.
+        judged: takes the verdict on each record, in their order; also those of batches that were found.
 
     Returns:
         Q * samples records in the order of the questions (of the batches taken, if not all); without
@@ -318,17 +324,15 @@ def generate(
             start = starts[i]
             part = work[start : start + batch_size]
             shard = None if shards is None else shards / f"batch-{i:05d}.parquet"
-            # Beside the batch, if there are any: the records do not tell why an answer has no verdict.
-            noted = None if shard is None else shard.with_suffix(".problems.json")
-            found: Counter[str] = Counter()
-            if shard is not None and shard.exists():
+            # Beside the batch: records tell neither an answer's form nor why it has no verdict.
+            noted = None if shard is None else shard.with_suffix(".verdicts.json")
+            if shard is not None and noted is not None and shard.exists() and noted.exists():
                 batch = read_records(shard)
                 if [record.group for record in batch] != [question.group for question in part]:
                     raise RecordError(
                         f"{shard}: holds other questions than its batch; delete it and run again"
                     )
-                if noted is not None and noted.exists():
-                    found = Counter(read_json(noted))
+                found = [Verdict(**verdict) for verdict in read_json(noted)]
             else:
                 batch_seed = seed * 1_000_003 + i
                 completions = sample(
@@ -345,24 +349,20 @@ def generate(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
                     *(fingerprint, weights, dtype),
                 )
-                judged = verdicts(
+                found = verdicts(
                     task,
                     [(c.text, c.finish_reason, q) for q, c in zip(part, completions, strict=True)],
                 )
                 batch = [
                     _record(question, completion, verdict, sampling)
-                    for question, completion, verdict in zip(part, completions, judged, strict=True)
+                    for question, completion, verdict in zip(part, completions, found, strict=True)
                 ]
-                found = count_problems(judged)
                 if shard is not None and noted is not None:
                     # First: a batch that is there is not judged again.
-                    if found:
-                        write_json(noted, found)
-                    else:
-                        noted.unlink(missing_ok=True)
+                    write_json(noted, [asdict(verdict) for verdict in found])
                     write_records(shard, batch)
-            if problems is not None:
-                problems.update(found)
+            if judged is not None:
+                judged += found
             records += batch
             # Those of others in between are done, or being done.
             bar.update(start + len(batch) - bar.n)

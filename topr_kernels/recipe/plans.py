@@ -138,7 +138,7 @@ def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
     """What ``run_vote`` would do."""
     settings = with_backend(settings)
     state = _state(vote_step(settings, records, out))
-    answers, questions, judged = read_answers(settings, records)
+    answers, questions, judged, _ = read_answers(settings, records)
     prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
     return [
         state,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,8 @@ from topr_kernels.recipe.models import Models, weights_fingerprint
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.scoring import Verdict, count_problems
+from topr_kernels.recipe.server import ServerSampler, server_url
 from topr_kernels.recipe.settings import SamplerOptions, engine_settings
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_engine
 
@@ -26,14 +27,16 @@ def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
 
     Raises:
-        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM is asked for by several
-            processes.
+        SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM or a server is asked for by
+            several processes, or the URL of the server is none.
     """
     backend = choose_backend(settings.backend, settings.model)
-    if backend == "vllm" and current().count > 1:
-        if settings.backend == "vllm":
+    if settings.server:
+        server_url(settings.server)
+    if backend != "hf" and current().count > 1:
+        if settings.backend == backend:
             raise SettingsError(
-                f"backend: got 'vllm' in {current().count} processes; expected one process, or 'hf'"
+                f"backend: got {backend!r} in {current().count} processes; expected one process, or 'hf'"
             )
         backend = "hf"
     return with_engine(dataclasses.replace(settings, backend=backend))
@@ -54,7 +57,7 @@ def sample_task(
     label: str,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
-    problems: Counter[str] | None = None,
+    judged: list[Verdict] | None = None,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -68,12 +71,13 @@ def sample_task(
         label: named on the progress bar.
         take: as in ``generate``.
         progress: as in ``generate``.
-        problems: as in ``generate``.
+        judged: as in ``generate``.
     """
     engine = engine_settings(settings.engine)
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
     with naming(what, "--sample-batch"), ExitStack() as held:
         sampler: Callable[..., list[Completion]] | None = None
+        positions = engine.get("max_model_len")
         if settings.backend == "vllm":
             loaded = models.take(settings.model)
             # vLLM takes nearly all of the GPU; here the model only tells its fingerprint and stop ids.
@@ -82,6 +86,9 @@ def sample_task(
         else:
             loaded = models.get(settings.model)
         check_chat(settings, loaded.tokenizer)
+        if settings.backend == "server":
+            server = ServerSampler(settings.server, settings.model, loaded, partial)
+            sampler, positions = server, server.positions
         return generate(
             loaded.model,
             loaded.tokenizer,
@@ -98,20 +105,25 @@ def sample_task(
             weights=weights_fingerprint(loaded.model),
             sampler=sampler,
             dtype=engine.get("dtype"),
-            positions=engine.get("max_model_len"),
+            positions=positions,
             label=label,
             take=take,
             progress=progress,
-            problems=problems,
+            judged=judged,
         )
 
 
-def said_problems(problems: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """For the figures: how many answers have no verdict, by cause; says so, if there are any."""
+def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
+    """For the figures: how many answers have no verdict, by cause; says so, if there are any.
+
+    Also how many were judged without a filter of system calls, where any were.
+    """
+    problems = dict(sorted(count_problems(judged).items()))
     if problems:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(problems.items()))
+        causes = ", ".join(f"{count} {cause}" for cause, count in problems.items())
         print(f"answers whose scorer failed, rewarded -1: {causes}")
-    return {"scorer_problems": dict(sorted(problems.items()))}
+    unfiltered = sum(verdict.unfiltered for verdict in judged)
+    return {"scorer_problems": problems} | ({"unfiltered": unfiltered} if unfiltered else {})
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:

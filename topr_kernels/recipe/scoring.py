@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,12 +56,15 @@ class Verdict:
         form: its ``canonical`` form.
         reward: -1 where there is a problem.
         problem: one of ``CAUSES``; "" for none.
+        unfiltered: whether it comes from a worker whose system calls the kernel does not filter: where
+            there is no seccomp, or the container refuses it.
     """
 
     answer: str | None
     form: str | None
     reward: float
     problem: str = ""
+    unfiltered: bool = False
 
 
 def verdicts(
@@ -92,13 +97,26 @@ def verdicts(
         return [_here(task, *answer) for answer in answers]
     if not answers:
         return []
-    found = _server().judge(task, answers, seconds, memory)
-    return [Verdict(**verdict) for verdict in found]
+    reply = _server().judge(task, answers, seconds, memory)
+    if not reply["filtered"]:
+        _warn_unfiltered()
+    return [Verdict(**verdict, unfiltered=not reply["filtered"]) for verdict in reply["verdicts"]]
 
 
 def count_problems(found: Sequence[Verdict]) -> Counter[str]:
     """How many answers have no verdict, by cause."""
     return Counter(verdict.problem for verdict in found if verdict.problem)
+
+
+@functools.cache
+def _warn_unfiltered() -> None:
+    """Says once that only Python's audit hook and the limits stand between answers and this machine."""
+    warnings.warn(
+        "scoring: this system does not filter the system calls of a process (seccomp on Linux), so the "
+        "kernel refuses workers that judge answers neither writing nor the network; only Python's audit "
+        "hook does. Run a scorer that executes answers in a container without a network and secrets",
+        stacklevel=4,
+    )
 
 
 def _here(task: Judge, completion: str, finish_reason: str, question: Question) -> Verdict:
@@ -119,12 +137,13 @@ class _Server:
         self.owner = os.getpid()
         self._lock = threading.Lock()
         self._task: bytes | None = None
+        # "" stands for the working folder, which the server leaves for an empty one.
         path = [os.path.abspath(p) for p in sys.path]
-        # Limits of threads: workers could not start any, and each judges one answer.
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._process = subprocess.Popen(
-            # -I: nothing of the environment or the working folder is imported.
+            # -I: what is imported comes from this process's path alone.
             [sys.executable, "-I", scoring_server.__file__, json.dumps(path)],
+            # Limits of threads: workers could not start any, and each judges one answer.
             env={**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -138,7 +157,8 @@ class _Server:
 
     def judge(
         self, task: Judge, answers: list[tuple[str, str, Question]], seconds: float, memory: int
-    ) -> list[dict[str, Any]]:
+    ) -> dict[str, Any]:
+        """The server's reply: the "verdicts", and whether the kernel has "filtered" the workers."""
         with self._lock:
             try:
                 pickled = pickle.dumps(task)
@@ -169,11 +189,11 @@ class _Server:
                     "command continues"
                 )
             found = json.loads(content)
-            if isinstance(found, dict):
+            if "error" in found:
                 self._task = None
                 raise _not_had(task, found["error"])
             self._task = pickled
-            return cast(list[dict[str, Any]], found)
+            return cast(dict[str, Any], found)
 
     def stop(self) -> None:
         if self.owner != os.getpid():

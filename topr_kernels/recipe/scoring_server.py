@@ -168,9 +168,10 @@ def judge(task: Any, completion: str, finish_reason: str, question: Any) -> dict
 
 
 class _Server:
-    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+    def __init__(self, requests: BinaryIO, replies: BinaryIO, filtered: bool) -> None:
         self._requests, self._replies = requests, replies
         self._parent = os.getppid()
+        self._filtered = filtered
         self._task: Any = None
         self._settings: Any = None
         self._idle: list[_Worker] = []
@@ -181,7 +182,8 @@ class _Server:
             order = pickle.loads(content)
             try:
                 self._take(order)
-                reply: Any = self._batch(order["items"], order["workers"], order["each"])
+                found = self._batch(order["items"], order["workers"], order["each"])
+                reply: dict[str, Any] = {"verdicts": found, "filtered": self._filtered}
             except Exception:
                 reply = {"error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
             write_frame(self._replies, json.dumps(reply).encode())
@@ -277,15 +279,18 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    sys.path[:] = json.loads(sys.argv[1])
     _lighten()
+    from topr_kernels.recipe.confine import filters, hide
+
+    sys.path[:] = json.loads(sys.argv[1])
     if sys.platform == "linux":
         # A network name space of its own, where that is allowed, is one without a network.
         ctypes.CDLL(None).unshare(_CLONE_NEWNET)
+    hide()
     folder = tempfile.mkdtemp(prefix="topr-scoring-")
     os.chdir(folder)
     try:
-        _Server(requests, replies).run()
+        _Server(requests, replies, filters()).run()
     finally:
         os.rmdir(folder)
 

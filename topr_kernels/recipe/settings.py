@@ -36,12 +36,6 @@ _ENGINE: dict[str, type] = {
 }
 
 
-def _task(text: str) -> str:
-    """A task as a flag gives it; ``~`` of its file is the home folder."""
-    kind, colon, file = text.partition(":")
-    return f"{kind}:{os.path.expanduser(file)}" if colon else text
-
-
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """Which model, and the seed of everything drawn."""
@@ -60,7 +54,6 @@ class QuestionOptions(Options):
         "arithmetic",
         "arithmetic (two-digit sums), the name of a reasoning-gym data set, or gsm8k:FILE or math:FILE, "
         "a JSONL file of question and answer",
-        type=_task,
     )
     task_config: str = option(
         "{}", "settings of the reasoning-gym data set of --task, as JSON; no other task takes any"
@@ -68,7 +61,6 @@ class QuestionOptions(Options):
     test_task: str = option(
         "",
         "task of the held-out questions, if not that of the others; --task-config is not for it",
-        type=_task,
     )
     questions: int = option(192, "training questions", least=1)
     trust_scorer: str = option(
@@ -100,8 +92,15 @@ class SamplerOptions(ModelOptions):
     chat: bool = option(False, "ask through the tokenizer's chat template")
     backend: str = option(
         "auto",
-        "what samples: hf (transformers), vllm, or auto: vllm where it and a GPU are there",
-        choices=("auto", "hf", "vllm"),
+        "what samples: hf (transformers), vllm, server (see --server), or auto: vllm where it and a GPU "
+        "are there",
+        choices=("auto", "hf", "vllm", "server"),
+    )
+    server: str = option(
+        "",
+        "URL of an OpenAI-compatible server that samples, as http://127.0.0.1:8000: vLLM, SGLang or "
+        "llama.cpp. It must serve the model of --model, which scores mu, in float32; its key, if any, "
+        "is that of TOPR_SERVER_KEY, else OPENAI_API_KEY",
     )
     engine: tuple[str, ...] = option(
         (),
@@ -111,6 +110,14 @@ class SamplerOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.server and self.backend not in ("auto", "server"):
+            raise SettingsError(
+                f"server: got {self.server!r} with the backend {self.backend!r}; leave one of them out"
+            )
+        if self.backend == "server" and not self.server:
+            raise SettingsError("backend: got 'server' without --server; give its URL there")
+        if self.server:
+            object.__setattr__(self, "backend", "server")
         # One form of each, so that manifests agree whatever the order.
         found = sorted(engine_settings(self.engine).items())
         object.__setattr__(self, "engine", tuple(f"{name}={value}" for name, value in found))
@@ -282,6 +289,12 @@ class IterateSettings(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.server:
+            raise SettingsError(
+                f"server: got {self.server!r}; expected none: each round samples from the model that "
+                "the last one trained, which a server does not have. Run generate --server, score, "
+                "curate and train for each round, and serve the trained model for the next"
+            )
         # Before a whole round of greedy samples, which cannot be scored.
         if self.temperature == 0:
             raise SettingsError(

@@ -138,21 +138,21 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
     Raises:
         SettingsError: if there is no such task, it refuses the configuration, or its scorer is refused.
     """
-    kind, colon, file = name.partition(":")
+    file = task_file(name)
     try:
-        settings = json.loads(config)
+        settings = json.loads(config, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise SettingsError(f"task_config: got {config!r}; not JSON ({error})") from error
     if not isinstance(settings, Mapping):
         raise SettingsError(f"task_config: got {config}; expected a JSON object")
-    if settings and (colon or name == "arithmetic"):
+    if settings and (file or name == "arithmetic"):
         raise SettingsError(
             f"task_config: got {config} with the task {name!r}, which has no settings; leave it out, or "
             "name a reasoning-gym data set (that of arithmetic is chain_sum)"
         )
     try:
-        if colon:
-            return FileTask(kind, Path(file).expanduser())
+        if file:
+            return FileTask(name.partition(":")[0], file)
         if name == "arithmetic":
             return ARITHMETIC
         return Task(name, settings, trusted=tuple(filter(None, trust_scorer.split(","))))
@@ -160,8 +160,30 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
         raise SettingsError(f"--task {name}: {error}") from error
 
 
+def task_file(name: str) -> Path | None:
+    """The file of a ``--task``, ``~`` in it the home folder; None for a task without one."""
+    _, colon, file = name.partition(":")
+    return Path(file).expanduser() if colon else None
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(
+                f"task_config: the key {name!r} is there twice; leave one of the two out"
+            )
+    return dict(pairs)
+
+
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
-    """The tasks of the training and of the held-out questions."""
+    """The tasks of the training and of the held-out questions.
+
+    Raises:
+        SettingsError: as ``find_task``; if there is no such ``reward``; or if ``trust_scorer`` is given
+            and no scorer of reasoning-gym is asked.
+    """
+    _check_trust(options)
     # A scorer that is not asked needs no trust.
     trusted = ",".join(REFUSED) if options.reward else options.trust_scorer
     task = find_task(options.task, options.task_config, trusted)
@@ -172,6 +194,29 @@ def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
         return RewardTask(task, options.reward), RewardTask(test, options.reward)
     except ValueError as error:
         raise SettingsError(f"--reward {options.reward}: {error}") from error
+
+
+def _check_trust(options: QuestionOptions) -> None:
+    """Refuses a ``trust_scorer`` that changes nothing.
+
+    Raises:
+        SettingsError: naming what judges instead.
+    """
+    if not options.trust_scorer:
+        return
+    names = {options.task, options.test_task or options.task}
+    if options.reward:
+        instead = (
+            f"--reward {options.reward} judges in place of all scorers; leave one of the two out"
+        )
+    elif all(name == "arithmetic" or task_file(name) for name in names):
+        instead = (
+            f"no scorer of reasoning-gym judges {' and '.join(sorted(names))}; leave it out, or name "
+            f"one of these data sets as --task or --test-task: {', '.join(REFUSED)}"
+        )
+    else:
+        return
+    raise SettingsError(f"trust_scorer: got {options.trust_scorer!r}, but {instead}")
 
 
 def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], list[Question]]:
@@ -212,12 +257,8 @@ def scorer(options: QuestionOptions) -> dict[str, Any]:
 
 def task_inputs(options: QuestionOptions) -> dict[str, Path]:
     """The files that the questions come from, by flag."""
-    names = {"task": options.task, "test_task": options.test_task}
-    return {
-        flag: Path(name.partition(":")[2]).expanduser()
-        for flag, name in names.items()
-        if ":" in name
-    }
+    files = {"task": task_file(options.task), "test_task": task_file(options.test_task)}
+    return {flag: file for flag, file in files.items() if file}
 
 
 def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:

@@ -93,7 +93,6 @@ class Task:
         config: its settings, for instance ``{"min_terms": 2, "max_terms": 2}``.
         examples: worked (question, answer) pairs in front of every question, the same for every
             seed; None draws three from the data set.
-
         trusted: data sets of ``REFUSED`` to take all the same. ``scoring.verdicts`` gives each of their
             answers a worker of its own; ``reward`` itself confines nothing.
 

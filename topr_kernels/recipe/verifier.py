@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from topr_kernels.recipe.curate import to_positive_share
 from topr_kernels.recipe.records import Judged, Record, RecordError
-from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.scoring import Verdict
 from topr_kernels.recipe.settings import VerifySettings
 from topr_kernels.recipe.tasks import Judge, Question
-from topr_kernels.recipe.voting import judged_answers, weighted_majority
+from topr_kernels.recipe.voting import judge_records, judged_answers, weighted_majority
 
 _WORDS = {
     **dict.fromkeys(("right", "correct", "yes"), "right"),
@@ -197,6 +197,7 @@ def weighted_accuracy(
     votes: int,
     draws: int,
     seed: int,
+    judged: Sequence[Verdict] | None = None,
 ) -> WeightedAccuracy:
     """Works out self-consistency of sampled answers, plain and weighted by a verifier's scores.
 
@@ -210,14 +211,16 @@ def weighted_accuracy(
         votes: K, in 1..N.
         draws: how often K of the N answers are drawn.
         seed: of the draws.
+        judged: the verdict on each record, where they are known; else they are judged.
 
     Raises:
-        ValueError: if ``records`` are not N for each question, there is not one score for each, or
-            ``votes`` is not in 1..N.
+        ValueError: if ``records`` are not N for each question, there is not one score, and one of
+            ``judged``, for each, or ``votes`` is not in 1..N.
+        ScoringError: if the answers cannot be judged.
     """
     if len(scores) != len(records):
         raise ValueError(f"scores: got {len(scores)}; expected one per answer, {len(records)}")
-    answers = judged_answers(records, task, questions, votes)
+    answers = judged_answers(records, task, questions, votes, judged)
     samples = len(answers[0])
     found = {}
     for name, weights in (("plain", [1.0] * len(records)), ("weighted", list(scores))):
@@ -286,8 +289,10 @@ def choose_solutions(records: Sequence[Record], settings: VerifySettings) -> lis
 
 def answers_to_judge(
     records: Sequence[Record], task: Judge, questions: Sequence[Question], name: str
-) -> list[Record]:
+) -> tuple[list[Record], list[Verdict]]:
     """The answers that vote, with their numbers in ``judged``: those that can be parsed.
+
+    And the verdicts on all of them.
 
     Args:
         records: N answers to each question, those of a question together.
@@ -312,14 +317,9 @@ def answers_to_judge(
                 f"{name}, record {i}, field 'prompt': is not that of held-out question "
                 f"{question.group}; give the task, question_seed and held_out of topr evaluate"
             )
-    judged = verdicts(
-        task,
-        [
-            (record.completion, record.finish_reason, questions[i // samples])
-            for i, record in enumerate(numbered)
-        ],
-    )
-    return [r for r, verdict in zip(numbered, judged, strict=True) if verdict.answer is not None]
+    found = judge_records(task, records, questions)
+    voting = [r for r, verdict in zip(numbered, found, strict=True) if verdict.answer is not None]
+    return voting, found
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:

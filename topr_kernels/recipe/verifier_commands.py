@@ -19,7 +19,9 @@ from topr_kernels.recipe.curate import figures
 from topr_kernels.recipe.models import Models
 from topr_kernels.recipe.options import SettingsError, model_key
 from topr_kernels.recipe.records import Record, check_suffix, write_records
-from topr_kernels.recipe.sampling import own_share, sample_task, with_backend
+from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
+from topr_kernels.recipe.scoring import Verdict
+from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteSettings
 from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
@@ -67,7 +69,11 @@ def run_verify(
         write_records(step.draft(out), judgements)
         found = verifier_figures(judgements)
         print(found)
-        return {**dataclasses.asdict(figures(judgements)), **dataclasses.asdict(found)}
+        return {
+            **dataclasses.asdict(figures(judgements)),
+            **dataclasses.asdict(found),
+            **server_facts(partial),
+        }
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -112,14 +118,17 @@ def run_vote(
     task = find_tasks(settings)[1]
     kept = models or Models()
 
+    # Once: judging takes its time.
+    read = functools.cache(lambda: read_answers(settings, records))
+
     def sample(partial: Path, **share: Any) -> list[Record]:
-        judged = read_answers(settings, records)[2]
+        judged = read()[2]
         if not judged:
             return []
         return _judge(settings, judged, settings.judgements, kept, partial, "vote", **share)
 
     def compute(partial: Path) -> dict[str, Any]:
-        answers, questions, _ = read_answers(settings, records)
+        answers, questions, _, found = read()
         judgements = sample(partial)
         write_records(step.draft(written), judgements)
         accuracy = weighted_accuracy(
@@ -130,6 +139,7 @@ def run_vote(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
+            judged=found,
         )
         print(accuracy)
         # Where no answer can be parsed there is nothing to judge.
@@ -139,6 +149,8 @@ def run_vote(
         return {
             **dataclasses.asdict(accuracy),
             "verifier": verifier and dataclasses.asdict(verifier),
+            **said_problems(found),
+            **server_facts(partial),
         }
 
     share = functools.partial(sample, **own_share())
@@ -167,8 +179,8 @@ def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
 
 def read_answers(
     settings: VoteSettings, records: Path
-) -> tuple[list[Record], list[Question], list[Record]]:
-    """The answers, their questions, and those of the answers that vote.
+) -> tuple[list[Record], list[Question], list[Record], list[Verdict]]:
+    """The answers, their questions, those of the answers that vote, and the verdicts on all.
 
     Raises:
         RecordError: as ``answers_to_judge``.
@@ -177,7 +189,8 @@ def read_answers(
     """
     answers = read_nonempty(records)
     questions = questions_of(settings, 0)[1]
-    judged = answers_to_judge(answers, find_tasks(settings)[1], questions, records.name)
+    task = find_tasks(settings)[1]
+    judged, found = answers_to_judge(answers, task, questions, records.name)
     samples = len(answers) // len(questions)
     if settings.votes > samples:
         raise SettingsError(
@@ -192,7 +205,7 @@ def read_answers(
             f"{model_key(settings.model)!r} was trained to judge; give answers to other questions than "
             "topr verify was given"
         )
-    return answers, questions, judged
+    return answers, questions, judged, found
 
 
 def _judge(

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig
 
 from topr_kernels.recipe import vllm_process
-from topr_kernels.recipe.generate import Completion, as_completion, prompt_token_ids
+from topr_kernels.recipe.generate import Completion, answer_seed, as_completion, prompt_token_ids
 from topr_kernels.recipe.models import LOADED_DTYPE, SMOLLM2
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.settings import DTYPES, SamplerOptions, engine_settings
@@ -41,10 +41,10 @@ _PATIENCE = 5.0
 
 
 def choose_backend(backend: str, model: str) -> str:
-    """What samples: "hf" or "vllm"; "auto" is vLLM where it and a GPU are there.
+    """What samples: "hf", "vllm" or "server"; "auto" is vLLM where it and a GPU are there.
 
     Args:
-        backend: "hf", "vllm" or "auto".
+        backend: "hf", "vllm", "server" or "auto".
         model: as in ``load_model``; "smollm2" is a GGUF file, which transformers samples.
 
     Raises:
@@ -77,6 +77,13 @@ def with_engine(settings: AnySampler) -> AnySampler:
     Raises:
         SettingsError: if the backend cannot do what is asked, or the dtype cannot be told.
     """
+    if settings.backend != "hf" and 0 < settings.temperature < LEAST_TEMPERATURE:
+        which = "which" if settings.backend == "vllm" else "which, if it is vLLM,"
+        raise SettingsError(
+            f"temperature: got {settings.temperature} with the backend {settings.backend!r}, {which} "
+            f"samples anything between 0 and {LEAST_TEMPERATURE} at {LEAST_TEMPERATURE}; give at least "
+            "that, 0 for greedy answers, or --backend hf"
+        )
     if settings.backend != "vllm":
         if settings.engine:
             raise SettingsError(
@@ -84,12 +91,6 @@ def with_engine(settings: AnySampler) -> AnySampler:
                 "takes none; leave it out, or give --backend vllm"
             )
         return settings
-    if 0 < settings.temperature < LEAST_TEMPERATURE:
-        raise SettingsError(
-            f"temperature: got {settings.temperature} with the backend 'vllm', which samples anything "
-            f"between 0 and {LEAST_TEMPERATURE} at {LEAST_TEMPERATURE}; give at least that, 0 for "
-            "greedy answers, or --backend hf"
-        )
     if "dtype" in engine_settings(settings.engine):
         return settings
     dtype = f"dtype={stored_dtype(settings.model)}"
@@ -204,8 +205,7 @@ def vllm_sampler(
                     "temperature": temperature,
                     "top_k": 0,
                     "top_p": 1.0,
-                    # Own seeds: equal prompts of a batch must not get equal completions.
-                    "seed": (seed * 4099 + i) % 2**31,
+                    "seed": answer_seed(seed, i),
                     "stop_token_ids": list(stop_ids),
                     "logprobs": 0,
                     "detokenize": False,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from topr_kernels.recipe.curate import DataFigures, figures
 from topr_kernels.recipe.evaluate import wilson_interval
 from topr_kernels.recipe.records import Record
-from topr_kernels.recipe.scoring import verdicts
+from topr_kernels.recipe.scoring import Verdict, verdicts
 from topr_kernels.recipe.tasks import Judge, Question
 
 
@@ -70,6 +70,7 @@ def sampled_accuracy(
     votes: int,
     draws: int,
     seed: int,
+    judged: Sequence[Verdict] | None = None,
 ) -> SampledAccuracy:
     """Works out the accuracy of sampled answers.
 
@@ -80,12 +81,14 @@ def sampled_accuracy(
         votes: K, answers that vote, at most N.
         draws: how often K of the N answers are drawn; 1 is enough for K = N.
         seed: of the draws.
+        judged: the verdict on each record, where they are known; else they are judged.
 
     Raises:
-        ValueError: if ``records`` are not N for each question, or ``votes`` is not in 1..N.
+        ValueError: if ``records`` are not N for each question, ``judged`` not one for each of them, or
+            ``votes`` is not in 1..N.
         ScoringError: if the answers cannot be judged.
     """
-    answers = judged_answers(records, task, questions, votes)
+    answers = judged_answers(records, task, questions, votes, judged)
     samples = len(answers[0])
     right = [sum(good for _, good in row) / samples for row in answers]
     mean = statistics.fmean(right)
@@ -109,7 +112,11 @@ def sampled_accuracy(
 
 
 def judged_answers(
-    records: Sequence[Record], task: Judge, questions: Sequence[Question], votes: int
+    records: Sequence[Record],
+    task: Judge,
+    questions: Sequence[Question],
+    votes: int,
+    judged: Sequence[Verdict] | None = None,
 ) -> list[list[tuple[str | None, bool]]]:
     """For each question its N answers: canonical form, None where there is none, and whether right.
 
@@ -125,13 +132,10 @@ def judged_answers(
         )
     if not 1 <= votes <= samples:
         raise ValueError(f"votes: got {votes}; expected 1 to {samples}, the answers per question")
-    judged = verdicts(
-        task,
-        [
-            (record.completion, record.finish_reason, questions[i // samples])
-            for i, record in enumerate(records)
-        ],
-    )
+    if judged is None:
+        judged = judge_records(task, records, questions)
+    if len(judged) != len(records):
+        raise ValueError(f"judged: got {len(judged)}; expected one per record, {len(records)}")
     answers = []
     for i in range(len(questions)):
         part = judged[i * samples : (i + 1) * samples]
@@ -141,6 +145,24 @@ def judged_answers(
             scores.setdefault(verdict.form, verdict.reward > 0)
         answers.append([(verdict.form, scores[verdict.form]) for verdict in part])
     return answers
+
+
+def judge_records(
+    task: Judge, records: Sequence[Record], questions: Sequence[Question]
+) -> list[Verdict]:
+    """The verdicts on N answers to each question, those of a question together.
+
+    Raises:
+        ScoringError: if the answers cannot be judged.
+    """
+    samples = len(records) // len(questions)
+    return verdicts(
+        task,
+        [
+            (record.completion, record.finish_reason, questions[i // samples])
+            for i, record in enumerate(records)
+        ],
+    )
 
 
 def _interval(right: Sequence[float], samples: int) -> tuple[float, float]:

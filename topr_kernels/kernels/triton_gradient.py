@@ -1,0 +1,115 @@
+"""The backward of the logits path in Triton: the gradient by the logits.
+
+Memory traffic per logit, with s the bytes of its dtype: reads s, writes s. A row without a gradient
+(unscored, or of weight 0) writes s and reads nothing.
+
+Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in registers.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
+# (kernel bodies are not Python; what launches them is typed)
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from topr_kernels.kernels.triton_rows import kernel, transform
+
+
+@kernel
+def logits_bwd_kernel(
+    p_logits,
+    stride_o,
+    stride_t,
+    stride_v,
+    p_out,
+    out_o,
+    out_t,
+    out_v,
+    p_labels,
+    p_lse,
+    p_lse_low,
+    p_log_prob,
+    p_d_log_prob,
+    p_d_loss,
+    p_denominator,
+    T,
+    V,
+    n_chunks,
+    softcap,
+    inv_temperature,
+    SHIFT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    TILES: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """d_logits = d_log_prob (onehot - softmax) times the slope. Grid: rows * n_chunks.
+
+    Out may be the logits themselves: every element is read, if at all, by the program that writes it,
+    before it writes it.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    row = i_program // n_chunks
+    i_chunk = i_program % n_chunks
+    T = T.to(tl.int64)
+    V = V.to(tl.int64)
+    i_o = row // T
+    i_t = row % T
+    if ALIGNED:
+        stride_v = 1
+        out_v = 1
+    position = row
+    c = 0.0
+    if SHIFT:
+        # The last row predicts nothing. It keeps its own position: a NaN scale takes it to the branch
+        # that reads, and after the last row of all there is no position.
+        if i_t + 1 < T:
+            position = row + 1
+            c = tl.load(p_d_log_prob + position)
+    else:
+        c = tl.load(p_d_log_prob + position)
+    if p_d_loss is not None:
+        # 0 stays 0 by selection, also under an infinite loss scale; a NaN scale reaches every row.
+        scale = tl.load(p_d_loss) / tl.load(p_denominator)
+        c = tl.where((c == 0.0) & (scale == scale), 0.0, c * scale)
+    offset = i_o * stride_o + i_t * stride_t
+    out_offset = i_o * out_o + i_t * out_t
+    p_row = p_logits + offset
+    p_out_row = p_out + out_offset
+    if ALIGNED:
+        p_row = tl.multiple_of(p_row, 16)
+        p_out_row = tl.multiple_of(p_out_row, 16)
+    first = i_chunk * TILES
+    last = tl.minimum(first + TILES, tl.cdiv(V, BV))
+    whole = tl.minimum(last, V // BV)
+    if c == 0.0:
+        b_zero = tl.zeros([BV], p_out.dtype.element_ty)
+        for i in range(first, whole):
+            tl.store(p_out_row + (i * BV + tl.arange(0, BV)) * out_v, b_zero)
+        for i in range(tl.maximum(whole, first), last):
+            o_v = i * BV + tl.arange(0, BV)
+            tl.store(p_out_row + o_v * out_v, b_zero, mask=o_v < V)
+    else:
+        label = tl.load(p_labels + position)
+        lse = tl.load(p_lse + position)
+        low = tl.load(p_lse_low + position)
+        p_label = tl.exp(tl.load(p_log_prob + position))
+        if TEMPERATURE:
+            c = c * inv_temperature
+        # The true class in fp32, rounded once: a second read of a rounded value loses it.
+        d_label = c * (1.0 - p_label)
+        for i in range(first, whole):
+            o_v = i * BV + tl.arange(0, BV)
+            z = tl.load(p_row + o_v * stride_v).to(tl.float32)
+            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
+            d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
+            tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty))
+        for i in range(tl.maximum(whole, first), last):
+            o_v = i * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
+            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
+            d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
+            tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty), mask=m_v)
