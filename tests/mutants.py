@@ -491,7 +491,7 @@ HF = [
     Mutant(
         "late-data-sets-unprepared",
         "topr_kernels/hf/trainer.py",
-        "return self._with_behavior(collator, self._prepare(dataset))",
+        "return self._scored(self._prepared(dataset))",
         "return dataset",
         ("tests/test_trainer_door.py::test_a_data_set_may_come_late",),
     ),

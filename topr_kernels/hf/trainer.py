@@ -129,7 +129,6 @@ class TOPRTrainer(Trainer):
                 args.mask_truncated,
                 eos,
             )
-        # Another collator may want its records as they are, or compute what they lack.
         self._prepare = functools.partial(
             prepare_records,
             tokenizer=processing_class,
@@ -138,10 +137,9 @@ class TOPRTrainer(Trainer):
             truncate=args.truncate,
             vocabulary=vocabulary(self.model),
         )
-        if type(data_collator) is CompletionCollator:
-            self.train_dataset, self.eval_dataset = (
-                _each(data, self._prepare) for data in (self.train_dataset, self.eval_dataset)
-            )
+        self.train_dataset, self.eval_dataset = (
+            _each(data, self._prepared) for data in (self.train_dataset, self.eval_dataset)
+        )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
         self._head_checked = self._packing_checked = self._noise_checked = False
@@ -160,22 +158,11 @@ class TOPRTrainer(Trainer):
         self._train_metrics = SequenceMetrics()
         self._eval_metrics = SequenceMetrics()
         self._watch = NegativeWatch()
-        # A custom collator may find or compute log mu itself.
-        if isinstance(data_collator, CompletionCollator) or args.behavior == "initial":
-            self.train_dataset, self.eval_dataset = (
-                _each(data, functools.partial(self._with_behavior, data_collator))
-                for data in (self.train_dataset, self.eval_dataset)
-            )
+        self.train_dataset, self.eval_dataset = (
+            _each(data, self._scored) for data in (self.train_dataset, self.eval_dataset)
+        )
         if hasattr(self.train_dataset, "__len__"):
             warn_if_never_negative(_rewards(self.train_dataset), args.baseline, args.limits)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """``Trainer``'s loader; a data set given late is prepared like one given to the constructor."""
-        return super().get_eval_dataloader(self._late("eval_dataset", eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As ``get_eval_dataloader``."""
-        return super().get_test_dataloader(self._late("test_dataset", test_dataset))
 
     def _late(self, name: str, dataset: Any) -> Any:
         """A data set given to ``evaluate`` or ``predict``, prepared and with log mu.
@@ -183,11 +170,9 @@ class TOPRTrainer(Trainer):
         Raises:
             ValueError: if log mu is the initial model's, which training has changed.
         """
-        collator = self.data_collator
+        known = [None, self.train_dataset, *_parts(self.eval_dataset)]
         # A name is that of a data set that the constructor was given.
-        if dataset is None or isinstance(dataset, str) or type(collator) is not CompletionCollator:
-            return dataset
-        if any(dataset is known for known in _parts(self.eval_dataset)):
+        if isinstance(dataset, str) or any(dataset is data for data in known):
             return dataset
         if self.args.behavior == "initial" and self.state.global_step > 0:
             raise ValueError(
@@ -195,7 +180,18 @@ class TOPRTrainer(Trainer):
                 "but the initial model, which is to score it, is gone; give it to the constructor as "
                 "eval_dataset (a dict of several)"
             )
-        return self._with_behavior(collator, self._prepare(dataset))
+        return self._scored(self._prepared(dataset))
+
+    def _prepared(self, dataset: Any) -> Any:
+        """Token records; for a custom collator the records as they are."""
+        return self._prepare(dataset) if type(self.data_collator) is CompletionCollator else dataset
+
+    def _scored(self, dataset: Any) -> Any:
+        """With log mu; a custom collator may find or compute that itself."""
+        ours = isinstance(self.data_collator, CompletionCollator)
+        if ours or self.args.behavior == "initial":
+            return self._with_behavior(self.data_collator, dataset)
+        return dataset
 
     def _with_behavior(self, collator: Any, dataset: Any) -> Any:
         """The data set with ``behavior_log_prob``: its own, or that of the initial model."""
@@ -368,15 +364,18 @@ class TOPRTrainer(Trainer):
         # A batch without anything to learn from has loss 0, not 0 / 0.
         return items.clamp(min=1)
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
-        with self._keeping_last():
-            return super().get_eval_dataloader(*args, **kwargs)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training.
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
+        A data set given late is prepared like one given to the constructor.
+        """
         with self._keeping_last():
-            return super().get_test_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(self._late("eval_dataset", eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As ``get_eval_dataloader``."""
+        with self._keeping_last():
+            return super().get_test_dataloader(self._late("test_dataset", test_dataset))
 
     @contextlib.contextmanager
     def _keeping_last(self) -> Iterator[None]:
