@@ -61,7 +61,7 @@ def chat(**changes: Any) -> Row:
 # --- text ------------------------------------------------------------------------------------
 
 
-def test_text_is_tokenised_apart_and_ended_once():
+def test_text_is_cut_at_the_border_and_ended_once():
     """PITFALLS 32: decoders strip EOS, and it is appended only where generation stopped by itself."""
     prompt, answer, end = ids("2+2="), ids("4"), ids(EOS)
     assert len(end) == 1
@@ -110,7 +110,8 @@ def test_other_ids_may_end_a_completion():
     first, second = ids("#")[0], ids(";")[0]
     found = prepare(text(completion="4;"), eos_token_id=[first, second])
     assert found["completion_token_ids"] == ids("4;")
-    found = prepare(text(), eos_token_id=[first, second])
+    with pytest.warns(UserWarning, match="ended with '#', the first given"):
+        found = prepare(text(), eos_token_id=[first, second])
     assert found["completion_token_ids"] == ids("4#")
     assert prepare(text(), eos_token_id=second)["completion_token_ids"] == ids("4;")
     silent = tokenizer()
@@ -140,21 +141,34 @@ def test_a_template_without_eos_leaves_the_completion_as_it_is():
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert prepare(chat(), with_tokenizer=plain)["completion_token_ids"] == ids("4.;")
-    with pytest.raises(ValueError, match=r"field 'finish_reason'.*none of the ids.*eos_token_id"):
-        prepare(chat(finish_reason="length"), with_tokenizer=plain)
+    # What was said before the cut is known, since it is the message's text.
+    cut = prepare(chat(finish_reason="length"), with_tokenizer=plain)
+    assert cut["completion_token_ids"] == ids("4.")
     end = ids(";")[0]
     cut = prepare(chat(finish_reason="length"), with_tokenizer=plain, eos_token_id=end)
     assert cut["completion_token_ids"] == ids("4.")
+    calls = tokenizer(
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    call = {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(ValueError, match=r"field 'finish_reason'.*none of the ids.*eos_token_id"):
+        prepare(chat(completion=call, finish_reason="length"), with_tokenizer=calls)
+    assert prepare(chat(completion=call), with_tokenizer=calls)["completion_token_ids"] == ids(
+        "4.f;"
+    )
 
 
 def test_a_prompt_that_does_not_begin_the_whole_is_refused():
     """Where the template writes the prompt otherwise once an answer follows."""
-    with pytest.raises(ValueError, match=r"record 0, field 'completion'.*ids of the prompt.*give"):
-        prepare(chat(), chat_template_kwargs={"think": False})
     changing = tokenizer(
         "{% if messages | length > 1 %}*{% endif %}" + TEMPLATE,
     )
-    with pytest.raises(ValueError, match=r"only the first 0 begin the ids"):
+    message = (
+        r"record 0, field 'completion'.*ids of the prompt.*only the first 0 begin the ids.*give"
+    )
+    with pytest.raises(ValueError, match=message):
         prepare(chat(), with_tokenizer=changing)
     short = tokenizer("{{ messages[0]['content'] }}{% if add_generation_prompt %}!{% endif %}")
     with pytest.raises(ValueError, match=r"makes 5 ids .* only the first 4 begin"):
@@ -184,14 +198,25 @@ def test_template_arguments_and_tools_arrive():
 
 
 def test_fields_that_arrow_filled_in_are_not_seen_by_the_template():
+    """PITFALLS 41: those that the user wrote into a list are."""
+    datasets = pytest.importorskip("datasets")
     asking = tokenizer(
-        "{% for m in messages %}{% for key in m %}{{ key }},{% endfor %}"
+        "{% for m in messages %}{% for key in m | sort %}{{ key }},{% endfor %}{{ m.content }}"
         "{% for part in m['parts'] or [] %}{% for key in part %}{{ key }};{% endfor %}{% endfor %}"
         "{% endfor %}"
     )
-    empty = {"role": "user", "content": "2", "name": None, "parts": [{"a": None, "b": 1}]}
-    found = prepare(chat(prompt=[empty]), with_tokenizer=asking)
-    assert found["prompt_token_ids"] == ids("role,content,parts,b;")
+    part = {"role": "user", "content": "2", "parts": [{"b": 1}]}
+    other = {"role": "user", "content": "2", "name": "x", "parts": [{"a": 1}]}
+    rows = [chat(prompt=[part]), chat(prompt=[other])]
+    written = ["content,parts,role,2b;", "content,name,parts,role,2a;"]
+    data = datasets.Dataset.from_list(rows)
+    assert data[0]["prompt"][0]["parts"] == [{"b": 1, "a": None}]
+    for given in (rows, data, data.to_iterable_dataset(), _unresolved(datasets, rows)):
+        found = [r["prompt_token_ids"] for r in prepare_records(given, asking)]
+        assert found == [ids(x) for x in written]
+    null = {**part, "name": None, "parts": [{"a": None, "b": 1}]}
+    found = prepare(chat(prompt=[null]), with_tokenizer=asking)
+    assert found["prompt_token_ids"] == ids("content,name,parts,role,2a;b;")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +261,7 @@ def test_token_records_pass_through_untouched():
     assert found == record
 
 
-def test_columns_that_matter_are_kept():
+def test_columns_that_are_not_read_are_kept():
     record = text(behavior_log_prob=[-1.0, -0.5], group="q7", finish_reason="stop", extra=1)
     found = prepare(record)
     assert found == {
@@ -246,6 +271,7 @@ def test_columns_that_matter_are_kept():
         "behavior_log_prob": [-1.0, -0.5],
         "group": "q7",
         "finish_reason": "stop",
+        "extra": 1,
     }
     assert set(prepare({**text(), "group": None})) == {
         "prompt_token_ids",

@@ -14,5 +14,8 @@ REDUCTIONS = (*MEAN_REDUCTIONS, "sum")
 #: Where the Trainer takes log mu from: the records, or the model as it is before training.
 BEHAVIORS = ("recorded", "initial")
 
+#: How records are cut that are longer than the model's positions.
+TRUNCATIONS = ("prompt_left",)
+
 #: How a share of positives is made: leave samples out, or subtract a baseline from the rewards.
 BALANCES = ("subsample", "baseline")

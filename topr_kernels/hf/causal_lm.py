@@ -234,5 +234,5 @@ def _with_router_loss(
     share: Tensor | float = 1.0
     if normalizer is not None:
         units = out.length > 0 if reduction == "sequence_mean" else out.length
-        share = units.sum() / normalizer
+        share = units.sum().to(out.loss.dtype) / normalizer
     return out._replace(loss=out.loss + share * weight * balancing.to(out.loss.device))

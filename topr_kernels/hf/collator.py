@@ -25,11 +25,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from topr_kernels.hf.fields import (
+    TOKENS,
+    behavior_of,
+    check_meaning,
+    plain,
+    reward_of,
+    token_ids,
+    was_cut,
+)
 from topr_kernels.hf.packing import pack
 from topr_kernels.hf.prefix import common_prefix_length
 from topr_kernels.layout import IGNORE_INDEX
@@ -44,7 +53,8 @@ class CompletionCollator:
     log-probability of each completion token under the policy that sampled it) and ``reward``
     (float, signed). Token ids are used as they are: tokenising a text again may give other ids.
     ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
-    the question, of which there are several samples) and ``finish_reason`` ("length": cut off).
+    the question, of which there are several samples) and ``finish_reason`` ("length": cut off) or
+    ``truncated``. Numbers may be Python's, NumPy's or torch's; ids also floats that are whole.
 
     The batch holds, for B records and T columns:
 
@@ -77,9 +87,12 @@ class CompletionCollator:
     Raises:
         ValueError: if both ``packing`` and ``share_prefix`` are set. On a call: if a record lacks a
             field or has an empty prompt; if its ``behavior_log_prob`` is not as long as its
-            completion; if only some records have a ``group`` or ``finish_reason``; if it is unknown
-            which completions were cut off.
-        TypeError: on a call, if a ``group`` is neither int nor str, or if both kinds occur.
+            completion, or holds anything but finite numbers <= 0; if a token id is negative or a reward
+            not finite; if a field means something that would be ignored (see ``prepare_records``); if
+            only some records have a ``group`` or ``finish_reason``; if it is unknown which completions
+            were cut off. Messages name the record and the position.
+        TypeError: on a call, if a field holds something else than numbers; if a ``group`` is neither int
+            nor str, or if both kinds occur.
     """
 
     pad_token_id: int
@@ -98,24 +111,23 @@ class CompletionCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
-        for i, record in enumerate(features):
-            _check(record, i)
-        prompts = [list(record["prompt_token_ids"]) for record in features]
-        completions = [list(record["completion_token_ids"]) for record in features]
+        read = [_read(record, f"record {i} of the batch") for i, record in enumerate(features)]
+        prompts = [record.prompt for record in read]
+        completions = [record.completion for record in read]
         sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
-        scored = [not cut for cut in self._truncated(features)]
+        scored = [not cut for cut in self._truncated(features, completions)]
         labels = [
             [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
             for p, c, keep in zip(prompts, completions, scored, strict=True)
         ]
         behavior = [
-            [0.0] * len(p) + (list(r["behavior_log_prob"]) if keep else [0.0] * len(c))
-            for p, c, keep, r in zip(prompts, completions, scored, features, strict=True)
+            [0.0] * len(r.prompt) + (r.behavior if keep else [0.0] * len(r.completion))
+            for r, keep in zip(read, scored, strict=True)
         ]
         batch: dict[str, Any]
         if self.packing:
             batch = pack(sequences)
-            batch["labels"] = torch.tensor([x for row in labels for x in row])[None]
+            batch["labels"] = torch.tensor([[x for row in labels for x in row]], dtype=torch.int64)
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
         else:
@@ -127,18 +139,24 @@ class CompletionCollator:
             kept = [len(c) for c, keep in zip(completions, scored, strict=True) if keep]
             batch["logits_to_keep"] = max(kept, default=0) + 1
             batch["prefix_length"] = prefix
-        batch["reward"] = torch.tensor([float(r["reward"]) for r in features])
+        batch["reward"] = torch.tensor([r.reward for r in read], dtype=torch.float32)
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
         return batch
 
-    def _truncated(self, features: Sequence[Mapping[str, Any]]) -> list[bool]:
+    def _truncated(
+        self, features: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+    ) -> list[bool]:
+        told = [
+            {"finish_reason": was_cut(record, f"record {i} of the batch")}
+            for i, record in enumerate(features)
+        ]
         if not self.mask_truncated:
             return [False] * len(features)
-        reasons = _optional(features, "finish_reason")
-        if reasons is not None:
-            return [reason == "length" for reason in reasons]
+        cut: list[bool] | None = _optional(told, "finish_reason")
+        if cut is not None:
+            return cut
         if self.eos_token_id is None:
             raise ValueError(
                 "mask_truncated=True, but the records have no finish_reason and eos_token_id is None, "
@@ -147,7 +165,6 @@ class CompletionCollator:
             )
         ids = self.eos_token_id
         ends = set(ids) if isinstance(ids, Sequence) else {ids}
-        completions = [list(record["completion_token_ids"]) for record in features]
         return [not tokens or tokens[-1] not in ends for tokens in completions]
 
 
@@ -190,10 +207,19 @@ def _right_align(
     return result
 
 
+class _Read(NamedTuple):
+    """The fields of a record as Python's numbers."""
+
+    prompt: list[int]
+    completion: list[int]
+    behavior: list[float]
+    reward: float
+
+
 def check_token_ids(
     record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
-) -> None:
-    """Checks that a record has token ids, and a prompt of at least one.
+) -> tuple[list[int], list[int]]:
+    """Checks that a record has token ids, and a prompt of at least one, and nothing that is ignored.
 
     Args:
         record: the record.
@@ -201,33 +227,37 @@ def check_token_ids(
         more: further fields that it must have.
         remedy: what to do about a missing field.
 
+    Returns:
+        The ids of prompt and completion.
+
     Raises:
-        ValueError: if a field is missing or the prompt is empty.
+        ValueError: if a field is missing or the prompt is empty, an id is negative, or as
+            ``check_meaning``.
+        TypeError: if the ids are none.
     """
-    for name in ("prompt_token_ids", "completion_token_ids", *more):
+    for name in (*TOKENS, *more):
         if record.get(name) is None:
             raise ValueError(f"{where} has no {name!r}; it has {sorted(record)}. {remedy}")
-    if len(record["prompt_token_ids"]) == 0:
+    prompt, completion = (token_ids(record, name, where) for name in TOKENS)
+    if not prompt:
         raise ValueError(
             f"{where}: prompt_token_ids is empty, so nothing predicts the first token of the "
             "completion; give the prompt at least a BOS token"
         )
+    check_meaning(record, prompt, completion, where)
+    return prompt, completion
 
 
-def _check(record: Mapping[str, Any], i: int) -> None:
+def _read(record: Mapping[str, Any], where: str) -> _Read:
     remedy = "Score the records first, and keep remove_unused_columns=False"
-    check_token_ids(record, f"record {i} of the batch", ("behavior_log_prob", "reward"), remedy)
-    scored, tokens = len(record["behavior_log_prob"]), len(record["completion_token_ids"])
-    if scored != tokens:
-        raise ValueError(
-            f"record {i} of the batch: behavior_log_prob has {scored} entries for {tokens} "
-            "completion tokens; one per token is expected"
-        )
+    prompt, completion = check_token_ids(record, where, ("behavior_log_prob", "reward"), remedy)
+    behavior = behavior_of(record, len(completion), where)
+    return _Read(prompt, completion, behavior or [], reward_of(record, where))
 
 
 def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
     """The values of a field that all records have; None if none has it."""
-    values = [record.get(name) for record in features]
+    values = [plain(record.get(name)) for record in features]
     absent = [i for i, value in enumerate(values) if value is None]
     if len(absent) == len(values):
         return None
@@ -248,4 +278,4 @@ def _groups(values: list[Any]) -> Tensor | list[str]:
                 f"record {i} of the batch: group is {x!r} of type {type(x).__name__}; expected an int "
                 "in all records, or a str in all"
             )
-    return torch.tensor([int(x) for x in values])
+    return torch.tensor([int(x) for x in values], dtype=torch.int64)

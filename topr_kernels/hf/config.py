@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from topr_kernels import PRESETS, Limits, kernels
-from topr_kernels.choices import BEHAVIORS, MEAN_REDUCTIONS, RATIOS
+from topr_kernels.choices import BEHAVIORS, MEAN_REDUCTIONS, RATIOS, TRUNCATIONS
 from topr_kernels.validation import (
     check_choice,
     check_number,
@@ -54,6 +54,9 @@ class TOPRConfig(TrainingArguments):
             convention; the same results with sdpa and eager). On the first batch it is checked that the
             model keeps them apart.
         mask_truncated: do not count completions that were cut off.
+        max_length: most tokens of prompt and completion together; None: the model's positions.
+        truncate: what happens to longer records: None refuses them, "prompt_left" cuts the prompt's
+            first tokens off. Recorded log mu is then that of another prompt.
         behavior: "recorded" takes ``behavior_log_prob`` from the records. "initial" scores it with the
             model as the trainer gets it, for data sampled from that model at ``temperature``, under
             the autocast of training: ratios start at exactly 1. With FSDP or DeepSpeed in half
@@ -106,6 +109,14 @@ class TOPRConfig(TrainingArguments):
     mask_truncated: bool = field(
         default=False, metadata={"help": "Do not train on completions that were cut off."}
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a record; the model's positions if left out."},
+    )
+    truncate: str | None = field(
+        default=None,
+        metadata={"help": "prompt_left cuts longer records, which are refused otherwise."},
+    )
     behavior: str = field(
         default="recorded",
         metadata={
@@ -139,6 +150,10 @@ class TOPRConfig(TrainingArguments):
                 f"reduction: got {self.reduction!r}; expected one of {MEAN_REDUCTIONS}"
             )
         check_choice("behavior", self.behavior, BEHAVIORS)
+        if self.truncate is not None:
+            check_choice("truncate", self.truncate, TRUNCATIONS)
+        if self.max_length is not None:
+            _check_length(self.max_length)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -179,6 +194,16 @@ class TOPRConfig(TrainingArguments):
                 f"label_smoothing_factor: got {self.label_smoothing_factor}; TOPR scores the tokens "
                 "that were sampled and no others, leave it 0"
             )
+        for name, wanted, why in (
+            ("include_for_metrics", [], "no metrics are computed from what it would keep"),
+            ("batch_eval_metrics", False, "no metrics are computed from logits"),
+            ("label_names", None, "the loss takes labels, behavior_log_prob and reward of a batch"),
+        ):
+            found = getattr(self, name, wanted)
+            if found != wanted:
+                raise ValueError(
+                    f"{name}: got {found!r}, which would be without effect: {why}; leave it {wanted!r}"
+                )
         parallel = self.parallelism_config
         if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
             raise ValueError(
@@ -203,3 +228,12 @@ class TOPRConfig(TrainingArguments):
         settings: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         settings["limits"] = dataclasses.asdict(self.limits)
         return settings
+
+
+def _check_length(length: Any) -> None:
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise TypeError(f"max_length: expected an int, got {type(length).__name__}")
+    if length < 2:
+        raise ValueError(
+            f"max_length: got {length}; expected at least 2, a token of prompt and one of completion"
+        )

@@ -1,25 +1,30 @@
-"""Turns data sets of text, messages or token ids into the records that ``CompletionCollator`` takes.
+"""From the data sets people have to the records that ``CompletionCollator`` takes.
 
-Text and messages are tokenised here, once. The border between prompt and completion, and the token that
-ends a completion, are found by ids and never by comparing text.
+Lists, data sets and streams in any format go through the same checks, here and once. Where the border
+between prompt and completion lies is decided by ids and never by comparing text.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
-#: Columns that mean something to the collator, besides the token ids.
-_KEPT = ("reward", "behavior_log_prob", "group", "finish_reason")
-_TOKENS = ("prompt_token_ids", "completion_token_ids")
+from torch.utils.data import Dataset, IterableDataset
+
+from topr_kernels.choices import TRUNCATIONS
+from topr_kernels.hf import fields
+from topr_kernels.hf.tokenise import Ids, Reader, check_answer, check_messages, tools_of
+from topr_kernels.validation import check_choice
+
+#: Fields of text and messages, of which token ids are made; the others are kept.
+_READ = ("prompt", "completion", "tools", "documents", "chat_template_kwargs")
 _FORMATS = (
     "expected prompt and completion as text, as messages (a list of {'role', 'content'} and one such "
     "message of the assistant), or as prompt_token_ids and completion_token_ids"
 )
+_KINDS = "expected a list of mappings, or a Dataset or IterableDataset of datasets or torch"
+#: Features of a data set that does not tell them.
+_UNKNOWN = object()
 
 
 def prepare_records(
@@ -28,188 +33,307 @@ def prepare_records(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    max_length: int | None = None,
+    truncate: str | None = None,
+    vocabulary: int | None = None,
 ) -> Any:
     """Turns prompt + completion + reward records into token records for ``CompletionCollator``.
 
     Accepted are, record by record:
 
     - **token records** (``prompt_token_ids``, ``completion_token_ids``): checked and passed through;
-    - **text**: ``prompt`` str and ``completion`` str, tokenised apart, so that the completion's first
-      token does not depend on the prompt; special tokens are added to the prompt only. EOS is
+    - **text**: ``prompt`` str and ``completion`` str, tokenised as one text and cut where they meet.
+      The special tokens that begin a text are there once, whether the prompt has them or not. EOS is
       appended to the completion unless it ends with one, or was cut off: a decoder strips EOS, and
       without it the model would never learn to stop;
     - **messages**, as in TRL's conversational prompt-completion format: ``prompt`` a list of messages
-      and ``completion`` the assistant's message (or a list of that one). Both go through the chat
-      template; the completion is what follows the ids of the prompt with its generation prompt.
-      What the template writes after the last EOS is removed, since a sampler would have stopped
-      there; if the completion was cut off, EOS is removed too. If the template writes no EOS, the
-      completion stays as the template made it. ``tools`` and ``chat_template_kwargs`` of the record
-      are passed to the template.
+      and ``completion`` the assistant's message (or a list of that one). The prompt goes through the
+      chat template with its generation prompt. The completion is the message's text as it is and the
+      token with which the template ends it; what the template writes after that is cut, since a
+      sampler would have stopped there. If the completion was cut off, nothing ends it. Where the
+      template writes no EOS it ends as the template ends it. A message of tool calls, parts or
+      reasoning is what the template makes of it, unless that loses some of it. A prompt that ends with
+      a message of the assistant is continued. ``tools``, ``documents`` and ``chat_template_kwargs`` of
+      the record are given to the template.
 
-    A completion was cut off if its ``finish_reason`` is "length". Without ``behavior_log_prob`` the
-    records can be scored, but not yet collated.
+    A completion was cut off if its ``finish_reason`` is "length" or ``truncated`` is True. Without
+    ``behavior_log_prob`` the records can be scored, but not yet collated.
+
+    Fields that are known to mean something which training does not do (masks, labels, images, weights,
+    positions; log mu under another name) are refused unless they change nothing; unknown ones are kept.
 
     Args:
-        dataset: a list of mappings, or a ``datasets.Dataset`` or ``IterableDataset``. None in a column
-            counts as absent.
+        dataset: a list of mappings, a ``datasets.Dataset`` or ``IterableDataset`` in any format, or one
+            of torch. A column that a data set has in some records only is None in the others
+            and counts as absent there; so do fields of messages and tools, which Arrow fills up with
+            None. Those of a list reach the template as they are. Streams are read as they are used.
         tokenizer: of the model; its chat template for messages.
         chat_template_kwargs: for every call of the chat template (``enable_thinking``, ...).
-        eos_token_id: id, or ids, that end a completion; the first is appended to text. Pass
-            ``model.generation_config.eos_token_id`` if turns end with another token than the
-            tokenizer's EOS. None for the tokenizer's.
+        eos_token_id: id, or ids, that end a completion. Give ``model.generation_config.eos_token_id``
+            where turns end with another token than the tokenizer's EOS. Of several, the one that ends a
+            turn of the chat template is appended to text, else the tokenizer's. None: the tokenizer's.
+        max_length: most tokens of prompt and completion together: the model's positions. None: any.
+        truncate: what to do with longer records: None refuses them, "prompt_left" cuts tokens off the
+            beginning of the prompt (log mu that was recorded is then that of another prompt).
+        vocabulary: number of ids of the model; None: not checked.
 
     Returns:
-        Records with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``, and
-        ``behavior_log_prob``, ``group`` and ``finish_reason`` where given: a list of dicts, or the data
-        set mapped (a data set with token ids is returned as it is; the collator checks it).
+        Records with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``, and the other fields:
+        a list of dicts, or the data set mapped (one with token ids is checked and returned as it is, in
+        the format of Python).
 
     Raises:
         TypeError: if ``dataset`` or a field of a record is of the wrong type.
-        ValueError: if a record has no reward, no prompt or a prompt without tokens, or a
-            ``behavior_log_prob`` that is not as long as its completion; if messages hold anything but
-            one completion of the assistant, or the prompt's ids are not the beginning of the whole;
-            if EOS is needed and unknown. All name the record and the field.
+        ValueError: if a record has no finite reward, no prompt or one without tokens, ids outside of the
+            vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
+            numbers <= 0, a field that would be ignored, or more than ``max_length`` tokens; if messages
+            hold anything but one completion of the assistant, or a token lies across the border of
+            prompt and completion; if EOS is needed and unknown. All name the record and the field.
+
+    Warns:
+        UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's.
     """
-    prepare = _Prepare(tokenizer, dict(chat_template_kwargs or {}), _ids(eos_token_id, tokenizer))
+    if truncate is not None:
+        check_choice("truncate", truncate, TRUNCATIONS)
+        if max_length is None:
+            raise ValueError(
+                f"truncate: got {truncate!r} without max_length; give the length to cut to"
+            )
+    reader = Reader(tokenizer, chat_template_kwargs or {}, _ids(eos_token_id, tokenizer))
+    prepare = _Prepare(reader, max_length, truncate, vocabulary)
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"dataset: got a {type(dataset).__name__} with the keys {sorted(dataset)}; expected a list "
             "of records or one data set; of several splits give one, as in dataset['train']"
         )
     if hasattr(dataset, "map") and hasattr(dataset, "column_names"):
-        names = dataset.column_names
-        if names is None:
-            # A stream that does not know its columns. Reading one record does not consume it.
-            names = list(next(iter(dataset), {}))
-        if set(_TOKENS) <= set(names):
-            return dataset
-        drop = [name for name in names if name not in _KEPT]
-        return dataset.map(prepare, with_indices=True, remove_columns=drop)
-    if isinstance(dataset, str) or not isinstance(dataset, Iterable):
-        raise TypeError(
-            f"dataset: got a {type(dataset).__name__}; expected a list of mappings, or a "
-            "datasets.Dataset or IterableDataset"
+        return _mapped(dataset, prepare)
+    if isinstance(dataset, IterableDataset):
+        return _Stream(dataset, prepare)
+    return [prepare(record, i) for i, record in enumerate(_listed(dataset))]
+
+
+def _mapped(dataset: Any, prepare: _Prepare) -> Any:
+    form = getattr(dataset, "format", None) or {"type": None}
+    if form["type"] == "custom":
+        # The columns are those before the transform, and what it makes of them is no one's to say.
+        return [prepare(dataset[i], i) for i in range(len(dataset))]
+    if not hasattr(dataset, "__len__"):
+        dataset = dataset.with_format(None)
+    elif form["type"] is not None:
+        dataset = dataset.with_format(
+            None, columns=form["columns"], output_all_columns=form["output_all_columns"]
         )
-    return [prepare(record, i) for i, record in enumerate(dataset)]
+    # A stream that nobody has looked into yet starts again from its beginning.
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    features = dataset.features
+    prepare = prepare.reading(_UNKNOWN if features is None else dict(features))
+    tokens = hasattr(dataset, "__len__") and set(fields.TOKENS) <= set(names)
+    if tokens and all(prepare.keeps(record, i) for i, record in enumerate(dataset)):
+        return dataset
+    drop = [name for name in _READ if name in names]
+    return dataset.map(prepare, with_indices=True, remove_columns=drop)
+
+
+def _listed(dataset: Any) -> Sequence[Any]:
+    """What is no data set of ``datasets`` as a sequence of records.
+
+    Raises:
+        TypeError: if it is none; a generator could be read once only, or without end.
+    """
+    if isinstance(dataset, Sequence) and not isinstance(dataset, (str, bytes)):
+        return dataset
+    table = hasattr(dataset, "columns") or hasattr(dataset, "column_names")
+    if isinstance(dataset, Dataset) or (
+        hasattr(dataset, "__len__")
+        and hasattr(dataset, "__getitem__")
+        and not table
+        and not isinstance(dataset, (str, bytes))
+    ):
+        return [dataset[i] for i in range(len(cast(Any, dataset)))]
+    remedy = ""
+    if table:
+        remedy = "; of a table make one with datasets.Dataset.from_pandas, or a list of its rows"
+    elif isinstance(dataset, (str, bytes)):
+        remedy = "; load it, as with datasets.load_dataset(...)"
+    elif isinstance(dataset, Iterator) or hasattr(dataset, "__iter__"):
+        remedy = "; of what can be iterated over make one with list(...), or a stream with "
+        remedy += "datasets.IterableDataset.from_generator"
+    raise TypeError(f"dataset: got a {type(dataset).__name__}; {_KINDS}{remedy}")
+
+
+class _Stream(IterableDataset[dict[str, Any]]):
+    """A torch stream, each record prepared as it is read."""
+
+    def __init__(self, records: Any, prepare: _Prepare) -> None:
+        self._records = records
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i, record in enumerate(self._records):
+            yield self._prepare(record, i)
 
 
 class _Prepare:
-    """Turns one record into token ids. A class, so that ``Dataset.map`` can pickle it."""
+    """One record to token ids; a class, so that ``Dataset.map`` can send it to other processes."""
 
-    def __init__(self, tokenizer: Any, template: dict[str, Any], eos: tuple[int, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
-        self._eos = eos
+    def __init__(
+        self,
+        reader: Reader,
+        max_length: int | None,
+        truncate: str | None,
+        vocabulary: int | None,
+        features: Any = None,
+    ) -> None:
+        self._reader = reader
+        self._max_length = max_length
+        self._truncate = truncate
+        self._vocabulary = vocabulary
+        self._features = features
+
+    def reading(self, features: Any) -> _Prepare:
+        """The same for records of a data set with these features."""
+        return _Prepare(self._reader, self._max_length, self._truncate, self._vocabulary, features)
+
+    def keeps(self, record: Mapping[str, Any], i: int) -> bool:
+        """Checks a record and tells whether it can stay as it is."""
+        prepared = self(record, i)
+        return all(
+            record[name] is not None and len(record[name]) == len(prepared[name])
+            for name in fields.TOKENS
+        )
 
     def __call__(self, record: Any, i: int) -> dict[str, Any]:
+        where = f"record {i}"
         if not isinstance(record, Mapping):
-            raise TypeError(f"record {i}: got a {type(record).__name__}; expected a mapping")
-        _check_reward(record, i)
-        if any(record.get(name) is not None for name in _TOKENS):
-            prompt, completion = (_token_ids(record, i, name) for name in _TOKENS)
-            result = dict(record)
+            raise TypeError(f"{where}: got a {type(record).__name__}; expected a mapping")
+        reward = fields.reward_of(record, where)
+        if any(record.get(name) is not None for name in fields.TOKENS):
+            prompt, completion = self._given(record, where)
+            # Rows of a data set that is mapped have the same columns, whatever they hold.
+            read = () if self._features is None else _READ
+            result = {n: x for n, x in record.items() if n not in read}
         else:
-            prompt, completion = self._tokenise(record, i)
-            result = {"prompt_token_ids": prompt, "completion_token_ids": completion}
-            result |= {n: record[n] for n in _KEPT if record.get(n) is not None}
+            prompt, completion = self._tokenise(record, where)
+            result = {n: x for n, x in record.items() if n not in _READ and x is not None}
         if not prompt:
             raise ValueError(
-                f"record {i}, field 'prompt': has no tokens, so nothing predicts the first token of "
+                f"{where}, field 'prompt': has no tokens, so nothing predicts the first token of "
                 "the completion; give the prompt at least a BOS token"
             )
-        _check_behavior(record, i, len(completion))
-        return result
+        fields.was_cut(record, where)
+        behavior = fields.behavior_of(record, len(completion), where)
+        fields.check_meaning(record, prompt, completion, where)
+        prompt = self._fitted(prompt, len(completion), where)
+        result |= dict(zip(fields.TOKENS, (prompt, completion), strict=True)) | {"reward": reward}
+        return result if behavior is None else result | {"behavior_log_prob": behavior}
 
-    def _tokenise(self, record: Mapping[str, Any], i: int) -> tuple[list[int], list[int]]:
+    def _given(self, record: Mapping[str, Any], where: str) -> Ids:
+        for name in fields.TOKENS:
+            if record.get(name) is None:
+                raise ValueError(f"{where}, field {name!r}: is missing; {_FORMATS}")
+        prompt, completion = (
+            fields.token_ids(record, name, where, self._vocabulary) for name in fields.TOKENS
+        )
+        return prompt, completion
+
+    def _tokenise(self, record: Mapping[str, Any], where: str) -> Ids:
         prompt, completion = record.get("prompt"), record.get("completion")
         for name, value in (("prompt", prompt), ("completion", completion)):
             if value is None:
-                raise ValueError(f"record {i}, field {name!r}: is missing; {_FORMATS}")
+                raise ValueError(f"{where}, field {name!r}: is missing; {_FORMATS}")
+        cut = fields.was_cut(record, where) is True
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self._text(prompt, completion, record, i)
+            if record.get("tools"):
+                raise ValueError(
+                    f"{where}, field 'tools': expected none with a prompt of text, which holds what the "
+                    "model is to see of them; drop the field, or give messages"
+                )
+            return self._reader.text(prompt, completion, cut, where)
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            return self._messages(prompt, completion, record, i)
+            return self._messages(record, cut, where)
         name = "prompt" if not isinstance(prompt, str) else "completion"
         raise TypeError(
-            f"record {i}, field {name!r}: got a {type(record[name]).__name__}, with a prompt of type "
+            f"{where}, field {name!r}: got a {type(record[name]).__name__}, with a prompt of type "
             f"{type(prompt).__name__}; {_FORMATS}"
         )
 
-    def _text(
-        self, prompt: str, completion: str, record: Mapping[str, Any], i: int
-    ) -> tuple[list[int], list[int]]:
-        bare = list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        before = list(self._tokenizer(prompt)["input_ids"])
-        # Some tokenizers end every text with EOS, but this text goes on.
-        appended = self._ends(before) - self._ends(bare)
-        before = before[: len(before) - max(appended, 0)]
-        after = list(self._tokenizer(completion, add_special_tokens=False)["input_ids"])
-        if record.get("finish_reason") != "length" and not (after and after[-1] in self._eos):
-            if not self._eos:
-                raise ValueError(
-                    f"record {i}, field 'completion': the tokenizer has no eos_token_id to end it "
-                    "with; give prepare_records eos_token_id, or the record finish_reason='length' "
-                    "if it was cut off"
-                )
-            after.append(self._eos[0])
-        return before, after
+    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+        read = {name: record[name] for name in _READ if record.get(name) is not None}
+        found = [self._read(reading, cut, where) for reading in _readings(read, self._features)]
+        if any(ids != found[0] for ids in found):
+            raise ValueError(
+                f"{where}, field 'prompt': holds a null that the chat template writes otherwise than an "
+                "absent field, and a data set cannot say which it was; write '' for the null, or give "
+                "the records as a list"
+            )
+        return found[0]
 
-    def _ends(self, ids: list[int]) -> int:
-        """How many ids at the end are EOS."""
-        return sum(1 for _ in itertools.takewhile(lambda x: x in self._eos, reversed(ids)))
-
-    def _messages(
-        self, prompt: Sequence[Any], completion: Any, record: Mapping[str, Any], i: int
-    ) -> tuple[list[int], list[int]]:
+    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+        completion = record["completion"]
         given = [completion] if isinstance(completion, Mapping) else completion
-        before, after = (
-            _check_messages(prompt, i, "prompt"),
-            _check_messages(given, i, "completion"),
-        )
-        roles = [message["role"] for message in after]
-        if roles != ["assistant"]:
-            raise ValueError(
-                f"record {i}, field 'completion': got messages of {roles}; expected one of the "
-                "assistant, since other turns were not sampled by the policy; make a record of each "
-                "turn of the assistant, with all before it in the prompt"
-            )
-        start = self._render(before, record, add_generation_prompt=True)
-        whole = self._render(before + after, record, add_generation_prompt=False)
-        if whole[: len(start)] != start:
-            pairs = zip(start, whole, strict=False)
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            raise ValueError(
-                f"record {i}, field 'completion': the chat template makes {len(start)} ids of the "
-                f"prompt with its generation prompt, of which only the first {same} begin the ids of "
-                "prompt and completion, so the completion's ids are not known; give prompt_token_ids "
-                "and completion_token_ids as they were sampled, or chat_template_kwargs under which "
-                "the template writes the prompt alike in both (enable_thinking, ...)"
-            )
-        ids = whole[len(start) :]
-        ends = [k for k, token in enumerate(ids) if token in self._eos]
-        if record.get("finish_reason") != "length":
-            return start, ids[: ends[-1] + 1] if ends else ids
-        if not ends:
-            raise ValueError(
-                f"record {i}, field 'finish_reason': is 'length', but the chat template ends the "
-                f"completion with none of the ids {list(self._eos)}, so what it wrote after the cut is "
-                "not known; give prepare_records eos_token_id, or the record completion_token_ids"
-            )
-        return start, ids[: ends[-1]]
+        before = check_messages(record["prompt"], "prompt", _FORMATS, where)
+        after = check_messages(given, "completion", _FORMATS, where)
+        extra = dict(record.get("chat_template_kwargs") or {})
+        for name, value in (
+            ("tools", tools_of(record.get("tools"))),
+            ("documents", record.get("documents")),
+        ):
+            if value:
+                extra[name] = value
+        return self._reader.messages(before, check_answer(after, where), extra, cut, where)
 
-    def _render(self, messages: list[Any], record: Mapping[str, Any], **options: Any) -> list[int]:
-        tools = record.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        own = record.get("chat_template_kwargs") or {}
-        return list(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                tokenize=True,
-                return_dict=False,
-                **{**self._template, **own, **options},
+    def _fitted(self, prompt: list[int], tokens: int, where: str) -> list[int]:
+        most = self._max_length
+        if most is None or len(prompt) + tokens <= most:
+            return prompt
+        if self._truncate is None or tokens >= most:
+            cut = "" if tokens >= most else ", or use truncate='prompt_left'"
+            raise ValueError(
+                f"{where}: has {len(prompt)} tokens of prompt and {tokens} of completion; expected at "
+                f"most {most} together (max_length, or the model's positions); leave it out{cut}"
             )
-        )
+        return prompt[len(prompt) + tokens - most :]
+
+
+def _readings(record: Mapping[str, Any], features: Any) -> list[Any]:
+    """What a record may have been before it became a row of a data set, the likeliest first.
+
+    Arrow gives every nested record the fields of all, as None. A message has its content, be it None,
+    so there a null may be the user's.
+    """
+    if features is None:
+        return [record]
+    without = _without_nulls(record, features)
+    if features is _UNKNOWN:
+        return [record] if without == record else [without, dict(record)]
+    restored = {name: _with_content(without[name], x) for name, x in record.items()}
+    return [without] if restored == without else [restored, without]
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(value, Mapping) and (feature is _UNKNOWN or isinstance(feature, Mapping)):
+        known: Mapping[str, Any] = feature if isinstance(feature, Mapping) else {}
+        inside = {key: known.get(key, feature if feature is _UNKNOWN else None) for key in value}
+        return {
+            key: _without_nulls(x, inside[key])
+            for key, x in value.items()
+            # A column of nulls alone: someone wrote them.
+            if x is not None or getattr(inside[key], "dtype", None) == "null"
+        }
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_without_nulls(x, _UNKNOWN if feature is _UNKNOWN else inner) for x in value]
+    return value
+
+
+def _with_content(cleaned: Any, value: Any) -> Any:
+    """Messages with the contents that were None."""
+    if isinstance(value, list):
+        return [_with_content(a, b) for a, b in zip(cleaned, value, strict=True)]
+    if isinstance(value, Mapping) and "role" in value and value.get("content", 0) is None:
+        return {**cleaned, "content": None}
+    return cleaned
 
 
 def _ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
@@ -218,76 +342,3 @@ def _ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int,
     if eos_token_id is None:
         return ()
     return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-
-
-def _check_reward(record: Mapping[str, Any], i: int) -> None:
-    reward = record.get("reward")
-    if reward is None:
-        hint = ": reward = 1.0 if label else -1.0" if "label" in record else ""
-        raise ValueError(
-            f"record {i}, field 'reward': is missing; it has {sorted(record)}; give every record its "
-            f"signed reward{hint}"
-        )
-    # True would count as 1, but False as 0, which teaches nothing.
-    if isinstance(reward, bool) or not isinstance(reward, Real):
-        raise TypeError(
-            f"record {i}, field 'reward': got {reward!r} of type {type(reward).__name__}; expected a "
-            "signed number, such as 1.0 for a success and -1.0 for a failure"
-        )
-    if not math.isfinite(reward):
-        raise ValueError(f"record {i}, field 'reward': got {reward}; expected a finite number")
-
-
-def _token_ids(record: Mapping[str, Any], i: int, name: str) -> Sequence[int]:
-    ids = record.get(name)
-    if ids is None:
-        raise ValueError(f"record {i}, field {name!r}: is missing; {_FORMATS}")
-    integers = not isinstance(ids, str) and hasattr(ids, "__len__")
-    if not integers or not all(isinstance(x, Integral) for x in ids):
-        raise TypeError(
-            f"record {i}, field {name!r}: got {ids!r:.60}; expected a sequence of int token ids"
-        )
-    return ids  # type: ignore[no-any-return]
-
-
-def _check_behavior(record: Mapping[str, Any], i: int, tokens: int) -> None:
-    values = record.get("behavior_log_prob")
-    if values is None:
-        return
-    if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(
-            f"record {i}, field 'behavior_log_prob': got a {type(values).__name__}; expected a sequence "
-            "of one float per token of the completion"
-        )
-    if len(values) != tokens:
-        raise ValueError(
-            f"record {i}, field 'behavior_log_prob': has {len(values)} entries, but the completion has "
-            f"{tokens} tokens (with the EOS that ends it, unless finish_reason is 'length'); give the "
-            "completion_token_ids that were sampled, or leave it out and score the records"
-        )
-
-
-def _check_messages(messages: Any, i: int, name: str) -> list[dict[str, Any]]:
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise TypeError(
-            f"record {i}, field {name!r}: got a {type(messages).__name__}, with a prompt of messages; "
-            f"{_FORMATS}"
-        )
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(
-                f"record {i}, field {name!r}: got the message {message!r:.60}; expected a mapping with "
-                "a role and content"
-            )
-    if not messages:
-        raise ValueError(f"record {i}, field {name!r}: has no messages; {_FORMATS}")
-    return [{key: _given(x) for key, x in m.items() if x is not None} for m in messages]
-
-
-def _given(value: Any) -> Any:
-    """A value without the None that Arrow fills in for fields that other messages have."""
-    if isinstance(value, Mapping):
-        return {key: _given(x) for key, x in value.items() if x is not None}
-    if isinstance(value, list):
-        return [_given(x) for x in value]
-    return value

@@ -18,6 +18,8 @@ CACHE = ("cache", "past_key_values")
 KEEP = "logits_to_keep"
 #: Position of each token in its sequence; without it a model counts the padding.
 POSITIONS = "position_ids"
+#: How many tokens a sequence may have, in a configuration.
+POSITION_COUNT = "max_position_embeddings"
 #: Offsets of packed sequences, by transformers' names.
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -62,3 +64,35 @@ def cache_of(outputs: Any) -> Any:
             "prefix; use share_prefix=False"
         )
     return getattr(outputs, name)
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that a sequence may have: those a model's table or its training has room for.
+
+    None if its configuration does not tell. What a scaling of rotary positions adds is counted.
+    """
+    config: Any = getattr(base_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    most = getattr(config, POSITION_COUNT, None)
+    if not isinstance(most, int):
+        return None
+    scaling = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    kinds = [scaling, *scaling.values()] if isinstance(scaling, dict) else []
+    for kind in kinds:
+        if isinstance(kind, dict) and isinstance(kind.get("factor"), (int, float)):
+            original = kind.get("original_max_position_embeddings") or most
+            most = max(most, int(original * kind["factor"]))
+    return most
+
+
+def vocabulary(model: Any) -> int | None:
+    """Number of token ids that a model embeds; None if it does not tell."""
+    embeddings = getattr(base_model(model), "get_input_embeddings", None)
+    try:
+        table = embeddings() if embeddings is not None else None
+    except NotImplementedError:
+        return None
+    return getattr(table, "num_embeddings", None)

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from topr_kernels import TOPROutput
+from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import score_checked
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
@@ -24,6 +25,7 @@ from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
+from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
     NegativeWatch,
     SequenceMetrics,
@@ -33,19 +35,6 @@ from topr_kernels.hf.watch import (
 )
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
 from topr_kernels.validation import check_workspace
-
-#: Arguments of ``Trainer`` that would never be called here, and what to use instead.
-_NEVER_CALLED = {
-    "compute_loss_func": (
-        "the loss is TOPR's; override TOPRTrainer.compute_loss for another, or write a loop over "
-        "topr_kernels.linear_log_prob"
-    ),
-    "compute_metrics": (
-        "no logits are kept to compute them from; evaluate() reports the metrics of TOPROutput, and a "
-        "TrainerCallback's on_evaluate may generate and score"
-    ),
-    "preprocess_logits_for_metrics": "no logits are kept; drop it",
-}
 
 
 class TOPRTrainer(Trainer):
@@ -80,7 +69,11 @@ class TOPRTrainer(Trainer):
     process loads batches of its own. ``evaluate`` counts every record of a data set once, however many
     processes share it.
 
+    Records longer than the model's positions are refused, or cut as ``truncate`` says. ``evaluate`` and
+    ``predict`` take data sets as the constructor does; with ``behavior="initial"`` before training only.
+
     Raises:
+        TypeError: if an argument is of another type than it should be (see ``check_arguments``).
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
             record is invalid (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
             the default collator would be joined and cut up between processes; on ``compute_loss_func``,
@@ -106,31 +99,17 @@ class TOPRTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: TOPRConfig,
+        model: nn.Module | None = None,
+        args: TOPRConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        for name, remedy in _NEVER_CALLED.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected None, TOPRTrainer never calls it: {remedy}")
-        if data_collator is None:
-            eos = _eos_token_id(model, processing_class)
-            data_collator = CompletionCollator(
-                _pad_token_id(processing_class),
-                args.share_prefix,
-                args.packing,
-                args.mask_truncated,
-                eos,
-            )
-            train_dataset, eval_dataset = (
-                _each(data, lambda part: prepare_records(part, processing_class, eos_token_id=eos))
-                for data in (train_dataset, eval_dataset)
-            )
-        else:
+        args = TOPRConfig(output_dir="tmp_trainer") if args is None else args
+        check_arguments(model, args, train_dataset, eval_dataset, kwargs)
+        if data_collator is not None:
             _check_own_collator(args)
         super().__init__(
             model=model,
@@ -140,6 +119,26 @@ class TOPRTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
+        )
+        eos = _eos_token_id(self.model, processing_class)
+        if data_collator is None:
+            data_collator = self.data_collator = CompletionCollator(
+                _pad_token_id(processing_class),
+                args.share_prefix,
+                args.packing,
+                args.mask_truncated,
+                eos,
+            )
+        self._prepare = functools.partial(
+            prepare_records,
+            tokenizer=processing_class,
+            eos_token_id=eos,
+            max_length=longest(self.model, args),
+            truncate=args.truncate,
+            vocabulary=vocabulary(self.model),
+        )
+        self.train_dataset, self.eval_dataset = (
+            _each(data, self._prepared) for data in (self.train_dataset, self.eval_dataset)
         )
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
@@ -159,14 +158,40 @@ class TOPRTrainer(Trainer):
         self._train_metrics = SequenceMetrics()
         self._eval_metrics = SequenceMetrics()
         self._watch = NegativeWatch()
-        # A custom collator may find or compute log mu itself.
-        if isinstance(data_collator, CompletionCollator) or args.behavior == "initial":
-            self.train_dataset, self.eval_dataset = (
-                _each(data, functools.partial(self._with_behavior, data_collator))
-                for data in (self.train_dataset, self.eval_dataset)
+        self.train_dataset, self.eval_dataset = (
+            _each(data, self._scored) for data in (self.train_dataset, self.eval_dataset)
+        )
+        if hasattr(self.train_dataset, "__len__"):
+            warn_if_never_negative(_rewards(self.train_dataset), args.baseline, args.limits)
+
+    def _late(self, name: str, dataset: Any) -> Any:
+        """A data set given to ``evaluate`` or ``predict``, prepared and with log mu.
+
+        Raises:
+            ValueError: if log mu is the initial model's, which training has changed.
+        """
+        known = [None, self.train_dataset, *_parts(self.eval_dataset)]
+        # A name is that of a data set that the constructor was given.
+        if isinstance(dataset, str) or any(dataset is data for data in known):
+            return dataset
+        if self.args.behavior == "initial" and self.state.global_step > 0:
+            raise ValueError(
+                f"{name}: got a data set after {self.state.global_step} steps with behavior='initial', "
+                "but the initial model, which is to score it, is gone; give it to the constructor as "
+                "eval_dataset (a dict of several)"
             )
-        if train_dataset is not None and hasattr(train_dataset, "__len__"):
-            warn_if_never_negative(_rewards(train_dataset), args.baseline, args.limits)
+        return self._scored(self._prepared(dataset))
+
+    def _prepared(self, dataset: Any) -> Any:
+        """Token records; for a custom collator the records as they are."""
+        return self._prepare(dataset) if type(self.data_collator) is CompletionCollator else dataset
+
+    def _scored(self, dataset: Any) -> Any:
+        """With log mu; a custom collator may find or compute that itself."""
+        ours = isinstance(self.data_collator, CompletionCollator)
+        if ours or self.args.behavior == "initial":
+            return self._with_behavior(self.data_collator, dataset)
+        return dataset
 
     def _with_behavior(self, collator: Any, dataset: Any) -> Any:
         """The data set with ``behavior_log_prob``: its own, or that of the initial model."""
@@ -339,15 +364,18 @@ class TOPRTrainer(Trainer):
         # A batch without anything to learn from has loss 0, not 0 / 0.
         return items.clamp(min=1)
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
-        with self._keeping_last():
-            return super().get_eval_dataloader(*args, **kwargs)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training.
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, with every record: ``dataloader_drop_last`` is for training."""
+        A data set given late is prepared like one given to the constructor.
+        """
         with self._keeping_last():
-            return super().get_test_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(self._late("eval_dataset", eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As ``get_eval_dataloader``."""
+        with self._keeping_last():
+            return super().get_test_dataloader(self._late("test_dataset", test_dataset))
 
     @contextlib.contextmanager
     def _keeping_last(self) -> Iterator[None]:
@@ -422,6 +450,10 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(data, dict):
         return {name: change(part) for name, part in data.items()}
     return change(data)
+
+
+def _parts(data: Any) -> list[Any]:
+    return list(data.values()) if isinstance(data, Mapping) else [data]
 
 
 def _check_own_collator(args: TOPRConfig) -> None:

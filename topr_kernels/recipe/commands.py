@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from topr_kernels.hf.signature import positions
 from topr_kernels.recipe.curate import as_text, curate, figures, warn_if_none_right
 from topr_kernels.recipe.files import atomic_folder
 from topr_kernels.recipe.manifests import manifest_of, manifest_path
@@ -25,7 +26,7 @@ from topr_kernels.recipe.models import (
 )
 from topr_kernels.recipe.options import Options, SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
-from topr_kernels.recipe.record_checks import check_sources, check_tokens
+from topr_kernels.recipe.record_checks import check_positions, check_sources, check_tokens
 from topr_kernels.recipe.records import (
     Record,
     RecordError,
@@ -135,6 +136,7 @@ def run_score(
         loaded = kept.get(settings.model)
         weights = weights_fingerprint(loaded.model)
         check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
+        check_positions(to_score, positions(loaded.model))
         for i, record in enumerate(to_score):
             if record.sampling.weights not in ("", weights):
                 raise RecordError(

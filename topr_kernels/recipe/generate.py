@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from topr_kernels.hf.collator import pad_left
 from topr_kernels.hf.prefix import common_prefix_length, prefix_cache, shares_prefix
 from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
+from topr_kernels.hf.signature import positions as positions_of
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.models import dtype_name, tokenizer_fingerprint
 from topr_kernels.recipe.options import SettingsError
@@ -307,7 +308,7 @@ def generate(
             anything is sampled.
     """
     if positions is None:
-        positions = _positions(model)
+        positions = positions_of(model)
     if positions is not None:
         check_room(tokenizer, questions, max_new_tokens, positions, chat=chat)
     if dtype is None:
@@ -397,13 +398,6 @@ def check_room(
                 f"Ask for at most {max(0, positions - length)}, leave the question out, or take a model "
                 "with more positions (with vLLM: raise --engine max_model_len, if given)"
             )
-
-
-def _positions(model: Any) -> int | None:
-    """Tokens that a model was made for, if its configuration tells."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
 
 
 def _record(

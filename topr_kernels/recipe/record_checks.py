@@ -117,3 +117,22 @@ def check_tokens(records: Sequence[Record], vocabulary: int, fingerprint: str) -
                     f"record {i}, field {name!r}: got the id {largest}, but the model has {vocabulary} "
                     "ids; the records come from another tokenizer"
                 )
+
+
+def check_positions(records: Sequence[Record], positions: int | None) -> None:
+    """Refuses records that are longer than the model's positions.
+
+    Args:
+        records: N records.
+        positions: tokens that the model has room for; None if it does not tell.
+
+    Raises:
+        RecordError: naming the record.
+    """
+    for i, record in enumerate(records):
+        length = len(record.prompt_token_ids) + len(record.completion_token_ids)
+        if positions is not None and length > positions:
+            raise RecordError(
+                f"record {i}: has {length} tokens of prompt and completion, but the model has "
+                f"{positions} positions; leave it out, or use the model that sampled it"
+            )

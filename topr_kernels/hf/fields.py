@@ -1,0 +1,257 @@
+"""What the fields of a record mean and which values they take, alike at every entrance.
+
+A field that is known to mean something is honoured or refused; one that is not known is kept. None is
+what Arrow writes for an absent field, so it counts as absent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from topr_kernels.layout import IGNORE_INDEX
+
+TOKENS = ("prompt_token_ids", "completion_token_ids")
+
+_MASK = re.compile(r"(^|_)masks?$")
+_WEIGHT = re.compile(r"(^|_)weights?$")
+#: Log mu, as samplers and other trainers call it. Those of a reference model are something else.
+_LOG_PROB = re.compile(
+    r"^(old_|rollout_|sampling_|sampler_|behaviou?r_|completion_|token_|policy_)*"
+    r"(per_token_)?(log_?probs?|logps)$"
+)
+_MEDIA = re.compile(
+    r"^(images?|videos?|audios?|pixel_values\w*|pixel_attention_mask|input_features"
+    r"|input_audio\w*|(image|video)_(grid_thw|sizes|position_ids)|second_per_grid_ts)$"
+)
+_LABELS = ("labels", "target_ids")
+_POSITIONS = ("position_ids", "positions")
+_KINDS = ("token_type_ids", "mm_token_type_ids", "segment_ids", "sequence_ids", "document_ids")
+#: What samplers write where they cut a completion off, and where it ended.
+_CUT = ("length", "max_tokens", "max_length", "abort")
+_ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls", "tool_use")
+_FLAGS = ("truncated", "is_truncated")
+
+
+def plain(value: Any) -> Any:
+    """Python's own numbers and lists for tensors, arrays and Arrow's values."""
+    for name in ("tolist", "as_py", "to_pylist"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value
+
+
+def token_ids(
+    record: Mapping[str, Any], name: str, where: str, vocabulary: int | None = None
+) -> list[int]:
+    """Token ids of a record as Python's ints.
+
+    Args:
+        record: with the field.
+        name: of the field.
+        where: names the record in messages, as "record 3".
+        vocabulary: number of ids of the model; None if not known.
+
+    Raises:
+        TypeError: if the field is no flat sequence of whole numbers.
+        ValueError: if an id is below 0, or not below ``vocabulary``.
+    """
+    ids = plain(record[name])
+    flat = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes))
+    if flat and not all(type(x) is int for x in ids):
+        # A column of whole numbers that once had a gap is one of floats.
+        ids = [plain(x) for x in ids]
+        ids = [int(x) if isinstance(x, float) and x.is_integer() else x for x in ids]
+        flat = all(type(x) is int for x in ids)
+    if not flat:
+        raise TypeError(
+            f"{where}, field {name!r}: got {ids!r:.60}; expected a sequence of int token ids"
+        )
+    for k, x in enumerate(ids):
+        if x < 0 or (vocabulary is not None and x >= vocabulary):
+            least = "at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
+            raise ValueError(
+                f"{where}, field {name!r}: got the id {x} at position {k}; expected ids {least}. "
+                "Give the ids as they were sampled with this model's tokenizer; -100 is for labels"
+            )
+    return list(ids)
+
+
+def reward_of(record: Mapping[str, Any], where: str) -> float:
+    """The reward of a record.
+
+    Raises:
+        TypeError: if it is not one number.
+        ValueError: if it is missing, NaN or infinite.
+    """
+    reward = plain(record.get("reward"))
+    if reward is None:
+        hint = ": reward = 1.0 if label else -1.0" if "label" in record else ""
+        raise ValueError(
+            f"{where}, field 'reward': is missing; it has {sorted(record)}; give every record its "
+            f"signed reward{hint}"
+        )
+    # True would be 1, and False no failure but nothing at all.
+    if isinstance(reward, bool) or not isinstance(reward, Real):
+        raise TypeError(
+            f"{where}, field 'reward': got {reward!r} of type {type(reward).__name__}; expected a "
+            "signed number, such as 1.0 for a success and -1.0 for a failure; of several rewards "
+            "their sum"
+        )
+    if not math.isfinite(reward):
+        raise ValueError(f"{where}, field 'reward': got {reward}; expected a finite number")
+    return float(reward)
+
+
+def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[float] | None:
+    """Log mu of a record's completion, one number per token; None where it has none.
+
+    Raises:
+        TypeError: if it is no flat sequence of numbers.
+        ValueError: if it is not as long as the completion, or an entry is NaN, infinite or positive.
+    """
+    values = plain(record.get("behavior_log_prob"))
+    if values is None:
+        return None
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{where}, field 'behavior_log_prob': got a {type(values).__name__}; expected a sequence "
+            "of one float per token of the completion"
+        )
+    if len(values) != tokens:
+        raise ValueError(
+            f"{where}, field 'behavior_log_prob': has {len(values)} entries, but the completion has "
+            f"{tokens} tokens (with the EOS that ends it, unless finish_reason is 'length'); give the "
+            "completion_token_ids that were sampled, or leave it out and score the records"
+        )
+    found = [plain(x) for x in values]
+    for k, x in enumerate(found):
+        if isinstance(x, bool) or not isinstance(x, Real):
+            raise TypeError(
+                f"{where}, field 'behavior_log_prob': got {x!r:.40} of type {type(x).__name__} at "
+                f"position {k}; expected the log-probability of the sampled token, a number"
+            )
+        # A sampled token had a probability above 0, so -inf is as wrong as NaN.
+        if not (math.isfinite(x) and x <= 0):
+            raise ValueError(
+                f"{where}, field 'behavior_log_prob': got {x} at position {k}; expected a finite "
+                "log-probability <= 0 (the logarithm of a probability, with its sign); score the "
+                "record, or leave it out"
+            )
+    return [float(x) for x in found]
+
+
+def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
+    """Whether a completion was cut off, by ``finish_reason`` or ``truncated``; None if neither tells.
+
+    Raises:
+        TypeError: if ``truncated`` is no bool.
+        ValueError: if the reason is not known, or the two contradict each other.
+    """
+    reason = record.get("finish_reason")
+    # SGLang tells the reason with its details.
+    name = reason.get("type") if isinstance(reason, Mapping) else reason
+    known = None if name is None else str(name).lower() in _CUT
+    if name is not None and not known and str(name).lower() not in _ENDED:
+        raise ValueError(
+            f"{where}, field 'finish_reason': got {reason!r}; expected 'length' for a completion that "
+            "was cut off and 'stop' for one that ended by itself; leave other records out"
+        )
+    for field in _FLAGS:
+        flag = plain(record.get(field))
+        if flag is None:
+            continue
+        if not isinstance(flag, bool):
+            raise TypeError(f"{where}, field {field!r}: got {flag!r:.40}; expected True or False")
+        if known is not None and known != flag:
+            raise ValueError(
+                f"{where}, field {field!r}: got {flag} with finish_reason={reason!r}, which says "
+                "otherwise; leave the wrong one out"
+            )
+        known = flag
+    return known
+
+
+def check_meaning(
+    record: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], where: str
+) -> None:
+    """Refuses fields that mean something which training would not do.
+
+    Values that change nothing pass: masks of ones, labels that are the completion, weights of 1,
+    positions from 0.
+
+    Args:
+        record: as the user gave it.
+        prompt: its token ids.
+        completion: its token ids.
+        where: names the record in messages.
+
+    Raises:
+        ValueError: naming the record, the field and the remedy.
+    """
+    for name, given in record.items():
+        if not isinstance(name, str) or name in TOKENS or given is None:
+            continue
+        problem = _problem(name, plain(given), list(prompt), list(completion))
+        if problem is None and _LOG_PROB.match(name) and record.get("behavior_log_prob") is None:
+            problem = (
+                "expected log mu under the name behavior_log_prob; rename the field, or drop it if "
+                "the records are to be scored"
+            )
+        if problem is not None:
+            raise ValueError(f"{where}, field {name!r}: {problem}")
+
+
+def _problem(name: str, value: Any, prompt: list[int], completion: list[int]) -> str | None:
+    """What is wrong with a field that means something, and the remedy; None if nothing."""
+    got = f"got {value!r:.60}"
+    if isinstance(value, (Sequence, Mapping)) and not value:
+        return None
+    if _MEDIA.match(name):
+        return (
+            "expected none, images, video and sound are not given to the model; drop the field if the "
+            "prompt can do without it"
+        )
+    row = value if isinstance(value, (list, tuple)) else [value]
+    length = len(prompt) + len(completion)
+    if _MASK.search(name):
+        whole = [0] * len(prompt) + [1] * len(completion)
+        if isinstance(value, str) or all(x == 1 for x in row) or row == whole:
+            return None
+        return (
+            f"{got}; expected ones for all tokens of the completion, each of which is scored: a part "
+            "of them cannot be left out yet. Make a record of each turn that the policy wrote, with "
+            "all before it in the prompt, or drop the field if it means something else"
+        )
+    if _WEIGHT.search(name):
+        if isinstance(value, str) or all(x == 1 for x in row):
+            return None
+        return (
+            f"{got}; expected 1, weights are not read; multiply the reward by it (with baseline=0 the "
+            "loss of a record is proportional to its reward), or drop the field"
+        )
+    if name in _LABELS and row not in (completion, [IGNORE_INDEX] * len(prompt) + completion):
+        return (
+            f"{got}; expected the completion's ids, with -100 before them for the prompt: these are "
+            "the labels here, and a part of them cannot be left out yet; drop the field, or make a "
+            "record of each turn that the policy wrote"
+        )
+    if name == "input_ids" and row != prompt + completion:
+        return (
+            f"{got}; expected prompt_token_ids followed by completion_token_ids, which are what the "
+            "model is given; drop the field, or correct it"
+        )
+    if name in _POSITIONS and row != list(range(length)):
+        return (
+            f"{got}; expected 0 to {length - 1}, positions are counted from the first token of the "
+            "prompt; drop the field, or make a record of each sequence"
+        )
+    if name in _KINDS and not all(x == row[0] for x in row):
+        return (
+            f"{got}; expected one value for all tokens, kinds of tokens and packed sequences are not "
+            "told to the model; drop the field, or make a record of each sequence"
+        )
+    return None

@@ -1,0 +1,336 @@
+"""Text and messages to token ids: of the prompt as the policy saw it, of the completion as it wrote it.
+
+Both are tokenised as one text and cut where they meet. A chat template says what stands before an
+answer and what ends it; the answer itself is the completion's text and not what a template makes of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+_ANSWER = "answer-goes-here"
+_REMEDY = "give prompt_token_ids and completion_token_ids as they were sampled"
+#: Kinds of content that a tokenizer cannot give to a model.
+_MEDIA = ("image", "video", "audio", "file")
+
+Ids = tuple[list[int], list[int]]
+Messages = list[dict[str, Any]]
+
+
+class Reader:
+    """Makes token ids of a record's text or messages; can be sent to other processes.
+
+    Args:
+        tokenizer: of the model.
+        options: of every call of the chat template.
+        eos: ids that end a completion.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any], eos: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._options = dict(options)
+        self._eos = eos
+
+    def text(self, prompt: str, completion: str, cut: bool, where: str) -> Ids:
+        """Ids of a text and of the one that follows it, which ends with EOS unless it was cut off."""
+        start, whole = self._with_special(prompt), self._with_special(prompt + completion)
+        after = _after(start, whole, "the tokenizer makes {} ids of the prompt", where)
+        if cut or (after and after[-1] in self._eos):
+            return start, after
+        if not self._eos:
+            raise ValueError(
+                f"{where}, field 'completion': the tokenizer has no eos_token_id to end it with; give "
+                "prepare_records eos_token_id, or the record finish_reason='length' if it was cut off"
+            )
+        return start, [*after, self._end]
+
+    def messages(
+        self,
+        prompt: Messages,
+        answer: dict[str, Any],
+        extra: Mapping[str, Any],
+        cut: bool,
+        where: str,
+    ) -> Ids:
+        """Ids of messages with the generation prompt, and of the assistant's answer to them.
+
+        Args:
+            prompt: messages; if the last is the assistant's it is begun, and the answer continues it.
+            answer: message of the assistant.
+            extra: the record's own arguments of the template.
+            cut: whether the answer was cut off; nothing then ends it.
+            where: names the record in messages.
+        """
+        spoken = isinstance(answer.get("content"), str) and not any(
+            value for key, value in answer.items() if key not in ("role", "content")
+        )
+        if prompt[-1]["role"] == "assistant":
+            start, end = self._continued(prompt, answer if spoken else {}, extra, where)
+        else:
+            start = self._render(prompt, extra, where, add_generation_prompt=True)
+            probe = [*prompt, {**answer, "content": _ANSWER}]
+            head, found, end = "", "", ""
+            if spoken:
+                head, found, end = self._render(probe, extra, where).rpartition(_ANSWER)
+            if not found or not (head.startswith(start) or start.startswith(head)):
+                return self._as_rendered(prompt, answer, start, extra, cut, where)
+            if begun := start[len(head) :].strip():
+                answer = _inside(answer, begun, start, where)
+            between = head[len(start) :]
+            # A template without a generation prompt writes here what the policy had to write. What one
+            # with it adds (an empty thinking block) nobody sampled.
+            if between and (not between.strip() or start == self._render(prompt, extra, where)):
+                answer = {**answer, "content": between + answer["content"]}
+        content: str = answer["content"]
+        before = self._bare(start)
+        said = self._bare(start + content)
+        after = _after(
+            before,
+            said,
+            "the chat template makes {} ids of the prompt with its generation prompt",
+            where,
+        )
+        if cut or (after and after[-1] in self._eos):
+            return before, after
+        whole = self._bare(start + content + end)
+        if whole[: len(said)] == said:
+            ending = whole[len(said) :]
+            stop = next((k for k, x in enumerate(ending) if x in self._eos), len(ending) - 1)
+            return before, after + ending[: stop + 1]
+        ids = _after(before, whole, "the chat template makes {} ids of the prompt", where)
+        return before, self._up_to_the_end(ids)
+
+    def _continued(
+        self, prompt: Messages, answer: dict[str, Any], extra: Mapping[str, Any], where: str
+    ) -> tuple[str, str]:
+        """The text before and after the rest of an answer that the prompt's last message begins."""
+        begun = prompt[-1]
+        if not isinstance(begun.get("content"), str) or not isinstance(answer.get("content"), str):
+            raise ValueError(
+                f"{where}, field 'prompt': ends with a message of the assistant, which the completion "
+                f"continues; expected text in both and nothing else; {_REMEDY}"
+            )
+        probe = [*prompt[:-1], {**begun, "content": begun["content"] + _ANSWER}]
+        start, found, end = self._render(probe, extra, where).rpartition(_ANSWER)
+        if not found or not start.endswith(begun["content"]):
+            raise ValueError(
+                f"{where}, field 'prompt': ends with a message of the assistant, which the completion "
+                f"continues, but the chat template does not write it as it is; {_REMEDY}"
+            )
+        return start, end
+
+    def _as_rendered(
+        self,
+        prompt: Messages,
+        answer: dict[str, Any],
+        start: str,
+        extra: Mapping[str, Any],
+        cut: bool,
+        where: str,
+    ) -> Ids:
+        """Ids of an answer of which the template makes the text: tool calls, parts, reasoning."""
+        text = self._render([*prompt, answer], extra, where)
+        before = self._bare(start)
+        ids = _after(
+            before,
+            self._bare(text),
+            "the chat template makes {} ids of the prompt with its generation prompt",
+            where,
+        )
+        lost = next((x for x in _texts(answer) if x.strip() not in text[len(start) :]), None)
+        if lost is not None:
+            raise ValueError(
+                f"{where}, field 'completion': the chat template does not write {lost!r:.40} as it is, "
+                f"so it would not be what the policy wrote; {_REMEDY}"
+            )
+        if not cut:
+            return before, self._up_to_the_end(ids)
+        ends = [k for k, token in enumerate(ids) if token in self._eos]
+        if not ends:
+            raise ValueError(
+                f"{where}, field 'finish_reason': is 'length', but the chat template ends the "
+                f"completion with none of the ids {list(self._eos)}, so what it wrote after the cut is "
+                "not known; give prepare_records eos_token_id, or the record completion_token_ids"
+            )
+        return before, ids[: ends[-1]]
+
+    def _up_to_the_end(self, ids: list[int]) -> list[int]:
+        """Without what the template writes after the last EOS: a sampler would have stopped there."""
+        ends = [k for k, token in enumerate(ids) if token in self._eos]
+        return ids[: ends[-1] + 1] if ends else ids
+
+    def _render(
+        self, messages: Messages, extra: Mapping[str, Any], where: str, **options: Any
+    ) -> str:
+        given = {"add_generation_prompt": False, **options, "tokenize": False}
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, **{**self._options, **extra, **given}
+            )
+        # A template raises what it likes.
+        except Exception as error:
+            raise ValueError(
+                f"{where}: the chat template failed: {type(error).__name__}: {error}; write the "
+                f"messages as it wants them, or {_REMEDY}"
+            ) from error
+        return text
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _with_special(self, text: str) -> list[int]:
+        """Ids with the special tokens that begin a text, each once, and none that ends it."""
+        bare, ids = self._bare(text), list(self._tokenizer(text)["input_ids"])
+        # Some tokenizers end every text with EOS: here the text goes on.
+        appended = max(self._ends(ids) - self._ends(bare), 0)
+        ids = ids[: len(ids) - appended]
+        added = len(ids) - len(bare)
+        # A text that a template rendered has them already.
+        return bare if added > 0 and bare[:added] == ids[:added] else ids
+
+    def _ends(self, ids: list[int]) -> int:
+        """How many ids at the end are EOS."""
+        return sum(1 for _ in itertools.takewhile(lambda x: x in self._eos, reversed(ids)))
+
+    @cached_property
+    def _end(self) -> int:
+        """Which of several ids ends a text: the one that ends a turn, else the tokenizer's EOS."""
+        if len(self._eos) == 1:
+            return self._eos[0]
+        own, turn = getattr(self._tokenizer, "eos_token_id", None), self._end_of_turn()
+        chosen = next((x for x in (turn, own) if x in self._eos), self._eos[0])
+        if own is not None and chosen != own:
+            names = self._tokenizer.convert_ids_to_tokens([chosen, own])
+            why = (
+                "with which the chat template ends a turn" if chosen == turn else "the first given"
+            )
+            warnings.warn(
+                f"text completions are ended with {names[0]!r}, {why}; the tokenizer's EOS is "
+                f"{names[1]!r}. If that is wrong give prepare_records the one eos_token_id that ends "
+                "them (of TOPRTrainer: model.generation_config.eos_token_id), or end the completions "
+                "yourself",
+                UserWarning,
+                stacklevel=2,
+            )
+        return chosen
+
+    def _end_of_turn(self) -> int | None:
+        """The first stop token that the chat template writes after an answer, if any."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            end = self._render(talk, {}, "").rpartition(_ANSWER)[2]
+        except ValueError:
+            # It wants other messages.
+            return None
+        return next((x for x in self._bare(end) if x in self._eos), None)
+
+
+def check_messages(messages: Any, name: str, formats: str, where: str) -> Messages:
+    """Messages of a record as a list of dicts.
+
+    Raises:
+        TypeError: if they are no mappings with a role.
+        ValueError: if there are none, or one holds an image, video or sound.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise TypeError(
+            f"{where}, field {name!r}: got a {type(messages).__name__}, with a prompt of messages; "
+            f"{formats}"
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(
+                f"{where}, field {name!r}: got the message {message!r:.60}; expected a mapping with "
+                "a role and content"
+            )
+        _check_parts(message.get("content"), name, where)
+    if not messages:
+        raise ValueError(f"{where}, field {name!r}: has no messages; {formats}")
+    return [dict(message) for message in messages]
+
+
+def check_answer(messages: Messages, where: str) -> dict[str, Any]:
+    """The one message of the assistant that a completion is.
+
+    Raises:
+        ValueError: if there are others, or the message is not to be trained on.
+    """
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise ValueError(
+            f"{where}, field 'completion': got messages of {roles}; expected one of the "
+            "assistant, since other turns were not sampled by the policy; make a record of each "
+            "turn of the assistant, with all before it in the prompt"
+        )
+    for name in ("weight", "train", "loss"):
+        if messages[0].get(name) not in (None, 1):
+            raise ValueError(
+                f"{where}, field 'completion': got a message with {name}={messages[0][name]!r}, which "
+                "is not read; leave the record out, or multiply its reward by the weight"
+            )
+    return messages[0]
+
+
+def tools_of(value: Any) -> list[Any] | None:
+    """The tools of a record: a list, or JSON of one, or of each."""
+    tools = json.loads(value) if isinstance(value, str) else value
+    return [json.loads(x) if isinstance(x, str) else x for x in tools] if tools else None
+
+
+def _check_parts(content: Any, name: str, where: str) -> None:
+    for part in content if isinstance(content, (list, tuple)) else []:
+        kind = str(part.get("type", "")) if isinstance(part, Mapping) else ""
+        held = [key for key in _MEDIA if isinstance(part, Mapping) and part.get(key) is not None]
+        if held or any(key in kind for key in _MEDIA):
+            raise ValueError(
+                f"{where}, field {name!r}: got a message with content of type {kind or held[0]!r}; "
+                "expected text, images, video and sound are not given to the model; leave the record "
+                "out"
+            )
+
+
+def _inside(answer: dict[str, Any], begun: str, start: str, where: str) -> dict[str, Any]:
+    """The answer without what the generation prompt has begun of it (``<think>``)."""
+    content: str = answer["content"]
+    written = start[start.rindex(begun) :]
+    if content.startswith(written):
+        return {**answer, "content": content[len(written) :]}
+    if content.lstrip().startswith(begun):
+        raise ValueError(
+            f"{where}, field 'completion': begins with {begun!r:.40}, which the generation prompt "
+            f"writes as {written!r:.40}; leave it out of the completion, or {_REMEDY}"
+        )
+    return answer
+
+
+def _after(start: list[int], whole: list[int], makes: str, where: str) -> list[int]:
+    """The ids of the whole that follow those of its beginning."""
+    if whole[: len(start)] == start:
+        return whole[len(start) :]
+    pairs = zip(start, whole, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    raise ValueError(
+        f"{where}, field 'completion': {makes.format(len(start))}, of which only the first {same} begin "
+        "the ids of prompt and completion, so the completion's ids are not known; "
+        f"{_REMEDY}, or write the border where no token lies across it (of a chat template: with "
+        "chat_template_kwargs under which it writes the prompt alike in both)"
+    )
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """What a message says: its texts, and the names of the tools it calls."""
+    found = [x for key, x in message.items() if key != "role" and isinstance(x, str)]
+    content = message.get("content")
+    for part in content if isinstance(content, list) else []:
+        found += [x for key, x in part.items() if key != "type" and isinstance(x, str)]
+    for call in message.get("tool_calls") or []:
+        name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
+        found += [name] if isinstance(name, str) else []
+    return found
