@@ -19,7 +19,6 @@ from torch import Tensor
 from ptx import launch
 from ptx.execute import Options
 from topr_kernels import IS, PRESETS, Limits, reference, topr_loss
-from topr_kernels.fused_linear import Transforms
 from topr_kernels.kernels import triton_linear, triton_logits
 from topr_kernels.testing import assert_within_budget, make_batch, pack
 
@@ -171,12 +170,7 @@ def test_the_loss_and_its_gradient(case: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(out.loss.double(), ref.loss, rtol=slack * 2e-5, atol=slack * 1e-6)
 
 
-LINEAR = (
-    Transforms(1.0, None, 1.0),
-    Transforms(1.7, None, 0.6),
-    Transforms(1.7, 5.0, 0.6),
-    Transforms(1.0, 30.0, 1.0),
-)
+LINEAR = (linear.PLAIN, linear.SCALED, linear.CAPPED, linear.Transforms(1.0, 30.0, 1.0))
 
 
 @pytest.mark.parametrize("case", range(CASES // 4))

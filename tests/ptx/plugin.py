@@ -1,4 +1,4 @@
-"""A pytest plugin that runs tests of the Triton kernels on the executor: ``-p ptx.plugin``.
+"""Runs tests of the Triton kernels on the executor: ``pytest -p ptx.plugin tests/test_triton.py``.
 
 PTX_SEED and PTX_ULPS set the options of the same names.
 """
@@ -15,6 +15,18 @@ from ptx.execute import Options
 
 #: Read memory that nobody has written, and turn it into NaN whatever it holds.
 READ_FRESH = ("test_unsound_offsets_poison_loss_and_gradient",)
+#: Tests that cannot run on the executor.
+LEFT_OUT = {
+    "test_offsets_pass_two_to_the_thirty_first": "its memory is 4 GB, which is copied",
+    "test_strided_sliced_and_expanded_input": "compares bits of two binaries",
+    "test_half_precision_is_rounded_once_and_last": "compares bits of two binaries",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    out = [i for i in items if getattr(i, "originalname", i.name) in LEFT_OUT]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [i for i in items if i not in out]
 
 
 @pytest.fixture(autouse=True)
