@@ -72,7 +72,7 @@ PTX := TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(if $(TRITON),$(CURD
 .PHONY: test-ptx
 test-ptx: $(STAMP) $(OTHER_TRITON:%=%/installed)
 	$(PTX) -p ptx.plugin tests/test_triton.py tests/test_triton_linear.py $(TEST_ARGS)
-	PTX_CASES=$(PTX_CASES) $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
+	PTX_CASES=$(PTX_CASES) PTX_SEEDS=20 $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
 
 $(VENV)/triton-%/installed: | $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*

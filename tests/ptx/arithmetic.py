@@ -148,7 +148,6 @@ def _float(name: str, flags: list[str], approximate: numeric.Approximate) -> Fun
         ("max",): np.maximum if nan else numeric.maximum,
         ("min",): np.minimum if nan else numeric.minimum,
         ("div", "full"): approximate.div,
-        ("div", "approx"): approximate.div,
         ("ex2", "approx"): approximate.ex2,
         ("lg2", "approx"): approximate.lg2,
         ("rcp", "approx"): approximate.rcp,

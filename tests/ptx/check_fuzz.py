@@ -1,8 +1,8 @@
 """Batches, layouts, strides, dtypes and options at random through the whole path, against fp64.
 
-PTX_CASES says how many (`make test-ptx`: 500). A case is its number: options that make another binary
-come from the number modulo VARIANTS, so that compiling does not take all the time, everything else
-from the number.
+PTX_CASES says how many (`make test-ptx`: 500, and a quarter more of the fused-linear kernels). A case
+is its number: options that make another binary come from the number modulo VARIANTS, so that compiling
+does not take all the time, everything else from the number.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from topr_kernels import IS, PRESETS, Limits, reference, topr_loss
 from topr_kernels.kernels import triton_linear, triton_logits
 from topr_kernels.testing import assert_within_budget, make_batch, pack
 
-CASES = int(os.environ.get("PTX_CASES", "30"))
-VARIANTS = int(os.environ.get("PTX_VARIANTS", "48" if CASES > 100 else "15"))
+CASES = int(os.environ.get("PTX_CASES", "24"))
+VARIANTS = 48 if CASES > 100 else 12
 SPLIT = triton_logits.Settings(BV=128, U=2, tiles_per_program=3, split=8, num_warps=4)
 
 

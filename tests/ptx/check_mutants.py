@@ -6,6 +6,7 @@ A mutant edits one place of the text; what it does to a batch is a fault, or oth
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -24,7 +25,7 @@ FORWARD, BACKWARD = "rows_fwd_kernel", "logits_bwd_kernel"
 LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 20)]
 #: Fewer columns than threads, so that the mask of every thread matters.
 VOCAB = 97
-SEEDS = (0, 1, 2)
+SEEDS = range(int(os.environ.get("PTX_SEEDS", "6")))
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def replaced(pattern: str, by: str) -> Callable[[str], str]:
 
 
 def test_unchanged_it_is_right_for_every_seed() -> None:
-    for seed in range(20):
+    for seed in SEEDS:
         assert outcome(lambda ptx: ptx, seed, late=seed % 2 == 1) == "nothing"
 
 
@@ -147,7 +148,7 @@ def test_a_barrier_taken_out() -> None:
     assert set(results["other"]) <= {"race", "nothing"}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:3])
 @pytest.mark.parametrize(
     "change",
     [("acq_rel", "relaxed"), ("acq_rel", "acquire"), ("acq_rel", "release"), ("gpu", "cta")],
