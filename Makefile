@@ -63,6 +63,21 @@ mutants: $(STAMP)
 
 install: $(STAMP)
 
+# The Triton kernels as compiled for sm_90, executed on the CPU (tests/ptx): their tests, and PTX_CASES batches
+# at random against fp64. `make test-ptx TRITON=3.6.0` takes another compiler than the installed one.
+PTX_CASES ?= 500
+OTHER_TRITON := $(if $(TRITON),$(VENV)/triton-$(TRITON))
+PTX := TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(if $(TRITON),$(CURDIR)/$(OTHER_TRITON):)$(CURDIR)/tests \
+	$(BIN)/python -m pytest --numprocesses 2
+.PHONY: test-ptx
+test-ptx: $(STAMP) $(OTHER_TRITON:%=%/installed)
+	$(PTX) -p ptx.plugin tests/test_triton.py tests/test_triton_linear.py $(TEST_ARGS)
+	PTX_CASES=$(PTX_CASES) PTX_SEEDS=20 $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
+
+$(VENV)/triton-%/installed: | $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
+
 # Real hidden states for the benchmarks of the fused-linear path: some minutes, 58 MB in benchmarks/.cache.
 HIDDEN_STATES := benchmarks/.cache/hidden_states.pt
 hidden-states: $(HIDDEN_STATES)
