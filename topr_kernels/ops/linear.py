@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops import accumulate_dtype, savable
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 
 
@@ -239,7 +239,7 @@ def _topr_fwd_fake(
 def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, head_weight, bias, labels, cu_seqlens, *rest = inputs
     compute_dtype, logit_scale, softcap, temperature, _, shift, tolerance, workspace, impl = rest
-    ctx.save_for_backward(hidden, head_weight, bias, labels, cu_seqlens)
+    ctx.save_for_backward(*map(savable, (hidden, head_weight, bias, labels, cu_seqlens)))
     ctx.settings = (
         compute_dtype,
         logit_scale,
@@ -266,7 +266,7 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
 
 def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, sound, *_, row_coefficient, _, _, _ = output
-    ctx.save_for_backward(sound, row_coefficient, *inputs[:3])
+    ctx.save_for_backward(sound, row_coefficient, *map(savable, inputs[:3]))
     # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
     # inference mode cannot be saved.
     ctx.constants = tuple(None if x is None else x.clone() for x in inputs[3:8])
