@@ -171,6 +171,6 @@ def test_all_processes_refuse_what_one_cannot_score(tmp_path: Path):
     first, second = launched(tmp_path, "initial_worker")
     assert first["scored"] == second["scored"] and len(first["scored"]) == 8
     for found in (first, second):
-        assert "record 3 of the data set: prompt_token_ids is empty" in found["record"]
+        assert "record 3, field 'prompt': has no tokens" in found["record"]
         assert "expected the same weights on each" in found["weights"]
         assert "'cpu_ram_efficient_loading': False" in found["weights"]
