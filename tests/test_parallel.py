@@ -1,6 +1,7 @@
 """Several processes against one: a vocabulary in shards, sequences in pieces, data in parts.
 
-Each launch runs all cases of a worker: starting processes takes longer than the cases.
+Each launch runs all cases of a worker: starting processes takes longer than the cases. To add one, see
+``processes.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import launch
+from processes import case, launch
 from torch import Tensor
 
 from topr_kernels import (
@@ -149,17 +150,32 @@ def vocab_worker() -> None:
         rows = slice(edges[rank], edges[rank + 1])
         expected, whole = run(data, None, None, {**options, "grad_tolerance": 0.0})
         found, part = run(data, rows, group, options)
-        skip = ("active_share", "left_out") if "grad_tolerance" in options else ()
-        compare(found, expected, what, skip)
-        assert expected.loss != 0
-        for name, gradient in part.items():
-            if gradient is None:
-                assert whole[name] is None
-                continue
-            close(
-                gradient, whole[name] if name == "hidden" else whole[name][rows], f"{what} {name}"
-            )
-            assert gradient.abs().max() > 1e-4
+        with case(what):
+            skip = ("active_share", "left_out") if "grad_tolerance" in options else ()
+            compare(found, expected, what, skip)
+            assert expected.loss != 0
+            for name, gradient in part.items():
+                if gradient is None:
+                    assert whole[name] is None
+                    continue
+                close(
+                    gradient,
+                    whole[name] if name == "hidden" else whole[name][rows],
+                    f"{what} {name}",
+                )
+                assert gradient.abs().max() > 1e-4
+
+
+def hidden_cases_worker() -> None:
+    start()
+    for name, right in (("first", False), ("second", True), ("third", False)):
+        with case(name):
+            assert right, f"what is wrong with the {name}"
+
+
+def test_a_case_that_fails_does_not_hide_the_others():
+    with pytest.raises(AssertionError, match=r"(?s)case first.*wrong with the first.*case third"):
+        launch(2, "test_parallel.hidden_cases_worker")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -179,17 +195,18 @@ def tolerance_worker() -> None:
         _, whole = run(data, None, None, {"limits": BOTH, "grad_tolerance": 0.0})
         out, part = run(data, rows, group, {"limits": BOTH, "grad_tolerance": tau})
         one, alone = run(data, None, None, {"limits": BOTH, "grad_tolerance": tau})
-        assert 0 < out.left_out <= tau and 0 < out.active_share < 0.6
-        # The same columns as one process takes, so the same share is left out.
-        close(out.left_out, one.left_out, "left_out")
-        close(out.active_share, one.active_share, "active_share")
-        error = (part["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
-        reference = (alone["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
-        # The tail's mean is taken per shard: never much worse than over the whole.
-        assert 0 < error <= 2 * reference + 1e-3, (error, reference)
         gathered = [torch.zeros_like(part["hidden"]) for _ in range(world)]
         dist.all_gather(gathered, part["hidden"])
-        assert all(torch.equal(gathered[0], g) for g in gathered)
+        with case(f"rank {rank}, seed {seed}, tau {tau}"):
+            assert 0 < out.left_out <= tau and 0 < out.active_share < 0.6
+            # The same columns as one process takes, so the same share is left out.
+            close(out.left_out, one.left_out, "left_out")
+            close(out.active_share, one.active_share, "active_share")
+            error = (part["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
+            reference = (alone["hidden"] - whole["hidden"]).norm() / whole["hidden"].norm()
+            # The tail's mean is taken per shard: never much worse than over the whole.
+            assert 0 < error <= 2 * reference + 1e-3, (error, reference)
+            assert all(torch.equal(gathered[0], g) for g in gathered)
 
 
 def test_a_tolerance_holds_for_the_whole_vocabulary():
@@ -302,8 +319,9 @@ def log_prob_worker() -> None:
             (out.log_prob * upstream).sum().backward()
             results.append((*out, hidden.grad, weight.grad))
         *whole, d_weight = results[0]
-        for a, b in zip(results[1], (*whole, d_weight[rows]), strict=True):
-            close(a.detach(), b.detach(), f"{dtype}")
+        with case(f"rank {rank}, {dtype}"):
+            for a, b in zip(results[1], (*whole, d_weight[rows]), strict=True):
+                close(a.detach(), b.detach(), f"{dtype}")
 
 
 def unscored_worker() -> None:
@@ -450,8 +468,9 @@ def logits_worker() -> None:
             part = logits[..., rows].clone().requires_grad_()
             found = topr_loss(part, **rest, **options, process_group=group)
             (3 * found.loss).backward()
-            compare(found, expected, f"logits, {what}, {options}", MEASURED)
-            close(part.grad, whole.grad[..., rows], f"logits, {what}, {options}: gradient")
+            with case(f"rank {rank}, {dtype}, logits, {what}, {options}"):
+                compare(found, expected, what, MEASURED)
+                close(part.grad, whole.grad[..., rows], "gradient")
         if packed:
             continue
         edges = PIECES[world]
@@ -460,10 +479,11 @@ def logits_worker() -> None:
         here = {n: x[:, columns] if x.dim() > 1 else x for n, x in rest.items()}
         found = topr_loss(part, **here, **options, sequence_group=group)
         (3 * found.loss).backward()
-        compare(found, expected, f"logits in pieces, {options}", skip)
-        for name in TOKENS:
-            close(getattr(found, name), getattr(expected, name)[:, columns], f"pieces: {name}")
-        close(part.grad, whole.grad[:, columns], "logits in pieces: gradient")
+        with case(f"rank {rank}, {dtype}, logits in pieces, {options}"):
+            compare(found, expected, "pieces", skip)
+            for name in TOKENS:
+                close(getattr(found, name), getattr(expected, name)[:, columns], name)
+            close(part.grad, whole.grad[:, columns], "gradient")
     check_extreme_logits(rank, world, group)
 
 
@@ -591,17 +611,16 @@ def pieces_worker() -> None:
         data = summed(data) if per_sequence else data
         expected, whole = run(data, None, None, options)
         found, part = run(piece(data, columns), None, None, {**options, "sequence_group": group})
-        compare(found, expected, what, (*TOKENS, *MEASURED))
-        for name in TOKENS:
-            close(getattr(found, name), getattr(expected, name)[:, columns], f"{what}: {name}")
-        for name, gradient in part.items():
-            if gradient is None:
-                continue
-            if name == "hidden":
-                close(gradient, whole[name][:, columns], f"{what} {name}")
-            else:
+        gradients = {name: x for name, x in part.items() if x is not None}
+        for name, gradient in gradients.items():
+            if name != "hidden":
                 dist.all_reduce(gradient)
-                close(gradient, whole[name], f"{what} {name}")
+        with case(what):
+            compare(found, expected, what, (*TOKENS, *MEASURED))
+            for name in TOKENS:
+                close(getattr(found, name), getattr(expected, name)[:, columns], name)
+            for name, gradient in gradients.items():
+                close(gradient, whole[name][:, columns] if name == "hidden" else whole[name], name)
     # Pieces of more rows than a tile has, and a sequence per tile.
     data, options = batch(torch.float64, longer=6), {"limits": BOTH}
     longer = slice(6 * columns.start, 6 * columns.stop)
@@ -639,8 +658,9 @@ def check_pieces_of_log_probs(group: Any, columns: slice) -> None:
             sequence_group=group,
         )
         (part,) = torch.autograd.grad(found.loss, here)
-        compare(found, expected, f"log-probs, {ratio}", (*TOKENS, *MEASURED))
-        close(part, gradient[:, columns], f"log-probs, {ratio}: gradient")
+        with case(f"log-probs, {ratio}"):
+            compare(found, expected, ratio, (*TOKENS, *MEASURED))
+            close(part, gradient[:, columns], "gradient")
 
 
 def check_packed_pieces(group: Any, rank: int, world: int) -> None:
