@@ -573,8 +573,8 @@ HF = [
     Mutant(
         "gradient-of-one-process",
         "topr_kernels/hf/trainer.py",
-        "self.accelerator.num_processes if num_items_in_batch is not None else 1",
-        "1",
+        "scale = self.accelerator.num_processes",
+        "scale = 1",
         (
             "tests/test_trainer.py::test_two_processes_take_the_step_of_one",
             "tests/test_sharded_training.py::test_fsdp2_ends_where_one_process_ends",
@@ -593,8 +593,8 @@ HF = [
     Mutant(
         "weights-of-one-process",
         "topr_kernels/hf/watch.py",
-        "totals, weights = gather(totals), gather(weights)",
-        "totals = gather(totals)",
+        "            sums = gather(sums[None]).sum(0)\n",
+        "",
         ("tests/test_trainer_processes.py::test_evaluation_counts_every_record_once",),
     ),
     Mutant(

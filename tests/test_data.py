@@ -214,9 +214,9 @@ def test_fields_that_arrow_filled_in_are_not_seen_by_the_template():
     for given in (rows, data, data.to_iterable_dataset(), _unresolved(datasets, rows)):
         found = [r["prompt_token_ids"] for r in prepare_records(given, asking)]
         assert found == [ids(x) for x in written]
-    null = {**part, "name": None, "parts": [{"a": None, "b": 1}]}
+    null = {**part, "parts": [{"a": None, "b": 1}]}
     found = prepare(chat(prompt=[null]), with_tokenizer=asking)
-    assert found["prompt_token_ids"] == ids("content,name,parts,role,2a;b;")
+    assert found["prompt_token_ids"] == ids("content,parts,role,2a;b;")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from topr_kernels.recipe import (
 from topr_kernels.recipe import generate as generate_function
 from topr_kernels.recipe.files import atomic_folder, write_json
 from topr_kernels.recipe.generate import read_prompts, stop_token_ids
+from topr_kernels.recipe.record_checks import check_positions
 from topr_kernels.recipe.tasks import canonical_number
 
 DIGITS = Task(
@@ -116,6 +117,13 @@ def record(**changes: Any) -> Record:
         "behavior_log_prob": [-0.5, -1.25],
     }
     return Record(**{**values, **changes})
+
+
+def test_records_longer_than_the_model_are_named():
+    check_positions([record()], 5)
+    check_positions([record(prompt_token_ids=[1] * 99)], None)
+    with pytest.raises(RecordError, match=r"record 1: has 6 tokens .* 5 positions; leave it out"):
+        check_positions([record(), record(prompt_token_ids=[5, 6, 7, 8])], 5)
 
 
 # --- records ---------------------------------------------------------------------------------

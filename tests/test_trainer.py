@@ -169,7 +169,7 @@ def test_common_prefix_leaves_each_prompt_a_token():
     [
         ("reward", None, "record 1 .* no 'reward'"),
         ("prompt_token_ids", [], "record 1 .*prompt_token_ids is empty"),
-        ("behavior_log_prob", [-1.0] * 9, "record 1 .*9 entries for 2"),
+        ("behavior_log_prob", [-1.0] * 9, "record 1 .*9 entries, but the completion has 2 tokens"),
     ],
 )
 def test_collator_names_a_bad_record(field: str, value: Any, message: str):

@@ -179,8 +179,8 @@ def test_a_model_that_is_not_whole_cannot_be_scored(tmp_path: Path, change: Any,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_token_ids": []}, r"record 3 of the data set: prompt_token_ids is empty"),
-        ({"completion_token_ids": None}, r"record 3 of the data set has no 'completion_token_ids'"),
+        ({"prompt_token_ids": []}, r"record 3, field 'prompt': has no tokens"),
+        ({"completion_token_ids": None}, r"record 3, field 'completion_token_ids': is missing"),
     ],
 )
 def test_a_record_that_cannot_be_scored_is_named(tmp_path: Path, change: Row, message: str):
