@@ -158,6 +158,13 @@ OPS = [
         "",
         ("tests/test_linear.py::test_a_retained_graph_gives_the_same_gradient_again",),
     ),
+    Mutant(
+        "labels-of-inference-mode-saved",
+        "topr_kernels/ops/__init__.py",
+        "return x.clone() if x is not None and x.is_inference() else x",
+        "return x",
+        ("tests/test_loss.py::test_constants_may_come_from_inference_mode",),
+    ),
 ]
 
 KERNELS = [

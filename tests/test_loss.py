@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topr_kernels import IS, PRESETS, REINFORCE, SFT, TIS, TOPR, Limits, reference, topr_loss
+from topr_kernels import (
+    IS,
+    PRESETS,
+    REINFORCE,
+    SFT,
+    TIS,
+    TOPR,
+    Limits,
+    linear_topr_loss,
+    log_prob,
+    reference,
+    topr_loss,
+)
 from topr_kernels.testing import Batch, assert_within_budget, make_batch, pack
 
 RATIOS = ["sequence", "geometric", "token"]
@@ -315,3 +327,29 @@ def test_module_twin_equals_the_function() -> None:
     module = TOPRLoss(limits=TIS, baseline=-0.2)
     assert torch.equal(module(*batch).loss, topr_loss(*batch, limits=TIS, baseline=-0.2).loss)
     assert "baseline=-0.2" in repr(module)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_constants_may_come_from_inference_mode(packed: bool) -> None:
+    """Labels, log mu, rewards, offsets and denominators that a scorer made under inference_mode."""
+    lengths = [(1, 3), (2, 4)]
+    batch = make_batch(lengths, 7, dtype=torch.float32)
+    kw: dict[str, Any] = {"normalizer": torch.tensor(3.0)}
+    logits, *constants = batch
+    if packed:
+        logits, *constants, kw["cu_seqlens"] = pack(batch, lengths)
+    expected = logits.clone().requires_grad_()
+    topr_loss(expected, *constants, **kw).loss.backward()
+    with torch.inference_mode():
+        constants = [x.clone() for x in constants]
+        kw = {name: x.clone() for name, x in kw.items()}
+    assert constants[0].is_inference()
+    z = logits.clone().requires_grad_()
+    topr_loss(z, *constants, **kw).loss.backward()
+    assert torch.equal(z.grad, expected.grad)
+    scored = logits.clone().requires_grad_()
+    offsets = {n: x for n, x in kw.items() if n == "cu_seqlens"}
+    log_prob(scored, constants[0], **offsets).log_prob.sum().backward()
+    weight = torch.randn(11, 7, requires_grad=True)
+    linear_topr_loss(logits, weight, *constants, **kw).loss.backward()
+    assert scored.grad.any() and weight.grad.any()

@@ -14,6 +14,8 @@ from ptx import launch
 from ptx.execute import Options
 from topr_kernels import IS, TOPR, log_prob, topr_loss
 from topr_kernels.kernels import triton_logits
+from topr_kernels.ops.logits import Saved
+from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.testing import assert_within_budget, make_batch, pack
 
 LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 1)]
@@ -62,18 +64,16 @@ def test_a_nan_coefficient_reads_nothing_beyond_the_last_row(
 def test_unsound_offsets_touch_nothing_of_others(offsets: list[int], form: str) -> None:
     lengths = [(2, 3), (1, 3)]
     packed = pack(make_batch(lengths, 61, dtype=torch.float32), lengths)
-    lifted = [x[None] for x in packed[:3]]
-    cu = torch.tensor(offsets, dtype=torch.int32)
-    tail = (TOPR.log(), "sequence", 0.0, "sequence_mean", 1.0, None, False, True)
+    logits, labels, mu = (x[None] for x in packed[:3])
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    rest = (None, *TOPR.log(), "sequence", 0.0, "sequence_mean")
+    objective, plain = Objective(mu, packed.reward, *rest), Transforms(1.0, None, 1.0)
     # Gradients of tokens that nobody vouches for are read as they are; the scale makes them NaN.
     with launch.device(Options(poison=False)):
-        out = getattr(triton_logits, form)(
-            lifted[0], lifted[1], cu, lifted[2], packed.reward, None, *tail
-        )
-        one = torch.ones(())
-        grad = triton_logits.logits_bwd(
-            lifted[0], lifted[1], None, *out[3:5], out[2], out[-1], one, out[1], 1.0, None, True
-        )
+        forward = getattr(triton_logits, form)
+        out = forward(logits, Tokens(labels, cu_seqlens, True), objective, plain, False)
+        saved = Saved(*out[3:5], out[2], out[-1], torch.ones(()), out[1])
+        grad = triton_logits.logits_bwd(logits, Tokens(labels, None, True), saved, plain)
     sound = offsets == [0, 0, 9]
     assert out[0].isnan() != sound and grad[0, :-1].isnan().all(-1).all() != sound
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops import accumulate_dtype, savable
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 
 
@@ -239,7 +239,7 @@ def _topr_fwd_fake(
 def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, head_weight, bias, labels, cu_seqlens, *rest = inputs
     compute_dtype, logit_scale, softcap, temperature, _, shift, tolerance, workspace, impl = rest
-    ctx.save_for_backward(hidden, head_weight, bias, labels, cu_seqlens)
+    ctx.save_for_backward(*map(savable, (hidden, head_weight, bias, labels, cu_seqlens)))
     ctx.settings = (
         compute_dtype,
         logit_scale,
@@ -266,7 +266,7 @@ def _log_prob_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]
 
 def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, sound, *_, row_coefficient, _, _, _ = output
-    ctx.save_for_backward(sound, row_coefficient, *inputs[:3])
+    ctx.save_for_backward(sound, row_coefficient, *map(savable, inputs[:3]))
     # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
     # inference mode cannot be saved.
     ctx.constants = tuple(None if x is None else x.clone() for x in inputs[3:8])
@@ -282,7 +282,8 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:3]
     if d_loss is None or not any(wanted):
         return (None,) * 27
-    compiling = torch.compiler.is_compiling()
+    # torch 2.10 traces a backward without saying so; what it traces is a subclass that has no values.
+    compiling = torch.compiler.is_compiling() or type(d_loss) is not Tensor
     if torch.is_grad_enabled() and not compiling:
         raise RuntimeError(
             "the gradient of linear_topr_loss is not differentiable a second time "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.ops import accumulate_dtype
+from topr_kernels.ops import accumulate_dtype, savable
 from topr_kernels.ops.options import Objective, Tokens, Transforms
 
 
@@ -226,7 +226,7 @@ def logits_bwd_(
 def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, cu_seqlens, temperature, softcap, _, shift, impl = inputs
     log_prob, lse, lse_low, entropy = output
-    ctx.save_for_backward(logits, labels, cu_seqlens, lse, lse_low, log_prob)
+    ctx.save_for_backward(logits, savable(labels), savable(cu_seqlens), lse, lse_low, log_prob)
     ctx.settings = (temperature, softcap, shift, impl)
     ctx.mark_non_differentiable(lse, lse_low, entropy)
     ctx.set_materialize_grads(False)
@@ -246,9 +246,10 @@ def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     logits, labels, cu_seqlens = inputs[:3]
     *_, temperature, softcap, _, shift, inplace, impl = inputs
     _, denominator, log_prob, lse, lse_low, *_, d_log_prob = output
-    ctx.save_for_backward(
-        logits, labels, cu_seqlens, lse, lse_low, log_prob, d_log_prob, denominator
-    )
+    constants = savable(labels), savable(cu_seqlens)
+    # A denominator that the caller gave is handed through.
+    means = d_log_prob, savable(denominator)
+    ctx.save_for_backward(logits, *constants, lse, lse_low, log_prob, *means)
     ctx.settings = (temperature, softcap, shift, impl)
     ctx.inplace = inplace
     ctx.mark_non_differentiable(*output[1:])

@@ -298,7 +298,7 @@ class _Run:
 
     def evaluate(self, model: Any, label: str) -> dict[str, Any]:
         judged: list[Verdict] = []
-        found = evaluate(
+        evaluation = evaluate(
             model,
             self.base.tokenizer,
             self.task,
@@ -309,7 +309,7 @@ class _Run:
             label=label,
             judged=judged,
         )
-        return {**report.accuracy_json(found), **said_problems(judged)}
+        return {**report.accuracy_json(evaluation), **said_problems(judged)}
 
     def sample(self) -> dict[str, Any]:
         """Samples and rewards; says what the data are like."""

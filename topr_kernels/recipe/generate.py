@@ -295,7 +295,7 @@ def generate(
         take: given the number of batches, gives those to do, in rising order: for one of several
             processes, which leaves its share in ``shards``.
         progress: whether to show a bar.
-        judged: takes the verdict on each record, in their order; also those of batches that were found.
+        judged: takes the verdict on each record, in their order; those of finished batches too.
 
     Returns:
         Q * samples records in the order of the questions (of the batches taken, if not all); without
@@ -332,7 +332,7 @@ def generate(
                     raise RecordError(
                         f"{shard}: holds other questions than its batch; delete it and run again"
                     )
-                found = [Verdict(**verdict) for verdict in read_json(noted)]
+                part_verdicts = [Verdict(**verdict) for verdict in read_json(noted)]
             else:
                 batch_seed = seed * 1_000_003 + i
                 completions = sample(
@@ -349,20 +349,22 @@ def generate(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
                     *(fingerprint, weights, dtype),
                 )
-                found = verdicts(
+                part_verdicts = verdicts(
                     task,
                     [(c.text, c.finish_reason, q) for q, c in zip(part, completions, strict=True)],
                 )
                 batch = [
                     _record(question, completion, verdict, sampling)
-                    for question, completion, verdict in zip(part, completions, found, strict=True)
+                    for question, completion, verdict in zip(
+                        part, completions, part_verdicts, strict=True
+                    )
                 ]
                 if shard is not None and noted is not None:
                     # First: a batch that is there is not judged again.
-                    write_json(noted, [asdict(verdict) for verdict in found])
+                    write_json(noted, [asdict(verdict) for verdict in part_verdicts])
                     write_records(shard, batch)
             if judged is not None:
-                judged += found
+                judged += part_verdicts
             records += batch
             # Those of others in between are done, or being done.
             bar.update(start + len(batch) - bar.n)

@@ -103,9 +103,9 @@ def verdicts(
     return [Verdict(**verdict, unfiltered=not reply["filtered"]) for verdict in reply["verdicts"]]
 
 
-def count_problems(found: Sequence[Verdict]) -> Counter[str]:
+def count_problems(judged: Sequence[Verdict]) -> Counter[str]:
     """How many answers have no verdict, by cause."""
-    return Counter(verdict.problem for verdict in found if verdict.problem)
+    return Counter(verdict.problem for verdict in judged if verdict.problem)
 
 
 @functools.cache
@@ -188,12 +188,12 @@ class _Server:
                     "scoring: the server of the workers ended; its own message tells why. The same "
                     "command continues"
                 )
-            found = json.loads(content)
-            if "error" in found:
+            reply = json.loads(content)
+            if "error" in reply:
                 self._task = None
-                raise _not_had(task, found["error"])
+                raise _not_had(task, reply["error"])
             self._task = pickled
-            return cast(dict[str, Any], found)
+            return cast(dict[str, Any], reply)
 
     def stop(self) -> None:
         if self.owner != os.getpid():

@@ -222,22 +222,22 @@ def weighted_accuracy(
         raise ValueError(f"scores: got {len(scores)}; expected one per answer, {len(records)}")
     answers = judged_answers(records, task, questions, votes, judged)
     samples = len(answers[0])
-    found = {}
+    accuracies = {}
     for name, weights in (("plain", [1.0] * len(records)), ("weighted", list(scores))):
         rows = [
             [(form, right, weights[i * samples + j]) for j, (form, right) in enumerate(row)]
             for i, row in enumerate(answers)
         ]
-        found[name] = weighted_majority(rows, votes=votes, draws=draws, seed=seed)
+        accuracies[name] = weighted_majority(rows, votes=votes, draws=draws, seed=seed)
     return WeightedAccuracy(
         questions=len(questions),
         samples=samples,
         votes=votes,
         pass_at_1=statistics.fmean(right for row in answers for _, right in row),
-        maj_at_k=found["plain"][0],
-        maj_at_k_error=found["plain"][1],
-        weighted_at_k=found["weighted"][0],
-        weighted_at_k_error=found["weighted"][1],
+        maj_at_k=accuracies["plain"][0],
+        maj_at_k_error=accuracies["plain"][1],
+        weighted_at_k=accuracies["weighted"][0],
+        weighted_at_k_error=accuracies["weighted"][1],
     )
 
 
@@ -317,9 +317,11 @@ def answers_to_judge(
                 f"{name}, record {i}, field 'prompt': is not that of held-out question "
                 f"{question.group}; give the task, question_seed and held_out of topr evaluate"
             )
-    found = judge_records(task, records, questions)
-    voting = [r for r, verdict in zip(numbered, found, strict=True) if verdict.answer is not None]
-    return voting, found
+    verdicts = judge_records(task, records, questions)
+    voting = [
+        r for r, verdict in zip(numbered, verdicts, strict=True) if verdict.answer is not None
+    ]
+    return voting, verdicts
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:
