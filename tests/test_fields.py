@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ pytest.importorskip("transformers")
 from test_data import chat, ids, prepare, text, tokenizer
 from tiny import EOS
 
-from topr_kernels.hf import CompletionCollator, prepare_records, score_behavior
+from topr_kernels.hf import CompletionCollator, data, prepare_records, score_behavior
+from topr_kernels.hf.tokenise import Reader
 
 Row = dict[str, Any]
 MU = [-1.0, -2.0, -0.5]
@@ -301,6 +303,42 @@ def test_a_stream_is_not_read_to_its_end():
     for once in (iter(Endless()), map(dict, [text()]), {1, 2}):
         with pytest.raises(TypeError, match=r"dataset: got a .*expected a list.*from_generator"):
             prepare_records(once, tokenizer())
+
+
+def test_a_prepared_stream_goes_to_other_processes_and_shuffles_anew():
+    stream = prepare_records(Shuffled([text(), text(reward=2.0)]), tokenizer())
+    stream.set_epoch(1)
+    assert [r["reward"] for r in pickle.loads(pickle.dumps(stream))] == [2.0, 1.0]
+
+
+def test_a_null_that_may_be_the_users_is_refused_where_it_is_written():
+    """PITFALLS 41: a stream that does not tell its features may come from Arrow, or not."""
+    datasets = pytest.importorskip("datasets")
+    rows = [chat(prompt=[{"role": "user", "content": "2", "parts": [{"a": None, "b": 1}]}])]
+    unknown = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    listing = tokenizer(
+        "{% for m in messages %}{% for p in m.parts %}{{ p.keys() | list }}{% endfor %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    message = r"record 0, field 'prompt': holds a null that .*write ''.*as a list"
+    with pytest.raises(ValueError, match=message):
+        list(prepare_records(unknown, listing))
+    # As a worker of a loader has it.
+    prepare_one = data._Prepare(Reader(listing, {}, (0,)), None, None, None, data._UNKNOWN)
+    with pytest.raises(ValueError, match=message):
+        pickle.loads(pickle.dumps(prepare_one))(rows[0], 0)
+    assert prepare_records(rows, listing)
+
+
+class Shuffled(torch.utils.data.IterableDataset):
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows, self.epoch = rows, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        return iter(self.rows[self.epoch :] + self.rows[: self.epoch])
 
 
 def test_tables_and_names_are_no_data_sets():

@@ -23,8 +23,8 @@ _FORMATS = (
     "message of the assistant), or as prompt_token_ids and completion_token_ids"
 )
 _KINDS = "expected a list of mappings, or a Dataset or IterableDataset of datasets or torch"
-#: Features of a data set that does not tell them.
-_UNKNOWN = object()
+#: Features of a data set that does not tell them; equal to itself in other processes too.
+_UNKNOWN = "unknown"
 
 
 def prepare_records(
@@ -169,6 +169,11 @@ class _Stream(IterableDataset[dict[str, Any]]):
         self._records = records
         self._prepare = prepare
 
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on, for streams that shuffle anew."""
+        if hasattr(self._records, "set_epoch"):
+            self._records.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for i, record in enumerate(self._records):
             yield self._prepare(record, i)
@@ -305,16 +310,16 @@ def _readings(record: Mapping[str, Any], features: Any) -> list[Any]:
     if features is None:
         return [record]
     without = _without_nulls(record, features)
-    if features is _UNKNOWN:
+    if features == _UNKNOWN:
         return [record] if without == record else [without, dict(record)]
     restored = {name: _with_content(without[name], x) for name, x in record.items()}
     return [without] if restored == without else [restored, without]
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
-    if isinstance(value, Mapping) and (feature is _UNKNOWN or isinstance(feature, Mapping)):
+    if isinstance(value, Mapping) and (feature == _UNKNOWN or isinstance(feature, Mapping)):
         known: Mapping[str, Any] = feature if isinstance(feature, Mapping) else {}
-        inside = {key: known.get(key, feature if feature is _UNKNOWN else None) for key in value}
+        inside = {key: known.get(key, feature if feature == _UNKNOWN else None) for key in value}
         return {
             key: _without_nulls(x, inside[key])
             for key, x in value.items()
@@ -323,7 +328,7 @@ def _without_nulls(value: Any, feature: Any) -> Any:
         }
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_without_nulls(x, _UNKNOWN if feature is _UNKNOWN else inner) for x in value]
+        return [_without_nulls(x, _UNKNOWN if feature == _UNKNOWN else inner) for x in value]
     return value
 
 
