@@ -16,14 +16,13 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
 
 # The mathematics, the operators, and the native and Triton kernels at small sizes.
-FAST := autograd from_log_prob laws linear linear_tolerance loss matmul metrics native pitfalls taper \
-	triton triton_linear validation
+FAST := test_laws test_pitfalls $(addprefix core/test_,autograd from_log_prob linear linear_tolerance loss matmul \
+  metrics native taper triton triton_linear validation)
 test-fast: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(FAST:%=tests/%.py) $(TEST_ARGS)
 
 # What stands on transformers and its kin, with the oldest of them that pyproject.toml promises.
-OLDEST_TESTS := $(wildcard $(addprefix tests/test_,causal_lm.py data.py heads.py integrations.py loops.py \
-  packing.py recipe*.py sharded_training.py signature.py trainer*.py trl.py))
+OLDEST_TESTS := tests/hf $(filter-out %vllm_real.py,$(wildcard tests/recipe/test_*.py))
 test-oldest: $(VENV)/oldest/installed
 	@# ZeRO-3 needs DeepSpeed, which has no place among the promises. The slow tests here try hostile answers on
 	@# every data set of reasoning-gym; the others try them on an eighth of those.
@@ -40,7 +39,7 @@ $(VENV)/oldest/installed: pyproject.toml setup.py constraints-oldest.txt | $(STA
 # space for keys and values, in GB, is taken whatever the model.
 VLLM := .venv-vllm
 test-vllm: $(VLLM)/installed
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -s tests/test_vllm_real.py $(TEST_ARGS)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -s tests/recipe/test_vllm_real.py $(TEST_ARGS)
 
 $(VLLM)/installed: pyproject.toml setup.py constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
@@ -71,7 +70,7 @@ PTX := TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(if $(TRITON),$(CURD
 	$(BIN)/python -m pytest --numprocesses 2
 .PHONY: test-ptx
 test-ptx: $(STAMP) $(OTHER_TRITON:%=%/installed)
-	$(PTX) -p ptx.plugin tests/test_triton.py tests/test_triton_linear.py $(TEST_ARGS)
+	$(PTX) -p ptx.plugin tests/core/test_triton.py tests/core/test_triton_linear.py $(TEST_ARGS)
 	PTX_CASES=$(PTX_CASES) PTX_SEEDS=20 $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
 
 $(VENV)/triton-%/installed: | $(STAMP)

@@ -47,8 +47,8 @@ tests() {
     fi
     rm -f "$out/part.log"
 }
-tests 95 tests/test_gpu.py tests/test_gpu_linear.py
-tests 50 tests/test_triton.py tests/test_triton_linear.py
+tests 95 tests/core/test_gpu.py tests/core/test_gpu_linear.py
+tests 50 tests/core/test_triton.py tests/core/test_triton_linear.py
 if [ "$red" -ne 0 ]; then
     echo "tests are red: no benchmark is run" | tee -a "$out/tests.log"
     exit 1

@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Of another environment, see `make test-vllm`; a test that can never run here is none that was skipped.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm_real.py"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["recipe/test_vllm_real.py"]
 
 NEEDS_GPU = "needs a GPU"
 

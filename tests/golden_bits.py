@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -169,13 +170,13 @@ def rank_of_group(folder: str) -> None:
 
 def pipeline_files(folder: Path) -> dict[str, str]:
     """Hashes of the Parquet and model files that a small ``topr iterate`` leaves."""
-    from test_recipe_iterate import CONFIG
     from tiny import save, tiny_model
 
     from topr_kernels.recipe.cli import main
 
+    config = importlib.import_module("recipe.test_recipe_iterate").CONFIG
     model = save(tiny_model(), folder / "model")
-    (folder / "config.yaml").write_text(CONFIG + f"model: {model}\n")
+    (folder / "config.yaml").write_text(config + f"model: {model}\n")
     status = main(
         ["iterate", "--config", str(folder / "config.yaml"), "--out", str(folder / "out")]
     )

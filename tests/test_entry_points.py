@@ -14,39 +14,41 @@ ROOT = Path(__file__).parents[1]
 
 #: Entry point -> the test that runs it: ``file::function`` in tests.
 RUN_BY = {
-    "benchmarks/__main__.py": "test_benchmarks.py::test_the_runner_from_end_to_end",
-    "benchmarks/demo_seeds.py": "test_scripts.py::test_the_demo_is_run_for_a_seed",
+    "benchmarks/__main__.py": "benchmarks/test_benchmarks.py::test_the_runner_from_end_to_end",
+    "benchmarks/demo_seeds.py": "benchmarks/test_scripts.py::test_the_demo_is_run_for_a_seed",
     # With a stub for python: what it starts needs a GPU, and is run on a CPU by other tests.
-    "benchmarks/gpu_suite.sh": "test_benchmarks.py::test_the_gpu_suite",
-    "benchmarks/hidden_states.py": "test_scripts.py::test_hidden_states_are_sampled_and_checked",
+    "benchmarks/gpu_suite.sh": "benchmarks/test_benchmarks.py::test_the_gpu_suite",
+    "benchmarks/hidden_states.py": (
+        "benchmarks/test_scripts.py::test_hidden_states_are_sampled_and_checked"
+    ),
     "benchmarks/learning/__main__.py": (
-        "test_learning.py::test_every_grid_leaves_the_figures_that_were_asked_for"
+        "benchmarks/test_learning.py::test_every_grid_leaves_the_figures_that_were_asked_for"
     ),
     "benchmarks/linear_gate.py": (
-        "test_scripts.py::test_the_gate_trains_with_a_tolerance_and_without"
+        "benchmarks/test_scripts.py::test_the_gate_trains_with_a_tolerance_and_without"
     ),
-    "benchmarks/linear_tails.py": "test_scripts.py::test_treatments_of_the_tail_are_compared",
+    "benchmarks/linear_tails.py": "benchmarks/test_scripts.py::test_treatments_of_the_tail_are_compared",
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
-    "tests/aot.py": "test_triton_aot.py::test_sm_90",
-    "tests/golden_bits.py": "test_scripts.py::test_bits_are_compared",
+    "tests/aot.py": "core/test_triton_aot.py::test_sm_90",
+    "tests/golden_bits.py": "benchmarks/test_scripts.py::test_bits_are_compared",
     # Its table is tested; the whole is run by hand, some twenty minutes.
     "tests/mutants.py": "test_mutants.py::test_every_fault_can_still_be_made",
     "tests/specialisation.py": (
-        "test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation"
+        "core/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation"
     ),
-    "topr": "test_scripts.py::test_the_demo_is_run_for_a_seed",
+    "topr": "benchmarks/test_scripts.py::test_the_demo_is_run_for_a_seed",
     "topr_kernels/recipe/__main__.py": (
-        "test_recipe_processes.py::test_a_launcher_starts_it_as_a_module"
+        "recipe/test_recipe_processes.py::test_a_launcher_starts_it_as_a_module"
     ),
     "topr_kernels/recipe/cli.py": (
-        "test_recipe_demo.py::test_a_killed_run_resumes_to_the_same_records"
+        "recipe/test_recipe_demo.py::test_a_killed_run_resumes_to_the_same_records"
     ),
     # Started by scoring.py.
-    "topr_kernels/recipe/scoring_server.py": "test_recipe_scoring.py::test_no_answer_harms",
+    "topr_kernels/recipe/scoring_server.py": "recipe/test_recipe_scoring.py::test_no_answer_harms",
     # Started by vllm_backend.py, here with a stand-in for vLLM.
     "topr_kernels/recipe/vllm_process.py": (
-        "test_recipe_tasks.py::test_the_engine_ends_with_whoever_started_it"
+        "recipe/test_recipe_tasks.py::test_the_engine_ends_with_whoever_started_it"
     ),
 }
 #: Entry point -> why no test can run it.

@@ -43,24 +43,24 @@ DEFERRED: dict[int, str] = {}
 
 #: Number -> the test or check elsewhere that holds it, as file::name.
 ELSEWHERE = {
-    1: "tests/test_triton.py::test_offsets_pass_two_to_the_thirty_first",
-    2: "tests/test_triton.py::test_grids_have_one_dimension",
-    3: "tests/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation",
-    4: "tests/test_triton_aot.py::test_sm_90",  # no fp64 instruction
-    5: "tests/test_triton.py::test_launches_run_on_the_device_of_their_tensors",
-    8: "tests/test_triton.py::test_tuning_is_opt_in_and_keeps_results",
-    9: "tests/test_triton_aot.py::test_sm_90",  # no spill
-    15: "tests/test_linear.py::test_half_precision_is_better_than_half_precision_logits",
-    17: "tests/test_linear.py::test_small_coefficients_do_not_underflow",
-    21: "tests/test_linear.py::test_log_prob_is_differentiable_with_any_upstream_gradient",
-    25: "tests/test_linear.py::test_frozen_parts_cost_nothing",
-    26: "tests/test_heads.py::test_a_sharded_head_is_refused",
-    28: "tests/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
-    30: "tests/test_packing.py::test_an_attention_mask_lets_samples_leak_and_is_refused",
-    31: "tests/test_trainer.py::test_config_refuses",
-    32: "tests/test_trainer.py::test_labels_cover_the_completion_only_even_where_pad_is_eos",
-    36: "tests/test_gpu.py::test_equals_plain_torch",
-    37: "tests/test_benchmarks.py::test_settings_are_compared_warm",
+    1: "tests/core/test_triton.py::test_offsets_pass_two_to_the_thirty_first",
+    2: "tests/core/test_triton.py::test_grids_have_one_dimension",
+    3: "tests/core/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation",
+    4: "tests/core/test_triton_aot.py::test_sm_90",  # no fp64 instruction
+    5: "tests/core/test_triton.py::test_launches_run_on_the_device_of_their_tensors",
+    8: "tests/core/test_triton.py::test_tuning_is_opt_in_and_keeps_results",
+    9: "tests/core/test_triton_aot.py::test_sm_90",  # no spill
+    15: "tests/core/test_linear.py::test_half_precision_is_better_than_half_precision_logits",
+    17: "tests/core/test_linear.py::test_small_coefficients_do_not_underflow",
+    21: "tests/core/test_linear.py::test_log_prob_is_differentiable_with_any_upstream_gradient",
+    25: "tests/core/test_linear.py::test_frozen_parts_cost_nothing",
+    26: "tests/hf/test_heads.py::test_a_sharded_head_is_refused",
+    28: "tests/hf/test_trainer.py::test_gradients_do_not_depend_on_accumulation",
+    30: "tests/hf/test_packing.py::test_an_attention_mask_lets_samples_leak_and_is_refused",
+    31: "tests/hf/test_trainer.py::test_config_refuses",
+    32: "tests/hf/test_trainer.py::test_labels_cover_the_completion_only_even_where_pad_is_eos",
+    36: "tests/core/test_gpu.py::test_equals_plain_torch",
+    37: "tests/benchmarks/test_benchmarks.py::test_settings_are_compared_warm",
 }
 
 IGNORE = -100

@@ -1,4 +1,4 @@
-"""Runs tests of the Triton kernels on the executor: ``pytest -p ptx.plugin tests/test_triton.py``.
+"""Runs tests of the Triton kernels on the executor: ``pytest -p ptx.plugin tests/core/test_triton.py``.
 
 PTX_SEED and PTX_ULPS set the options of the same names.
 """

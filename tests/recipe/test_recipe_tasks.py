@@ -267,7 +267,7 @@ def test_a_model_may_name_more_stop_tokens():
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Puts tests/fake_vllm in the place of vLLM; the file of what it is asked."""
-    folder, log = Path(__file__).parent / "fake_vllm", tmp_path / "asked.jsonl"
+    folder, log = Path(__file__).parents[1] / "fake_vllm", tmp_path / "asked.jsonl"
     answers = [tiny_tokenizer()(text)["input_ids"] for text in (" 11111", " 1\n")]
     monkeypatch.syspath_prepend(str(folder))
     # For the process that vLLM runs in.

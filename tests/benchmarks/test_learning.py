@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 from tiny import save, tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks.learning import page, verdicts  # noqa: E402

@@ -21,7 +21,7 @@ from tiny import save, tiny_model, tiny_tokenizer
 
 from topr_kernels import TOPROutput, kernels, linear_topr_loss
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: Columns of a head of which few are active; fewer than 256 are never.
 WIDE = 1024
 
@@ -159,7 +159,7 @@ def test_the_demo_is_run_for_a_seed(
 def test_bits_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, bits = str(Path(__file__).with_name("golden_bits.py")), tmp_path / "bits.json"
+    script, bits = str(Path(__file__).parents[1].joinpath("golden_bits.py")), tmp_path / "bits.json"
 
     def status(*arguments: str) -> Any:
         monkeypatch.setattr(sys, "argv", [script, "--only", "tokens", *arguments])

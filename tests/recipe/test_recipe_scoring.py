@@ -269,7 +269,7 @@ scoring_server.write_frame(server.stdin, pickle.dumps(order))
 print(server.pid, flush=True)
 time.sleep(60)
 """
-    folders = [RECIPE, str(Path(__file__).parent)]
+    folders = [RECIPE, str(Path(__file__).parents[1])]
     parent = subprocess.Popen([sys.executable, "-c", script, *folders], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     server = int(parent.stdout.readline())

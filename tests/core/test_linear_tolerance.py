@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_linear import a_bias, plain, run, tiles
 from torch import Tensor
 
-from tests.test_linear import a_bias, plain, run, tiles
 from topr_kernels import TOPR, linear_log_prob, linear_topr_loss
 from topr_kernels.linear import active, gradient
 from topr_kernels.linear.active import COLUMN_MULTIPLE, DENSE_SHARE, cluster_rows, select_columns

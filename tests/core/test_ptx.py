@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("check", ["executor", "mutants", "package", "fuzz"])
 def test_on_the_executor(check: str) -> None:
-    file = Path(__file__).parent / "ptx" / f"check_{check}.py"
+    file = Path(__file__).parents[1] / "ptx" / f"check_{check}.py"
     env = os.environ | {
         "TRITON_INTERPRET": "0",
         "CUDA_VISIBLE_DEVICES": "",

@@ -28,7 +28,7 @@ WRITES_J = ("linear gradient", "linear gradient, all options", "linear gather")
 def run(script: str, *args: str) -> list[dict[str, Any]]:
     """JSON lines of a script that must not run under the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *args]
+    command = [sys.executable, str(Path(__file__).parents[1].joinpath(script)), *args]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -21,7 +21,7 @@ from topr_kernels import PRESETS, kernels, linear_topr_loss, log_prob, topr_loss
 from topr_kernels.kernels import native_library
 from topr_kernels.testing import make_batch, make_linear_batch, pack
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
     not native_library.PATH.exists(), reason="needs the native library: a C++17 compiler"

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks import __main__ as runner  # noqa: E402
@@ -679,7 +679,9 @@ def gpu_suite(folder: Path, **kinds: str) -> tuple[int, list[str]]:
 def test_the_gpu_suite(tmp_path: Path) -> None:
     status, calls = gpu_suite(tmp_path / "right")
     assert status == 0
-    assert "tests/test_gpu.py\ttests/test_gpu_linear.py" in calls[0]  # those that need a GPU first
+    assert (
+        "tests/core/test_gpu.py\ttests/core/test_gpu_linear.py" in calls[0]
+    )  # those that need a GPU first
     assert "pytest" in calls[1] and len(calls) == 9
     names = [f"{suite} {job.name}" for suite, job in runner.all_jobs("cuda", False)]
     for call in calls[2:]:
@@ -690,7 +692,7 @@ def test_the_gpu_suite(tmp_path: Path) -> None:
         assert any(all(word in name for word in wanted) for name in names), call
     # Out of time is not red; a failure before it is, and so is any other status.
     assert gpu_suite(tmp_path / "slow", gpu="exit 124") == (124, calls)
-    early = "echo 'tests/test_gpu.py::test_a FAILED [ 5%]'; exit 124"
+    early = "echo 'tests/core/test_gpu.py::test_a FAILED [ 5%]'; exit 124"
     for name, line in {"failed": "exit 1", "crashed": "kill -SEGV $$", "early": early}.items():
         status, made = gpu_suite(tmp_path / name, gpu=line)
         assert status == 1 and made == calls[:2], name  # the other tests run, no benchmark does

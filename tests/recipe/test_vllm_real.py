@@ -32,7 +32,7 @@ from topr_kernels.recipe.settings import _ENGINE
 from topr_kernels.recipe.vllm_backend import LEAST_TEMPERATURE, vllm_sampler
 
 pytestmark = pytest.mark.timeout(900)
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 COMMON = ["--questions", "10", "--held-out", "2", "--backend", "vllm", "--max-new-tokens", "6"]
 
 

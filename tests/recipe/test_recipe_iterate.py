@@ -21,7 +21,7 @@ from topr_kernels.recipe import read_records
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import checksum
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 KILLED = ["time-1", "time-2", "time-3", "moves-1", "moves-2"]
 CONFIG = """\
 task: chain_sum
