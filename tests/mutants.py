@@ -697,6 +697,20 @@ HF = [
         "self._sequences = [torch.stack([x.double() for x in results[:5]])]",
         ("tests/test_trainer.py::test_metrics_of_batches_are_those_of_all_their_sequences",),
     ),
+    Mutant(
+        "text-positions-beside-an-image",
+        "topr_kernels/hf/forward.py",
+        "if batch.get(POSITIONS) is None and (further or counts_positions(base)):",
+        "if False:",
+        ("tests/test_causal_lm.py::test_a_model_with_positions_of_its_own_counts_them",),
+    ),
+    Mutant(
+        "packed-batches-checked-at-every-call",
+        "topr_kernels/hf/packing.py",
+        "    if attention not in passed:\n",
+        "    if attention is not passed:\n",
+        ("tests/test_packing.py::test_ones_own_loop_checks_a_packed_model_once",),
+    ),
 ]
 
 RECIPE = [

@@ -25,6 +25,7 @@ from topr_kernels.hf import (
     completion_logits,
 )
 from topr_kernels.hf.capture import loss_in_head
+from topr_kernels.hf.signature import counts_positions, takes
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 #: Architectures and settings, tied and untied heads among them.
@@ -350,3 +351,91 @@ def test_a_head_sharded_outside_the_forward_says_what_to_call():
 
     with pytest.raises(ValueError, match="let causal_lm_topr_loss or TOPRTrainer call"):
         find_head(model)
+
+
+# --- positions ---------------------------------------------------------------------------------
+
+IMAGE, BEGIN, END = 60, 61, 62
+
+
+def vision_model() -> Any:
+    """A tiny Qwen2-VL: tokens of an image have positions in three dimensions."""
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = transformers.Qwen2VLConfig(
+        text_config={**text, **heads, **ids, "rope_parameters": rope},
+        vision_config={**sizes, **patches, "in_chans": 3},
+        **{"image_token_id": IMAGE, "video_token_id": 63},
+        **{"vision_start_token_id": BEGIN, "vision_end_token_id": END},
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def vision_batch(padding: int) -> dict[str, Any]:
+    """A question with an image of 16 tokens, and an answer of four; padding in front."""
+    row = [0] * padding + [5, BEGIN, *[IMAGE] * 16, END, 7, 8, 9, 10, 11]
+    ids = torch.tensor([row])
+    labels = torch.full_like(ids, -100)
+    labels[:, -4:] = ids[:, -4:]
+    pixels = torch.randn(64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(len(row)) >= padding).long()[None],
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "labels": labels,
+        "behavior_log_prob": torch.zeros(1, len(row)),
+        "reward": torch.tensor([-1.0]),
+    }
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_model_with_positions_of_its_own_counts_them(padding: int):
+    model, batch = vision_model(), vision_batch(padding)
+    assert counts_positions(model), "transformers calls the method otherwise: see hf/signature.py"
+    ours = ("labels", "behavior_log_prob", "reward")
+    batch = {n: x for n, x in batch.items() if n in ours or takes(model, n)}
+    with torch.no_grad():
+        logits = model(**{n: x for n, x in batch.items() if n not in ours}).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    for fused_head in (False, True):
+        found = causal_lm_log_prob(model, batch, fused_head=fused_head).log_prob
+        torch.testing.assert_close(found[:, -4:], expected[:, -4:], rtol=1e-5, atol=1e-5)
+        # Numbers of tokens are other positions, and so is another log-prob.
+        flat = {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        other = causal_lm_log_prob(model, flat, fused_head=fused_head).log_prob
+        assert (other[:, -4:] - expected[:, -4:]).abs().max() > 0.1
+
+
+def test_positions_are_not_guessed_beside_other_inputs():
+    class Sees(LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, pixel_values=None, **kwargs):
+            seen.append(position_ids)
+            return super().forward(input_ids, position_ids=position_ids, **kwargs)
+
+    seen: list[Any] = []
+    model = build("Llama")
+    model.__class__ = Sees
+    only_text = ("image_grid_thw", "mm_token_type_ids")
+    batch = {n: x for n, x in vision_batch(0).items() if n not in only_text}
+    causal_lm_log_prob(model, batch)
+    assert seen == [None], "the model counts"
+    padded = {n: x for n, x in vision_batch(2).items() if n in batch}
+    with pytest.raises(
+        ValueError, match=r"padded before its tokens and holds pixel_values.*position"
+    ):
+        causal_lm_log_prob(model, padded)
+    given = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    causal_lm_log_prob(model, {**padded, "position_ids": given})
+    assert seen[1] is given or torch.equal(seen[1], given)

@@ -20,6 +20,8 @@ from test_trainer import PeftLike, rows
 from transformers import AttentionInterface, DataCollatorWithFlattening, masking_utils
 
 from topr_kernels import linear_topr_loss, log_prob, topr_loss
+from topr_kernels.hf import causal_lm_log_prob, causal_lm_topr_loss
+from topr_kernels.hf import packing as packing_module
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.forward import completion_hidden, completion_logits, model_inputs
 from topr_kernels.hf.heads import find_head
@@ -744,3 +746,26 @@ def test_pack_keeps_every_token():
         parts = pairwise(edges)
         assert [batch["input_ids"][0, i:j].tolist() for i, j in parts] == flat
         assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_ones_own_loop_checks_a_packed_model_once(
+    fused_head: bool, monkeypatch: pytest.MonkeyPatch
+):
+    batch = CompletionCollator(0, packing=True)(ragged())
+    options = {"fused_head": fused_head}
+    for function in (causal_lm_topr_loss, causal_lm_log_prob):
+        with pytest.raises(ValueError, match=r"does not keep packed sequences apart"):
+            function(leaking(), batch, **options)
+        assert function(leaking(), batch, check_packed=False, **options).log_prob.any()
+    calls = []
+    monkeypatch.setattr(packing_module, "check_packing", lambda *args, **kw: calls.append(args[0]))
+    first, second = build("Llama", "eager"), build("Llama", "eager")
+    for model in (first, first, second, first):
+        causal_lm_log_prob(model, batch, **options)
+    assert calls == [first, second]
+    first.set_attn_implementation("sdpa")
+    causal_lm_log_prob(first, batch, **options)
+    # A padded batch has nothing to check.
+    causal_lm_log_prob(build("Llama", "eager"), CompletionCollator(0)(ragged()), **options)
+    assert calls == [first, second, first]

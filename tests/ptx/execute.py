@@ -71,6 +71,7 @@ class Machine:
         grid: int,
         shared_bytes: int,
         options: Options | None = None,
+        launch: int = 0,
     ) -> None:
         """Decodes the program.
 
@@ -81,14 +82,15 @@ class Machine:
             grid: CTAs, along x.
             shared_bytes: sized at launch.
             options: see :class:`Options`.
+            launch: number of the launch; no two of them are left to the same chance.
 
         Raises:
             Unknown: if the program has an instruction that is not known here.
         """
         self.program, self.memory, self.grid = program, memory, grid
         self.options = options or Options()
-        self.rng = np.random.default_rng(self.options.seed)
-        self.approximate = numeric.Approximate(self.options.ulps, self.rng)
+        self.rng = np.random.default_rng([self.options.seed, launch])
+        self.approximate = numeric.Approximate(self.options.ulps, self.options.seed)
         if program.threads % WARP:
             raise Unknown(f"{program.threads} threads are no whole warps")
         self.threads, self.warps = program.threads, program.threads // WARP

@@ -70,11 +70,17 @@ class Device:
         if grid[0] == 0:  # Triton's launcher does nothing then
             return
         start = time.perf_counter()
-        # No two launches of a run are left to the same chance.
-        options = self.options._replace(seed=self.options.seed + 7919 * len(self.launches))
         memory, arguments, storages = upload([(n, values[n]) for n in compiled.names])
         scratch = [0] * (len(program.parameters) - len(arguments))
-        machine = Machine(program, arguments + scratch, memory, grid[0], compiled.shared, options)
+        machine = Machine(
+            program,
+            arguments + scratch,
+            memory,
+            grid[0],
+            compiled.shared,
+            self.options,
+            len(self.launches),
+        )
         machine.run()
         for address, data in storages:
             data[:] = memory.take(address)

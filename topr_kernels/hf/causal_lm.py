@@ -21,6 +21,7 @@ from topr_kernels import (
 from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import model_inputs
 from topr_kernels.hf.heads import Head, base_model
+from topr_kernels.hf.packing import check_packing_once, is_packed
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
@@ -45,6 +46,7 @@ def causal_lm_topr_loss(
     workspace_bytes: int | None = None,
     impl: str = "auto",
     check: bool = False,
+    check_packed: bool = True,
 ) -> TOPROutput:
     """Runs a causal language model over a batch and computes its TOPR loss, without logits.
 
@@ -75,6 +77,9 @@ def causal_lm_topr_loss(
         check: compare the model's own logits of up to 4 rows with those computed from its head, since a
             model may transform its logits in ways that its config does not say; and check, also off
             the CPU, that ``logits_to_keep`` leaves out no scored label. Meant for the first batch.
+        check_packed: run :func:`check_packing` on the first packed batch of a model, which many models
+            fail without a word. It is remembered as long as the model lives and keeps its
+            ``attn_implementation``; all processes of a sharded model must agree on it.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
@@ -82,11 +87,13 @@ def causal_lm_topr_loss(
 
     Raises:
         ValueError: if the batch does not suit the model (see :func:`completion_logits`), or its head
-            cannot be fused (see :func:`find_head`), or ``check`` finds a difference; if labels that
+            cannot be fused (see :func:`find_head`), or a check finds a difference; if labels that
             are scored lie before the columns of ``logits_to_keep``, where it is read: on eager CPU
             tensors and with ``check``.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    if check_packed and is_packed(batch):
+        check_packing_once(model, batch, signature_of=unwrapped)
     _check_kept(batch["labels"], keep, check)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
     options: dict[str, Any] = {
@@ -141,6 +148,7 @@ def causal_lm_log_prob(
     workspace_bytes: int | None = None,
     impl: str = "auto",
     check: bool = False,
+    check_packed: bool = True,
 ) -> LogProbOutput:
     """Runs a causal language model over a batch and scores its labels: the log mu of a frozen policy.
 
@@ -157,6 +165,7 @@ def causal_lm_log_prob(
         workspace_bytes: as in :func:`causal_lm_topr_loss`.
         impl: as in :func:`causal_lm_topr_loss`.
         check: as in :func:`causal_lm_topr_loss`.
+        check_packed: as in :func:`causal_lm_topr_loss`.
 
     Returns:
         LogProbOutput, detached: [B, K] of the last K columns, or [1, N] packed.
@@ -165,6 +174,8 @@ def causal_lm_log_prob(
         ValueError: as :func:`causal_lm_topr_loss`.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    if check_packed and is_packed(batch):
+        check_packing_once(model, batch, signature_of=unwrapped)
     _check_kept(batch["labels"], keep, check)
     labels = _kept(batch["labels"], keep)
     options: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from topr_kernels.hf.capture import capture_hidden, check_logits
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import is_packed, packed_inputs
 from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
-from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, takes
+from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, counts_positions, takes
 
+#: Entries from which no model computes positions.
+_NO_POSITIONS = frozenset({"token_type_ids", "inputs_embeds"})
 #: Entries of a batch for the loss or the functions below; all others go to the model.
 _NOT_MODEL_INPUTS = frozenset(
     {
@@ -43,8 +45,10 @@ def completion_logits(
         model: a Hugging Face causal language model, wrapped (PEFT, DistributedDataParallel) or not.
         batch: what ``CompletionCollator`` returned, on the model's device, or another collator's
             batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
-            are counted from ``attention_mask`` [B, T]. Further entries (``token_type_ids``, ...)
-            go to the model if its forward names them.
+            are counted from ``attention_mask`` [B, T], but not for a model that counts its own, as
+            those with positions in three dimensions do (Qwen-VL), nor beside further entries from
+            which it may. Further entries (``token_type_ids``, ...) go to the model if its forward
+            names them.
         signature_of: the unwrapped model, whose forward says which arguments it takes. Of a PEFT
             model it is the base model's forward, to which PEFT passes arguments on.
 
@@ -108,10 +112,10 @@ def model_inputs(
     Raises:
         ValueError: if the batch has a shared prefix and the model cannot share it (see
             ``check_prefix_sharing``); if padding moves tokens and the model takes no
-            ``position_ids``; if there are neither positions nor a mask to count them from; if the
-            batch has entries that the model's forward does not name; if a packed batch has an
-            ``attention_mask`` or lacks a field, or the model would let its sequences see each other
-            (see ``packing_problem``).
+            ``position_ids``, or may compute them from other entries; if there are neither positions
+            nor a mask to count them from; if the batch has entries that the model's forward does not
+            name; if a packed batch has an ``attention_mask`` or lacks a field, or the model would let
+            its sequences see each other (see ``packing_problem``).
     """
     base = model if signature_of is None else signature_of
     inputs = _further_inputs(base, batch)
@@ -121,9 +125,12 @@ def model_inputs(
     prefix = int(batch.get("prefix_length", 0))
     if batch.get("attention_mask") is not None:
         inputs["attention_mask"] = batch["attention_mask"]
+    further = sorted(n for n in inputs if n not in ("attention_mask", *_NO_POSITIONS))
     # Without explicit positions most models number the padding too, which moves every token.
     position_ids = _position_ids(batch)
-    if accepts(base, POSITIONS):
+    if batch.get(POSITIONS) is None and (further or counts_positions(base)):
+        _check_counted_by_model(position_ids, batch["attention_mask"], base, further)
+    elif accepts(base, POSITIONS):
         inputs[POSITIONS] = position_ids[:, prefix:]
     else:
         _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
@@ -165,6 +172,21 @@ def _position_ids(batch: Mapping[str, Any]) -> Tensor:
             "attention_mask [B, T] or position_ids in the data collator"
         )
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_counted_by_model(
+    position_ids: Tensor, mask: Tensor, model: Any, further: Sequence[str]
+) -> None:
+    """Whether a model that may count positions from its other inputs can be left to do so."""
+    if counts_positions(model):
+        return
+    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    if bool((position_ids.ne(columns) & mask.bool()).any()):
+        raise ValueError(
+            f"the batch is padded before its tokens and holds {', '.join(further)}, from which "
+            f"{type(base_model(model)).__name__} may compute positions, but no position_ids; give the "
+            "batch position_ids as the model counts them, or pad behind the tokens"
+        )
 
 
 def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, model: Any) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, cycle, islice, pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -212,6 +213,22 @@ def check_packing(
             "cu_seq_lens_q (flash_attention_2)"
         )
     return difference
+
+
+#: Base model -> the attention implementations with which it has passed ``check_packing``.
+_passed: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
+
+
+def check_packing_once(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+) -> None:
+    """``check_packing``, unless the model has passed it with its attention implementation."""
+    base = base_model(model if signature_of is None else signature_of)
+    attention = getattr(base.config, "_attn_implementation", None)
+    passed = _passed.setdefault(base, set())
+    if attention not in passed:
+        check_packing(model, batch, signature_of=signature_of)
+        passed.add(attention)
 
 
 def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:

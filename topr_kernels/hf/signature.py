@@ -18,6 +18,8 @@ CACHE = ("cache", "past_key_values")
 KEEP = "logits_to_keep"
 #: Position of each token in its sequence; without it a model counts the padding.
 POSITIONS = "position_ids"
+#: The method of models whose positions have several dimensions (Qwen-VL kinds), of them or their body.
+OWN_POSITIONS = "get_rope_index"
 #: How many tokens a sequence may have, in a configuration.
 POSITION_COUNT = "max_position_embeddings"
 #: Offsets of packed sequences, by transformers' names.
@@ -43,6 +45,13 @@ def names(model: Any, name: str) -> bool:
 def takes(model: Any, name: str) -> bool:
     """Whether a model's forward names an argument, and its wrapper passes it on."""
     return names(model, name) and accepts(model, name)
+
+
+def counts_positions(model: Any) -> bool:
+    """Whether a model has a method of its own for positions that are no numbers of tokens."""
+    base = base_model(model)
+    parts = (base, getattr(base, "model", None))
+    return any(callable(getattr(part, OWN_POSITIONS, None)) for part in parts)
 
 
 def cache_argument(model: Any) -> str | None:

@@ -311,6 +311,7 @@ class TOPRTrainer(Trainer):
                     workspace_bytes=self.args.workspace_bytes if self.args.fused_head else None,
                     impl=self.args.impl,
                     check=not self._head_checked,
+                    check_packed=False,
                 ).log_prob
 
         # Another mode is another graph, and minutes of compilation.
@@ -343,6 +344,7 @@ class TOPRTrainer(Trainer):
             fused_head=self.args.fused_head,
             impl=self.args.impl,
             check=not self._head_checked,
+            check_packed=False,
             **fused,
         )
         self._head_checked = True
