@@ -54,7 +54,8 @@ class CompletionCollator:
     (float, signed). Token ids are used as they are: tokenising a text again may give other ids.
     ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
     the question, of which there are several samples) and ``finish_reason`` ("length": cut off) or
-    ``truncated``. Numbers may be Python's, NumPy's or torch's; ids also floats that are whole.
+    ``truncated``. Numbers may be Python's, NumPy's or torch's; ids also floats that are whole. To weigh
+    a record, multiply its reward by the weight: with ``baseline=0`` its loss grows with it.
 
     The batch holds, for B records and T columns:
 

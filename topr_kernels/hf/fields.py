@@ -61,22 +61,23 @@ def token_ids(
     """
     ids = plain(record[name])
     flat = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes))
-    if flat and not all(type(x) is int for x in ids):
+    if flat and not set(map(type, ids)) <= {int}:
         # A column of whole numbers that once had a gap is one of floats.
         ids = [plain(x) for x in ids]
         ids = [int(x) if isinstance(x, float) and x.is_integer() else x for x in ids]
-        flat = all(type(x) is int for x in ids)
+        flat = set(map(type, ids)) <= {int}
     if not flat:
         raise TypeError(
             f"{where}, field {name!r}: got {ids!r:.60}; expected a sequence of int token ids"
         )
-    for k, x in enumerate(ids):
-        if x < 0 or (vocabulary is not None and x >= vocabulary):
-            least = "at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
-            raise ValueError(
-                f"{where}, field {name!r}: got the id {x} at position {k}; expected ids {least}. "
-                "Give the ids as they were sampled with this model's tokenizer; -100 is for labels"
-            )
+    most = math.inf if vocabulary is None else vocabulary - 1
+    if ids and (min(ids) < 0 or max(ids) > most):
+        k, x = next((k, x) for k, x in enumerate(ids) if not 0 <= x <= most)
+        allowed = "at least 0" if vocabulary is None else f"from 0 to {most}"
+        raise ValueError(
+            f"{where}, field {name!r}: got the id {x} at position {k}; expected ids {allowed}. Give "
+            "the ids as they were sampled with this model's tokenizer; -100 is for labels"
+        )
     return list(ids)
 
 
@@ -127,6 +128,10 @@ def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[floa
             f"{tokens} tokens (with the EOS that ends it, unless finish_reason is 'length'); give the "
             "completion_token_ids that were sampled, or leave it out and score the records"
         )
+    # Nearly all records: a sum is not finite if a part of it is not.
+    plainly = set(map(type, values)) <= {float} and math.isfinite(sum(values))
+    if plainly and max(values, default=0.0) <= 0:
+        return list(values)
     found = [plain(x) for x in values]
     for k, x in enumerate(found):
         if isinstance(x, bool) or not isinstance(x, Real):
@@ -192,10 +197,11 @@ def check_meaning(
     Raises:
         ValueError: naming the record, the field and the remedy.
     """
+    prompt, completion = list(prompt), list(completion)
     for name, given in record.items():
-        if not isinstance(name, str) or name in TOKENS or given is None:
+        if not isinstance(name, str) or given is None:
             continue
-        problem = _problem(name, plain(given), list(prompt), list(completion))
+        problem = _problem(name, plain(given), prompt, completion)
         if problem is None and _LOG_PROB.match(name) and record.get("behavior_log_prob") is None:
             problem = (
                 "expected log mu under the name behavior_log_prob; rename the field, or drop it if "
@@ -207,6 +213,9 @@ def check_meaning(
 
 def _problem(name: str, value: Any, prompt: list[int], completion: list[int]) -> str | None:
     """What is wrong with a field that means something, and the remedy; None if nothing."""
+    named = name in (*_LABELS, *_POSITIONS, *_KINDS, "input_ids")
+    if not (named or any(kind.search(name) for kind in (_MASK, _WEIGHT, _MEDIA))):
+        return None
     got = f"got {value!r:.60}"
     if isinstance(value, (Sequence, Mapping)) and not value:
         return None
