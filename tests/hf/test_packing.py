@@ -769,3 +769,14 @@ def test_ones_own_loop_checks_a_packed_model_once(
     # A padded batch has nothing to check.
     causal_lm_log_prob(build("Llama", "eager"), CompletionCollator(0)(ragged()), **options)
     assert calls == [first, second, first]
+
+
+def test_a_sequence_of_zeros_passes_the_check():
+    """A padding id, whose embedding is 0, gives hidden states of 0."""
+    model = build("Llama", "eager")
+    record = {"prompt_token_ids": [0], "completion_token_ids": [], "behavior_log_prob": []}
+    batch = CompletionCollator(0, packing=True)([{**record, "reward": 1.0}, ragged()[0]])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+        assert not model.model(torch.tensor([[0]])).last_hidden_state.any()
+    assert check_packing(model, batch) < 1e-4

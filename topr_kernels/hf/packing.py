@@ -199,7 +199,9 @@ def check_packing(
             )
             for inputs in (together, single)
         )
-    differences = (behind[len(a) :] - alone).norm(dim=-1) / alone.norm(dim=-1)
+    # The embedding of a padding id may be 0, and then all that comes of it.
+    norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
+    differences = (behind[len(a) :] - alone).norm(dim=-1) / norms
     difference, allowed = float(differences.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
     # Written so that NaN fails.
     if not difference <= allowed:
