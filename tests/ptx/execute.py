@@ -648,9 +648,14 @@ class Machine:
         race = self.shared.shadow.read(flat, self.warp[who])
         if race.any():
             self._races(i, race, flat, who, self.shared, "read")
-        words = self.shared.bytes.view(np.uint16)[units].view(f"u{width}")
-        self._poison(i, words, lanes, "of shared memory that nobody has written")
-        return words
+        # Told by the writer, not by value: a matrix load takes fp32 in halves of any pattern.
+        fresh = self.shared.shadow.writer[flat] < 0
+        if fresh.any() and self.options.poison:
+            which = int(np.nonzero(fresh)[0][0])
+            at = int(flat[which]) * UNIT % self.shared.size
+            message = f"reads byte {at} of shared memory that nobody has written"
+            raise self.fault("poison", i, int(who[which]), message)
+        return self.shared.bytes.view(np.uint16)[units].view(f"u{width}")
 
     def _shared_put(self, i: Instruction, address: Array, lanes: Array, words: Array) -> None:
         units = self._units(i, address, lanes, words.itemsize * words.shape[1], shared=True)
