@@ -47,7 +47,7 @@ from topr_kernels.hf import (
 )
 from topr_kernels.hf import causal_lm as causal_lm_module
 from topr_kernels.hf.prefix import common_prefix_length, prefix_sharing_problem
-from topr_kernels.hf.watch import SequenceMetrics, warn_if_never_negative
+from topr_kernels.hf.watch import NegativeWatch, SequenceMetrics, warn_if_never_negative
 
 Row = dict[str, Any]
 
@@ -858,6 +858,37 @@ def test_metrics_of_processes_are_joined_however_many_sequences_each_has():
     for part in parts:
         whole.add(part)
     assert joined == whole.result() and joined["positive_share"] == pytest.approx(1 / 3)
+
+
+def test_a_process_without_a_batch_does_not_keep_the_others_waiting():
+    """It joins every collective, with nothing to add."""
+    one, other = SequenceMetrics(), SequenceMetrics()
+    one.add(result([1.0, -1.0], [[0.3, 0.1], [-1.0, 0.2]]))
+    sent: list[Tensor] = []
+
+    def record(x: Tensor) -> Tensor:
+        sent.append(x)
+        return x
+
+    alone = one.result(record)
+    joined = iter(sent)
+    assert other.result(lambda x: torch.cat([next(joined), x])) == alone
+    assert next(joined, None) is None and other.result() == {}
+    calls = []
+    NegativeWatch().warn(lambda x: calls.append(x) or x)
+    assert len(calls) == 1 and not calls[0].any()
+
+
+def test_metrics_are_joined_on_the_way(monkeypatch: pytest.MonkeyPatch):
+    """However many batches there are between two logs."""
+    monkeypatch.setattr(SequenceMetrics, "MOST_PARTS", 2)
+    metrics, whole = SequenceMetrics(), SequenceMetrics()
+    ratios = [[0.3, 0.1], [-1.0, 0.2], [0.5, 0.0], [0.1, 0.1], [-0.3, 0.2]]
+    for ratio, reward in zip(ratios, [1.0, -1.0, -1.0, 1.0, -1.0], strict=True):
+        metrics.add(result([reward], [ratio]))
+    whole.add(result([1.0, -1.0, -1.0, 1.0, -1.0], ratios))
+    assert len(metrics._sums) <= 2
+    assert metrics.result() == pytest.approx(whole.result(), rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [False, True])

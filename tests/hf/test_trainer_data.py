@@ -327,6 +327,42 @@ def test_an_offloaded_model_scores_log_mu():
         score_behavior(model, rows(6), CompletionCollator(0), **{**options, "fused_head": True})
 
 
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_a_model_that_gives_nan_scores_no_log_mu(fused_head: bool):
+    """Above all not 0, which would be a probability of 1."""
+    model, data = random_model(), rows(6)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[data[4]["prompt_token_ids"][-1]] = torch.nan
+    held = [
+        i for i, r in enumerate(data) if data[4]["prompt_token_ids"][-1] in r["prompt_token_ids"]
+    ]
+    options: dict[str, Any] = {"batch_size": 1, "fused_head": fused_head, "progress": False}
+    first = next(i for i in held if data[i]["completion_token_ids"])
+    with pytest.raises(ValueError, match=rf"record {first}: .*log-probability of NaN|differ"):
+        score_behavior(model, data, CompletionCollator(0), **options)
+
+
+def test_a_compiled_model_trains_as_the_model_in_it(tmp_path: Path):
+    weights = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        run = trainer(tmp_path, rows(8), max_steps=2, per_device_train_batch_size=4, **changes)
+        run.train()
+        weights.append([p.detach().clone() for p in run.model.parameters()])
+    for p, q in zip(*weights, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_data_set_of_the_constructor_is_known_again(tmp_path: Path):
+    """Although the one in use is a prepared copy, and the model that scored it is gone."""
+    data = ids_only(rows(6))
+    run = trainer(tmp_path, data, behavior="initial", max_steps=1)
+    run.train()
+    assert run.evaluate(data).keys() >= {"eval_loss"}
+    with pytest.raises(ValueError, match=r"after 1 steps with behavior='initial'"):
+        run.evaluate(ids_only(rows(5)))
+
+
 def test_a_head_of_another_kind_of_weight_is_refused():
     class Quantised(torch.Tensor):
         """What torchao puts into an nn.Linear."""

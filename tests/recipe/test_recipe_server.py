@@ -169,11 +169,16 @@ def test_a_busy_server_is_asked_again(stand_in: StandIn, model: Path, tmp_path: 
     assert main(sampling(model, stand_in.url, one)) == 0
     busy = [(status, {"Retry-After": "0"}, b"") for status in (429, 503)]
 
+    # Several are asked for at once: one of them makes the server busy, the one after the two frees it.
+    lock, waiting = threading.Lock(), [30]
+
     def sometimes() -> None:
-        if len(stand_in.asked) in (30, 40):
-            stand_in.instead = [*busy, (0, {}, b"")]
-        elif stand_in.instead and not stand_in.instead[0][0]:
-            stand_in.instead = []
+        with lock:
+            if waiting and len(stand_in.asked) >= waiting[0]:
+                waiting.pop()
+                stand_in.instead = [*busy, (0, {}, b"")]
+            elif stand_in.instead and not stand_in.instead[0][0]:
+                stand_in.instead = []
 
     stand_in.hold = sometimes
     assert main(sampling(model, stand_in.url, other)) == 0
@@ -415,7 +420,7 @@ def test_iterate_takes_no_server(model: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_server_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
-    commands = importlib.import_module("topr_kernels.recipe.commands")
+    commands = importlib.import_module("topr_kernels.recipe.sampling")
     settings = GenerateSettings(model="some/model", server="http://127.0.0.1:1")
     assert commands.with_backend(settings).backend == "server"
     monkeypatch.setattr(commands, "current", lambda: Processes(0, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def score_behavior(
         One list of fp32 log-probabilities per record, one per completion token, in nats.
 
     Raises:
-        ValueError: as :func:`causal_lm_log_prob`, or if a record lacks token ids or has an empty prompt.
+        ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt,
+            or the model gives one of its tokens NaN.
     """
     check_records(records, "the data")
     return score_checked(
@@ -101,8 +103,15 @@ def score_checked(
             }
             log_prob = causal_lm_log_prob(model, batch, check=start == 0, **options).log_prob
             lengths = [len(record["completion_token_ids"]) for record in part]
-            values = _in_order(log_prob, batch, sum(lengths))
-            if len(values) and values.isnan().any():
+            values, known = _in_order(log_prob, batch, sum(lengths))
+            if values.isnan().any():
+                wrong = int(values.isnan().nonzero()[0])
+                record = next(i for i, end in enumerate(accumulate(lengths)) if wrong < end)
+                raise ValueError(
+                    f"record {start + record}: the model gives one of its tokens a log-probability of "
+                    "NaN, which is no log mu; look for NaN in the weights, or an overflow in fp16"
+                )
+            if not known.all():
                 again = collate(part)["labels"]
                 if not torch.equal(again, batch["labels"].to(again.device)):
                     raise ValueError(
@@ -110,8 +119,6 @@ def score_checked(
                         "that their log mu cannot be computed beforehand; score all of them, or use "
                         "behavior='recorded'"
                     )
-                # Tokens that the collator leaves out are never read.
-                values = values.nan_to_num(0.0)
             scored += [row.tolist() for row in torch.split(values, lengths)]
             bar.update(len(part))
     return scored
@@ -141,8 +148,10 @@ def _numbered(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return numbered
 
 
-def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> Tensor:
-    """Log-probs of the ``count`` tokens that ``_numbered`` numbered, on the CPU; NaN where unscored.
+def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> tuple[Tensor, Tensor]:
+    """Log-probs of the ``count`` tokens that ``_numbered`` numbered, and which are scored; on the CPU.
+
+    Those that the collator leaves out are 0: they are never read.
 
     Raises:
         ValueError: if the collator does not pass ``behavior_log_prob`` on per token.
@@ -154,9 +163,10 @@ def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> Tensor:
         index = -numbers[:, -width:][kept].double().cpu() - 1
         sound = (index == index.round()) & (index >= 0) & (index < count)
         if sound.all() and len(index.unique()) == len(index):
-            values = torch.full((count,), torch.nan)
+            values, known = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
             values[index.long()] = log_prob[kept].float().cpu()
-            return values
+            known[index.long()] = True
+            return values, known
     raise ValueError(
         "data_collator: expected the values of each record's behavior_log_prob in the batch's "
         "behavior_log_prob, [B, T] like the labels; it changes, sums or drops them, so that it is not "

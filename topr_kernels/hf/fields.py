@@ -20,8 +20,8 @@ _MASK = re.compile(r"(^|_)masks?$")
 _WEIGHT = re.compile(r"(^|_)weights?$")
 #: Log mu, as samplers and other trainers call it. Those of a reference model are something else.
 _LOG_PROB = re.compile(
-    r"^(old_|rollout_|sampling_|sampler_|behaviou?r_|completion_|token_|policy_)*"
-    r"(per_token_)?(log_?probs?|logps)$"
+    r"^(old_|rollout_|sampling_|sampler_|behaviou?r_|completion_|token_|policy_|generation_|inference_"
+    r"|vllm_|sglang_)*(per_token_)?(log_?probs?|logps?)$"
 )
 _MEDIA = re.compile(
     r"^(images?|videos?|audios?|pixel_values\w*|pixel_attention_mask|input_features"

@@ -67,7 +67,7 @@ class TOPRTrainer(Trainer):
 
     Streams with several processes need ``accelerator_config={"dispatch_batches": False}``, so that every
     process loads batches of its own. ``evaluate`` counts every record of a data set once, however many
-    processes share it.
+    processes share it, if the collator makes one sequence of each.
 
     Records longer than the model's positions are refused, or cut as ``truncate`` says. ``evaluate`` and
     ``predict`` take data sets as the constructor does; with ``behavior="initial"`` before training only.
@@ -137,9 +137,8 @@ class TOPRTrainer(Trainer):
             truncate=args.truncate,
             vocabulary=vocabulary(self.model),
         )
-        self.train_dataset, self.eval_dataset = (
-            _each(data, self._prepared) for data in (self.train_dataset, self.eval_dataset)
-        )
+        given = self.train_dataset, self.eval_dataset
+        self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
         self._head_checked = self._packing_checked = self._noise_checked = False
@@ -161,6 +160,12 @@ class TOPRTrainer(Trainer):
         self.train_dataset, self.eval_dataset = (
             _each(data, self._scored) for data in (self.train_dataset, self.eval_dataset)
         )
+        #: Each data set as it was given, and as it is used.
+        self._ready = [
+            pair
+            for one, other in zip(given, (self.train_dataset, self.eval_dataset), strict=True)
+            for pair in zip(_parts(one), _parts(other), strict=True)
+        ]
         if hasattr(self.train_dataset, "__len__"):
             warn_if_never_negative(_rewards(self.train_dataset), args.baseline, args.limits)
 
@@ -170,10 +175,12 @@ class TOPRTrainer(Trainer):
         Raises:
             ValueError: if log mu is the initial model's, which training has changed.
         """
-        known = [None, self.train_dataset, *_parts(self.eval_dataset)]
         # A name is that of a data set that the constructor was given.
-        if isinstance(dataset, str) or any(dataset is data for data in known):
+        if dataset is None or isinstance(dataset, str):
             return dataset
+        for given, ready in self._ready:
+            if dataset is given or dataset is ready:
+                return ready
         if self.args.behavior == "initial" and self.state.global_step > 0:
             raise ValueError(
                 f"{name}: got a data set after {self.state.global_step} steps with behavior='initial', "
@@ -273,7 +280,8 @@ class TOPRTrainer(Trainer):
         In training it is multiplied by the number of micro-batches, by which Trainer divides: what a
         subclass adds to it is averaged over them, and over the processes.
         """
-        if model.training and not self._noise_checked:
+        # A batch of which nothing is scored shows nothing.
+        if model.training and not self._noise_checked and _any_scored(inputs):
             self._noise_checked = True
             self._warn_of_noise(model, inputs)
         output = self._topr(model, inputs, num_items_in_batch)
@@ -296,7 +304,7 @@ class TOPRTrainer(Trainer):
 
     def _warn_of_noise(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Warns if pi has noise in training that log mu was scored without."""
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if warn_of_dropout(unwrapped):
             return
 
@@ -326,7 +334,7 @@ class TOPRTrainer(Trainer):
                 "grad_tolerance": self.args.grad_tolerance,
                 "workspace_bytes": self.args.workspace_bytes,
             }
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if is_packed(inputs) and not self._packing_checked:
             check_packing(model, inputs, signature_of=unwrapped)
             self._packing_checked = True
@@ -422,6 +430,8 @@ class TOPRTrainer(Trainer):
         super().log(logs, start_time)
 
     def _gather(self, x: Tensor) -> Tensor:
+        # A process that saw no batch has nothing on the device.
+        x = x.to(self.args.device)
         return self.accelerator.gather(x) if self.args.world_size > 1 else x
 
 
@@ -435,6 +445,10 @@ def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
         return scored.any(dim=1).sum()
     before = nn.functional.pad(scored.view(-1).cumsum(0), (1, 0))[offsets.long()]
     return before.diff().gt(0).sum()
+
+
+def _any_scored(inputs: Mapping[str, Any]) -> bool:
+    return bool((inputs["labels"] != IGNORE_INDEX).any())
 
 
 def _rewards(dataset: Any) -> Iterator[float]:

@@ -39,9 +39,9 @@ class NegativeWatch:
 
     def warn(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Warns if the sequences since the last call, of all processes, pass a limit; then resets."""
-        if self._sums is None:
-            return
-        count, dead, weight_sum, square_sum = gather(self._sums[None]).sum(0).tolist()
+        # Of all processes, also of one that has seen no batch: the others wait for it.
+        sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums
+        count, dead, weight_sum, square_sum = gather(sums[None]).sum(0).tolist()
         self._sums = None
         if not count:
             return
@@ -74,12 +74,17 @@ class SequenceMetrics:
     sample size is no mean of those of the batches. Nothing is copied to the host before ``result``.
     """
 
+    #: Tensors that are kept before they are joined.
+    MOST_PARTS = 256
+
     def __init__(self) -> None:
         self._sequences: list[Tensor] = []
         self._sums: list[Tensor] = []
 
     def add(self, output: TOPROutput, items: Tensor | None = None) -> None:
         """Adds a batch; with ``items``, what its loss was divided by, for the mean loss."""
+        if len(self._sums) >= self.MOST_PARTS:
+            self._sequences, self._sums = [self._joined()], [torch.stack(self._sums).sum(0)]
         results = output.sequences()
         self._sequences.append(torch.stack([x.double() for x in results[:5]]))
         known = torch.zeros_like(results.entropy) if items is None else items
@@ -94,22 +99,27 @@ class SequenceMetrics:
             gather: from [1, K] of each of P processes to [P, K], for the metrics over all of them.
                 Every process must call it.
         """
-        if not self._sums:
-            return {}
-        sequences, sums = torch.cat(self._sequences, dim=1), torch.stack(self._sums).sum(0)
+        sequences, sums = torch.zeros(5, 0), torch.zeros(4, dtype=torch.float64)
+        if self._sums:
+            sequences, sums = self._joined(), torch.stack(self._sums).sum(0)
         if gather is not None:
             sums = gather(sums[None]).sum(0)
             longest = int(gather(sums.new_tensor([[sequences.shape[1]]])).max())
             # Sequences of length 0 are not counted.
-            padded = nn.functional.pad(sequences, (0, longest - sequences.shape[1]))
+            padded = nn.functional.pad(sequences.double(), (0, longest - sequences.shape[1]))
             sequences = gather(padded.reshape(1, -1)).view(-1, *padded.shape)
             sequences = sequences.transpose(0, 1).flatten(1)
+        if not sequences.shape[1]:
+            return {}
         entropy, kl_k3, loss, items = sums
         metrics = SequenceResults._make([*sequences, entropy, kl_k3]).metrics()
         figures = {name: float(value) for name, value in metrics.items()}
         if items:
             figures["loss"] = float(loss / items)
         return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+    def _joined(self) -> Tensor:
+        return torch.cat(self._sequences, dim=1)
 
 
 def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Limits) -> bool:
@@ -186,7 +196,11 @@ def warn_of_noise(
     with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
         in_training = score()
         with eval_mode(model):
-            difference = float((in_training - score()).nan_to_num(0.0).abs().max())
+            quiet = score()
+    # NaN in one mode alone is a difference; -inf in both is none.
+    one_sided = bool((in_training.isnan() != quiet.isnan()).any())
+    differences = (in_training - quiet).nan_to_num(0.0).abs()
+    difference = math.inf if one_sided else float(differences.max())
     if difference <= MOST_NOISE:
         return False
     cause = (

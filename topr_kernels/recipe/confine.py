@@ -43,6 +43,8 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     **{"prlimit64": (302, 261), "sched_setaffinity": (203, 122), "setpriority": (141, 140)},
     **{"process_vm_readv": (310, 270), "process_vm_writev": (311, 271)},
     **{"unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39)},
+    # A file by its handle, opened past the flags that are looked at; a queue that outlives its maker.
+    **{"name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "mq_open": (240, 180)},
     **{"creat": (85, None), "openat2": (437, 437), "truncate": (76, 45), "ftruncate": (77, 46)},
     **{"rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276)},
     **{"mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None)},
