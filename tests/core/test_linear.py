@@ -353,6 +353,7 @@ def test_the_plan_holds_every_row_once(
 # ---- accuracy of the sequence log-ratio ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reduction_of_a_long_sequence_adds_no_error() -> None:
     """32768 tokens: within 1e-4 nat of fp64 over the op's own log-probs."""
     batch = make_linear_batch([(1, 32768)], 97, 8, dtype=torch.float32, drift=0.05)

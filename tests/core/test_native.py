@@ -224,6 +224,7 @@ def python(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loaded_when_needed_beside_one_openmp_runtime() -> None:
     script = """
@@ -277,6 +278,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_broken_library_warns_once_and_an_explicit_name_raises(tmp_path: Path) -> None:
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"\x7fELF, but no more than that")
