@@ -178,10 +178,7 @@ def _check_counted_by_model(
     position_ids: Tensor, mask: Tensor, model: Any, further: Sequence[str]
 ) -> None:
     """Whether a model that may count positions from its other inputs can be left to do so."""
-    if counts_positions(model):
-        return
-    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
-    if bool((position_ids.ne(columns) & mask.bool()).any()):
+    if not counts_positions(model) and _are_moved(position_ids, mask):
         raise ValueError(
             f"the batch is padded before its tokens and holds {', '.join(further)}, from which "
             f"{type(base_model(model)).__name__} may compute positions, but no position_ids; give the "
@@ -190,14 +187,19 @@ def _check_counted_by_model(
 
 
 def _check_positions_are_columns(position_ids: Tensor, mask: Tensor | None, model: Any) -> None:
-    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
-    moved = position_ids.ne(columns)
-    if mask is not None and mask.dim() == 2:
-        moved = moved & mask.bool()
-    if bool(moved.any()):
+    if _are_moved(position_ids, mask):
         raise ValueError(
             f"{type(base_model(model)).__name__}.forward takes no position_ids, but the batch is "
             "padded before its tokens: the model would count the padding and move them; use "
             "batches without padding (one sequence each), or let the model's forward take "
             "position_ids (and ignore them where it needs no positions)"
         )
+
+
+def _are_moved(position_ids: Tensor, mask: Tensor | None) -> bool:
+    """Whether a token is not in the column of its position."""
+    columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    moved = position_ids.ne(columns)
+    if mask is not None and mask.dim() == 2:
+        moved = moved & mask.bool()
+    return bool(moved.any())
