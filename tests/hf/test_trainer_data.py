@@ -34,7 +34,7 @@ from topr_kernels.hf import (
     score_behavior,
 )
 from topr_kernels.hf import trainer as trainer_module
-from topr_kernels.hf.watch import NegativeWatch
+from topr_kernels.hf.watch import NegativeWatch, SequenceMetrics
 
 TEXT = [
     {"prompt": "2+2=", "completion": "4", "reward": 1.0},
@@ -563,9 +563,10 @@ def stale(*windows: list[float]) -> list[str]:
             log_pi = torch.tensor(weights).log()[:, None].clamp(min=-1e3)
             nothing, one = torch.zeros_like(log_pi), torch.ones_like(log_pi)
             out = topr_loss_from_log_prob(log_pi, one, nothing, -one[:, 0])
+            metrics = SequenceMetrics()
             for _ in range(3):
-                watch.add(out)
-            watch.warn(lambda x: x)
+                metrics.add(out)
+            watch.warn(metrics.result())
     return [str(w.message) for w in caught]
 
 

@@ -420,12 +420,12 @@ def test_iterate_takes_no_server(model: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_server_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
-    commands = importlib.import_module("topr_kernels.recipe.sampling")
+    sampling_module = importlib.import_module("topr_kernels.recipe.sampling")
     settings = GenerateSettings(model="some/model", server="http://127.0.0.1:1")
-    assert commands.with_backend(settings).backend == "server"
-    monkeypatch.setattr(commands, "current", lambda: Processes(0, 2))
+    assert sampling_module.with_backend(settings).backend == "server"
+    monkeypatch.setattr(sampling_module, "current", lambda: Processes(0, 2))
     with pytest.raises(SettingsError, match="backend: got 'server' in 2 processes"):
-        commands.with_backend(dataclasses.replace(settings))
+        sampling_module.with_backend(dataclasses.replace(settings))
 
 
 def test_all_of_a_batch_is_asked_for_at_once(stand_in: StandIn, model: Path, tmp_path: Path):

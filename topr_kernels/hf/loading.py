@@ -29,7 +29,7 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
             "packed batch; launch one process per GPU (torchrun, accelerate launch)"
         )
     dispatch = cast(Any, args.accelerator_config).dispatch_batches
-    parts = [part for data in datasets for part in _parts(data)]
+    parts = [part for data in datasets for part in parts_of(data)]
     streams = any(isinstance(part, IterableDataset) for part in parts)
     # In one process, too, when it is asked for.
     if dispatch or (args.world_size > 1 and dispatch is None and streams):
@@ -116,5 +116,6 @@ def _check_not_dispatched(collator: Any, processes: int) -> None:
         )
 
 
-def _parts(data: Any) -> list[Any]:
+def parts_of(data: Any) -> list[Any]:
+    """The data sets of a mapping of them, or the one that it is."""
     return list(data.values()) if isinstance(data, dict) else [data]

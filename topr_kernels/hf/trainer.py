@@ -23,7 +23,7 @@ from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
-from topr_kernels.hf.loading import check_loader, check_loading, without_repeats
+from topr_kernels.hf.loading import check_loader, check_loading, parts_of, without_repeats
 from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
@@ -164,7 +164,7 @@ class TOPRTrainer(Trainer):
         self._ready = [
             pair
             for one, other in zip(given, (self.train_dataset, self.eval_dataset), strict=True)
-            for pair in zip(_parts(one), _parts(other), strict=True)
+            for pair in zip(parts_of(one), parts_of(other), strict=True)
         ]
         if hasattr(self.train_dataset, "__len__"):
             warn_if_never_negative(_rewards(self.train_dataset), args.baseline, args.limits)
@@ -287,7 +287,6 @@ class TOPRTrainer(Trainer):
         output = self._topr(model, inputs, num_items_in_batch)
         if model.training:
             self._train_metrics.add(output)
-            self._watch.add(output)
         else:
             # Trainer's own mean weighs batches by their first dimension, which is 1 if they are packed.
             counted = (output.length > 0).sum()
@@ -424,9 +423,10 @@ class TOPRTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log to a training log."""
         if "loss" in logs:
-            logs = {**logs, **self._train_metrics.result(self._gather)}
+            figures = self._train_metrics.result(self._gather)
+            logs = {**logs, **figures}
             self._train_metrics = SequenceMetrics()
-            self._watch.warn(self._gather)
+            self._watch.warn(figures)
         super().log(logs, start_time)
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -466,10 +466,6 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(data, dict):
         return {name: change(part) for name, part in data.items()}
     return change(data)
-
-
-def _parts(data: Any) -> list[Any]:
-    return list(data.values()) if isinstance(data, Mapping) else [data]
 
 
 def _check_own_collator(args: TOPRConfig) -> None:

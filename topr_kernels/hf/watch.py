@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,33 +27,18 @@ class NegativeWatch:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._sums: Tensor | None = None
 
-    def add(self, output: TOPROutput) -> None:
-        """Adds the sequences of a micro-batch; nothing is copied to the host."""
-        negative = (output.length > 0) & (output.reward < 0)
-        w = torch.where(negative, output.weight, 0.0).double()
-        dead = negative & (output.weight < DEAD_WEIGHT)
-        sums = torch.stack([negative.sum(), dead.sum(), w.sum(), w.square().sum()])
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def warn(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Warns if the sequences since the last call, of all processes, pass a limit; then resets."""
-        # Of all processes, also of one that has seen no batch: the others wait for it.
-        sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums
-        count, dead, weight_sum, square_sum = gather(sums[None]).sum(0).tolist()
-        self._sums = None
-        if not count:
-            return
-        if dead / count > self.MOST_DEAD:
-            self._once(
-                "dead", f"{dead / count:.0%} of the negatives have a weight below {DEAD_WEIGHT:g}"
-            )
-        elif square_sum and weight_sum * weight_sum / square_sum < self.LEAST_EFFECTIVE * count:
-            effective = weight_sum * weight_sum / square_sum
+    def warn(self, figures: Mapping[str, float]) -> None:
+        """Warns if the metrics since the last log, of all processes, pass a limit."""
+        dead, share = figures.get("dead_share", 0.0), figures.get("ess_negative_share", 1.0)
+        if dead > self.MOST_DEAD:
+            self._once("dead", f"{dead:.0%} of the negatives have a weight below {DEAD_WEIGHT:g}")
+        elif share < self.LEAST_EFFECTIVE:
+            effective = figures["ess_negative"]
             self._once(
                 "few",
-                f"{count:.0f} negatives count for only {effective:.1f} (effective sample size)",
+                f"{effective / share:.0f} negatives count for only {effective:.1f} (effective sample "
+                "size)",
             )
 
     def _once(self, kind: str, what: str) -> None:
