@@ -33,7 +33,7 @@ from topr_kernels.hf import (
     initial,
     score_behavior,
 )
-from topr_kernels.hf import trainer as trainer_module
+from topr_kernels.hf import packing as packing_module
 from topr_kernels.hf.watch import NegativeWatch, SequenceMetrics
 
 TEXT = [
@@ -227,7 +227,7 @@ def test_the_first_packed_batch_checks_that_sequences_stay_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     calls = []
-    monkeypatch.setattr(trainer_module, "check_packing", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr(packing_module, "check_packing", lambda *args, **_: calls.append(args))
     for packing in (False, True):
         trainer(
             tmp_path, rows(8), packing=packing, per_device_train_batch_size=4, max_steps=2

@@ -24,7 +24,6 @@ from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, parts_of, without_repeats
-from topr_kernels.hf.packing import check_packing, is_packed
 from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
     NegativeWatch,
@@ -141,7 +140,7 @@ class TOPRTrainer(Trainer):
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
-        self._head_checked = self._packing_checked = self._noise_checked = False
+        self._head_checked = self._noise_checked = False
         self._eval_loader: Any = None
         check_loading(args, data_collator, self.train_dataset, self.eval_dataset)
         if args.fused_head and args.n_gpu > 1:
@@ -318,7 +317,6 @@ class TOPRTrainer(Trainer):
                     workspace_bytes=self.args.workspace_bytes if self.args.fused_head else None,
                     impl=self.args.impl,
                     check=not self._head_checked,
-                    check_packed=False,
                 ).log_prob
 
         # Another mode is another graph, and minutes of compilation.
@@ -334,9 +332,6 @@ class TOPRTrainer(Trainer):
                 "workspace_bytes": self.args.workspace_bytes,
             }
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if is_packed(inputs) and not self._packing_checked:
-            check_packing(model, inputs, signature_of=unwrapped)
-            self._packing_checked = True
         output = causal_lm_topr_loss(
             model,
             inputs,
@@ -351,7 +346,6 @@ class TOPRTrainer(Trainer):
             fused_head=self.args.fused_head,
             impl=self.args.impl,
             check=not self._head_checked,
-            check_packed=False,
             **fused,
         )
         self._head_checked = True
