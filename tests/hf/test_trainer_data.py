@@ -252,11 +252,11 @@ def ids_only(data: list[Row]) -> list[Row]:
 
 
 class Tagged(CompletionCollator):
-    """A subclass that changes what the model sees: its first token is another one."""
+    """A subclass that changes what the model sees: the token before the longest completion."""
 
     def __call__(self, features: Any) -> dict[str, Any]:
         batch = super().__call__(features)
-        batch["input_ids"][:, -1] = 7
+        batch["input_ids"][:, -batch["logits_to_keep"]] = 7
         return batch
 
 
