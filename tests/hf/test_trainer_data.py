@@ -252,11 +252,12 @@ def ids_only(data: list[Row]) -> list[Row]:
 
 
 class Tagged(CompletionCollator):
-    """A subclass that changes what the model sees: the token before the longest completion."""
+    """A subclass that changes what the model sees: the last token of every prompt."""
 
     def __call__(self, features: Any) -> dict[str, Any]:
         batch = super().__call__(features)
-        batch["input_ids"][:, -batch["logits_to_keep"]] = 7
+        first = batch["labels"].ne(-100).int().argmax(1)
+        batch["input_ids"][torch.arange(len(first)), first - 1] = 7
         return batch
 
 
