@@ -24,7 +24,8 @@ class StandIn:
         models: what /v1/models lists.
         version: what /version tells.
         change: what is done to a completion before it is sent.
-        instead: answers to the next requests for a completion, whatever they ask; the last one stays.
+        once: answers to the next requests for a completion, one each, whatever they ask.
+        instead: answers to all requests for a completion after those; the last one stays.
         hold: called with each request for a completion before it is answered.
         asked: bodies of the requests for a completion.
         headers: of every request.
@@ -38,6 +39,7 @@ class StandIn:
         ]
         self.version = "0.32.0"
         self.change: Callable[[dict[str, Any]], object] = lambda choice: None
+        self.once: list[Answer] = []
         self.instead: list[Answer] = []
         self.hold: Callable[[], object] = lambda: None
         self.asked: list[dict[str, Any]] = []
@@ -82,6 +84,8 @@ class StandIn:
         # torch's threads are few: one at a time is faster.
         with self.lock:
             self.asked.append(body)
+            if self.once:
+                return self.once.pop(0)
             if self.instead:
                 return self.instead.pop(0) if len(self.instead) > 1 else self.instead[0]
             choice = self.complete(body)

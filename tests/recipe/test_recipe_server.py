@@ -169,19 +169,18 @@ def test_a_busy_server_is_asked_again(stand_in: StandIn, model: Path, tmp_path: 
     assert main(sampling(model, stand_in.url, one)) == 0
     busy = [(status, {"Retry-After": "0"}, b"") for status in (429, 503)]
 
-    # Several are asked for at once: one of them makes the server busy, the one after the two frees it.
+    # Several are asked for at once: the first to be the thirtieth makes the server busy for two of them.
     lock, waiting = threading.Lock(), [30]
 
     def sometimes() -> None:
         with lock:
             if waiting and len(stand_in.asked) >= waiting[0]:
                 waiting.pop()
-                stand_in.instead = [*busy, (0, {}, b"")]
-            elif stand_in.instead and not stand_in.instead[0][0]:
-                stand_in.instead = []
+                stand_in.once = list(busy)
 
     stand_in.hold = sometimes
     assert main(sampling(model, stand_in.url, other)) == 0
+    assert not stand_in.once
     assert one.read_bytes() == other.read_bytes() and len(stand_in.asked) > 2 * 26
     stand_in.hold, stand_in.instead = lambda: None, busy[:1]
     asked = len(stand_in.asked)
