@@ -30,7 +30,6 @@ from topr_kernels import kernels, linear_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.forward import completion_hidden
 from topr_kernels.hf.heads import find_head
-from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.linear.operators import linear_kernels
 from topr_kernels.linear.tile import RowStats
 from topr_kernels.ops import linear as ops
@@ -156,7 +155,7 @@ def trained(
     head = find_head(model)
     before = head.weight.detach().clone()
     rows = training_fields(records)
-    collate = CompletionCollator(loaded.tokenizer.pad_token_id, share_prefix=shares_prefix(model))
+    collate = CompletionCollator(loaded.tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     ever = record_columns(head.weight)

@@ -13,7 +13,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.learning.ppo import PPOTrainer
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
-from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe import Record
 from topr_kernels.recipe.record_checks import training_fields
 from topr_kernels.recipe.score import workspace_bytes
@@ -63,7 +62,7 @@ def train_epochs(
         limits="is" if limits == "ppo" else limits,
         ratio=ratio,
         baseline=baseline,
-        share_prefix=shares_prefix(model),
+        share_prefix=False,
         workspace_bytes=workspace_bytes(model),
         learning_rate=lr,
         lr_scheduler_type="constant",

@@ -293,13 +293,12 @@ def test_a_head_that_runs_never_or_twice_is_refused():
         _ = capture.hidden
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-def test_a_peft_wrapper_and_a_shared_prefix_capture_the_same(share_prefix: bool):
+def test_a_peft_wrapper_captures_the_same():
     base, data = random_model(), rows(6)
     nn.init.normal_(base.lm_head.weight, std=0.5)
-    batch = CompletionCollator(0, share_prefix)(data)
+    batch = CompletionCollator(0)(data)
     with torch.no_grad():
-        expected = logits_log_prob(base, CompletionCollator(0)(data))
+        expected = logits_log_prob(base, batch)
         found = fused_log_prob(PeftLike(base).eval(), batch)
         also = fused_log_prob(base, batch, called=PeftLike(base).eval())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

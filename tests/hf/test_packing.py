@@ -224,14 +224,6 @@ def test_the_layout_is_that_of_transformers_own_collator():
     assert batch["reward"].tolist() == [r["reward"] for r in data]
 
 
-def test_packing_and_a_shared_prefix_exclude_each_other():
-    with pytest.raises(ValueError, match=r"packing=True and share_prefix=True.*share_prefix=False"):
-        CompletionCollator(0, share_prefix=True, packing=True)
-    batch = CompletionCollator(0, packing=True)(ragged())
-    with pytest.raises(ValueError, match=r"prefix_length=3.*share_prefix=False"):
-        model_inputs(build("Llama"), {**batch, "prefix_length": 3})
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_groups_stay_and_never_reach_the_model(packing: bool):
     model, data, collate = build("GPT2"), rows(4), CompletionCollator(0, packing=packing)

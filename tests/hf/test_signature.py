@@ -14,11 +14,9 @@ from test_trainer import random_model, rows
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from topr_kernels.hf import prefix
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.forward import completion_logits
 from topr_kernels.hf.packing import packing_problem
-from topr_kernels.hf.prefix import prefix_sharing_problem, shares_prefix
 from topr_kernels.hf.signature import (
     CACHE,
     KEEP,
@@ -28,6 +26,8 @@ from topr_kernels.hf.signature import (
     cache_of,
     takes,
 )
+from topr_kernels.recipe import prompt_cache
+from topr_kernels.recipe.prompt_cache import cache_problem, caches_prefix, prefix_cache
 
 
 def renamed(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ def test_a_lost_argument_is_named_where_it_switches_something_off(name: str):
     model = random_model()
     theirs = cache_name() if name == "cache" else name
     model.forward = renamed(model.forward, theirs)
-    problem = prefix_sharing_problem(model)
+    problem = cache_problem(model)
     assert problem is not None
     assert theirs in problem
     if name == POSITIONS:
@@ -96,21 +96,20 @@ def test_the_names_of_packed_offsets_and_of_the_mask_are_transformers_own():
     assert POSITIONS in gives
 
 
-def test_the_name_of_recomputation_is_transformers_own():
-    model = random_model()
-    assert prefix_sharing_problem(model.train()) is None
-    model.gradient_checkpointing_enable()
-    assert "gradient checkpointing" in str(prefix_sharing_problem(model))
-
-
 @pytest.mark.parametrize("name", CACHE)
 def test_both_names_of_the_cache_serve(name: str):
     """As the argument: the installed name, and one that a model of another version has."""
-    model, data = random_model(), rows(4)
-    batch = CompletionCollator(0, share_prefix=True)(data)
-    assert batch["prefix_length"]
+    model, ids = random_model(), torch.tensor([[5, 6, 7, 8], [5, 6, 9, 4]])
+    rest = {POSITIONS: torch.tensor([[2, 3]]), "attention_mask": torch.ones_like(ids)}
+
+    def behind_prefix() -> torch.Tensor:
+        with torch.no_grad():
+            cache = prefix_cache(model, ids, 2)
+            return model(input_ids=ids[:, 2:], use_cache=True, **rest, **cache).logits
+
+    expected = behind_prefix()
     with torch.no_grad():
-        expected = completion_logits(model, batch)
+        torch.testing.assert_close(expected, model(ids).logits[:, 2:], rtol=0, atol=1e-6)
     theirs, plain = cache_name(), model.forward
     if name != theirs:
 
@@ -129,8 +128,7 @@ def test_both_names_of_the_cache_serve(name: str):
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         model.forward = forward
     assert cache_argument(model) == name
-    with torch.no_grad():
-        assert torch.equal(completion_logits(model, batch), expected)
+    assert torch.equal(behind_prefix(), expected)
 
 
 def test_outputs_are_read_by_either_name():
@@ -156,6 +154,7 @@ def test_no_deprecated_name_of_transformers_is_used(caplog: pytest.LogCaptureFix
         batch = CompletionCollator(0, share_prefix=True)(rows(4))
         with torch.no_grad():
             completion_logits(model, batch)
+            prefix_cache(model, batch["unshared"]["input_ids"], 1)
         said = [r.getMessage() for r in caplog.records if "deprecat" in r.getMessage()]
         assert said == []
         # The test can fail: the old name does warn where the new one exists.
@@ -166,23 +165,23 @@ def test_no_deprecated_name_of_transformers_is_used(caplog: pytest.LogCaptureFix
         root.removeHandler(caplog.handler)
 
 
-def test_a_model_that_carries_a_state_does_not_share_a_prefix():
+def test_a_model_that_carries_a_state_keeps_no_prefix():
     model = random_model()
     type(model)._is_stateful, before = True, type(model)._is_stateful
     try:
-        assert "state" in str(prefix_sharing_problem(model))
+        assert "state" in str(cache_problem(model))
     finally:
         type(model)._is_stateful = before
 
 
-def test_sharing_that_is_off_says_so_once(caplog: pytest.LogCaptureFixture):
+def test_a_cache_that_is_off_says_so_once(caplog: pytest.LogCaptureFixture):
     # What other tests of this process heard is not said again.
-    prefix._log_once.cache_clear()
+    prompt_cache._log_once.cache_clear()
     model = random_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not shares_prefix(model)
-    assert not shares_prefix(model)
+    assert not caches_prefix(model)
+    assert not caches_prefix(model)
     assert [r.getMessage() for r in caplog.records if "once per prompt" in r.getMessage()] == [
-        "The common prefix of a batch's prompts is run once per prompt: the model has layers of type "
-        "sliding_attention"
+        "Sampling runs the common prefix of a batch's prompts once per prompt: the model has layers of "
+        "type sliding_attention"
     ]

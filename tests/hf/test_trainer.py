@@ -46,7 +46,7 @@ from topr_kernels.hf import (
     completion_logits,
 )
 from topr_kernels.hf import causal_lm as causal_lm_module
-from topr_kernels.hf.prefix import common_prefix_length, prefix_sharing_problem
+from topr_kernels.hf.sharing import sharing_problem
 from topr_kernels.hf.watch import NegativeWatch, SequenceMetrics, warn_if_never_negative
 
 Row = dict[str, Any]
@@ -138,11 +138,9 @@ def test_labels_cover_the_completion_only_even_where_pad_is_eos():
     assert batch["labels"][1, -1] == eos
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-def test_batch_is_right_aligned_with_positions_of_real_tokens(share_prefix: bool):
+def test_batch_is_right_aligned_with_positions_of_real_tokens():
     data = rows(5)
-    batch = CompletionCollator(0, share_prefix)(data)
-    assert batch["prefix_length"] == (5 if share_prefix else 0)
+    batch = CompletionCollator(0)(data)
     assert batch["logits_to_keep"] == 5
     assert batch["reward"].tolist() == [r["reward"] for r in data]
     for i, r in enumerate(data):
@@ -155,13 +153,6 @@ def test_batch_is_right_aligned_with_positions_of_real_tokens(share_prefix: bool
             batch["behavior_log_prob"][i, -n:], torch.tensor(r["behavior_log_prob"])
         )
         assert batch["behavior_log_prob"][i, :-n].eq(0).all()
-
-
-def test_common_prefix_leaves_each_prompt_a_token():
-    assert common_prefix_length([[1, 2, 3], [1, 2, 3]]) == 2
-    assert common_prefix_length([[1, 2, 3], [1, 4]]) == 1
-    assert common_prefix_length([[1], [1, 2]]) == 0
-    assert common_prefix_length([[5, 1], [6, 1]]) == 0
 
 
 @pytest.mark.parametrize(
@@ -179,11 +170,10 @@ def test_collator_names_a_bad_record(field: str, value: Any, message: str):
         CompletionCollator(0)(data)
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-def test_kept_logits_equal_those_of_each_sequence_alone(share_prefix: bool):
-    """Neither padding, nor logits_to_keep, nor a prefix that is run once changes a logit."""
+def test_kept_logits_equal_those_of_each_sequence_alone():
+    """Neither padding nor logits_to_keep changes a logit."""
     model, data = random_model(), rows(6)
-    batch = CompletionCollator(0, share_prefix)(data)
+    batch = CompletionCollator(0)(data)
     with torch.no_grad():
         kept = completion_logits(model, batch)
         for i, r in enumerate(data):
@@ -225,7 +215,6 @@ def test_a_model_without_logits_to_keep_gives_the_same():
         hidden = completion_hidden(model, batch)
         assert hidden.shape == (4, batch["logits_to_keep"], 32)
         torch.testing.assert_close(completion_hidden(old, batch), hidden, rtol=0, atol=1e-6)
-    assert "forward does not take" in str(prefix_sharing_problem(old))
 
 
 class PeftLike(torch.nn.Module):
@@ -296,15 +285,6 @@ def test_a_peft_wrapper_gets_positions_and_logits_to_keep(by_signature_of: bool)
     check_rows_alone(base, kept, data)
 
 
-def test_a_peft_wrapper_shares_the_prefix_of_its_base_model():
-    base, data = random_model(), rows(6)
-    wrapper = PeftLike(base).eval()
-    assert prefix_sharing_problem(wrapper) is None
-    with torch.no_grad():
-        kept = completion_logits(wrapper, CompletionCollator(0, share_prefix=True)(data))
-    check_rows_alone(base, kept, data)
-
-
 def test_an_open_ended_forward_gets_positions():
     class Open(GPT2LMHeadModel):
         def forward(self, input_ids=None, attention_mask=None, **kwargs):
@@ -315,7 +295,7 @@ def test_an_open_ended_forward_gets_positions():
         kept = completion_logits(model, CompletionCollator(0)(data))
     check_rows_alone(model, kept, data)
     # What **kwargs takes may be ignored: not enough to share a prefix.
-    assert "forward does not take" in str(prefix_sharing_problem(model))
+    assert "forward names no position_ids" in str(sharing_problem(model))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -375,19 +355,6 @@ def test_further_model_inputs_are_passed_on_or_named():
 
 def test_one_value_marks_unscored_labels():
     assert collator.IGNORE_INDEX is layout.IGNORE_INDEX
-
-
-def test_prefix_sharing_is_refused_where_it_would_not_be_exact():
-    model = random_model()
-    assert prefix_sharing_problem(model) is None
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    batch = CompletionCollator(0, share_prefix=True)(rows(4))
-    with pytest.raises(ValueError, match=r"sliding_attention.*share_prefix=False"):
-        completion_logits(model, batch)
-    model.config.layer_types = None
-    model.train()
-    model.gradient_checkpointing_enable()
-    assert "gradient checkpointing" in str(prefix_sharing_problem(model))
 
 
 # --- configuration ---------------------------------------------------------------------------

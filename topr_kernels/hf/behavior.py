@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,7 +14,9 @@ from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
 from topr_kernels.hf.collator import CompletionCollator, check_token_ids
+from topr_kernels.hf.fields import TOKENS
 from topr_kernels.hf.packing import eval_mode
+from topr_kernels.hf.sharing import shares_prefix
 from topr_kernels.layout import IGNORE_INDEX
 
 
@@ -122,6 +125,21 @@ def score_checked(
             scored += [row.tolist() for row in torch.split(values, lengths)]
             bar.update(len(part))
     return scored
+
+
+def fitting(collator: Any, model: nn.Module, records: Sequence[Mapping[str, Any]]) -> Any:
+    """The collator; one that shares prompts without sharing, if the model is not exact with it.
+
+    Args:
+        collator: as in ``score_checked``.
+        model: as in ``score_behavior``.
+        records: as in ``score_behavior``; the longest is run to find out, once for a model.
+    """
+    if not (records and isinstance(collator, CompletionCollator) and collator.share_prefix):
+        return collator
+    longest = max(([x for name in TOKENS for x in record[name]] for record in records), key=len)
+    shares = shares_prefix(model, torch.tensor(longest, device=_device(model)))
+    return collator if shares else dataclasses.replace(collator, share_prefix=False)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -19,9 +19,10 @@ from topr_kernels import (
     topr_loss,
 )
 from topr_kernels.hf.capture import loss_in_head
-from topr_kernels.hf.forward import model_inputs
+from topr_kernels.hf.forward import kept_rows, label_layout, model_inputs
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import check_packing_once, is_packed
+from topr_kernels.hf.sharing import check_sharing_once, is_tree
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
@@ -58,9 +59,9 @@ def causal_lm_topr_loss(
 
     Args:
         model: Hugging Face causal language model, wrapped or not.
-        batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
-            least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
-            or a mask to count them from.
+        batch: what :class:`CompletionCollator` returns, padded, packed or shared, on the model's device:
+            at least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and
+            positions or a mask to count them from.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
@@ -78,12 +79,13 @@ def causal_lm_topr_loss(
             model may transform its logits in ways that its config does not say; and check, also off
             the CPU, that ``logits_to_keep`` leaves out no scored label. Meant for the first batch.
         check_packed: run :func:`check_packing` on the first packed batch of a model, which many models
-            fail without a word. It is remembered as long as the model lives and keeps its
-            ``attn_implementation``; all processes of a sharded model must agree on it.
+            fail without a word, and ``prove_sharing`` on the first shared one. It is remembered as long
+            as the model lives and keeps its ``attn_implementation``; all processes of a sharded model
+            must agree on it.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
-        scored labels (``logits_to_keep``), or [1, N] packed.
+        scored labels (``logits_to_keep``), [1, N] packed, or [1, M] of the completions of a shared one.
 
     Raises:
         ValueError: if the batch does not suit the model (see :func:`completion_logits`), or its head
@@ -92,12 +94,12 @@ def causal_lm_topr_loss(
             tensors and with ``check``.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
-    if check_packed and is_packed(batch):
-        check_packing_once(model, batch, signature_of=unwrapped)
+    if check_packed:
+        _check_apart(model, batch, unwrapped)
     _check_kept(batch["labels"], keep, check)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
     options: dict[str, Any] = {
-        "cu_seqlens": batch.get("cu_seq_lens_q"),
+        **label_layout(batch),
         "limits": limits,
         "ratio": ratio,
         "baseline": baseline,
@@ -111,14 +113,14 @@ def causal_lm_topr_loss(
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:
         outputs = model(**inputs)
-        out = topr_loss(outputs.logits[:, -keep:], labels, behavior, reward, **options)
+        out = topr_loss(kept_rows(outputs.logits, keep, batch), labels, behavior, reward, **options)
         return _with_router_loss(out, base, outputs, reduction, normalizer)
 
     captured: list[TOPROutput] = []
 
     def compute(hidden: Tensor, head: Head) -> Tensor:
         out = linear_topr_loss(
-            hidden[:, -keep:],
+            kept_rows(hidden, keep, batch),
             head.weight,
             labels,
             behavior,
@@ -168,30 +170,32 @@ def causal_lm_log_prob(
         check_packed: as in :func:`causal_lm_topr_loss`.
 
     Returns:
-        LogProbOutput, detached: [B, K] of the last K columns, or [1, N] packed.
+        LogProbOutput, detached: [B, K] of the last K columns, [1, N] packed, or [1, M] of the
+        completions of a shared batch.
 
     Raises:
         ValueError: as :func:`causal_lm_topr_loss`.
     """
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
-    if check_packed and is_packed(batch):
-        check_packing_once(model, batch, signature_of=unwrapped)
+    if check_packed:
+        _check_apart(model, batch, unwrapped)
     _check_kept(batch["labels"], keep, check)
     labels = _kept(batch["labels"], keep)
     options: dict[str, Any] = {
-        "cu_seqlens": batch.get("cu_seq_lens_q"),
+        **label_layout(batch),
         "temperature": temperature,
         "entropy": entropy,
         "impl": impl,
     }
     with torch.no_grad():
         if not fused_head:
-            return log_prob(model(**inputs).logits[:, -keep:], labels, **options)
+            logits = kept_rows(model(**inputs).logits, keep, batch)
+            return log_prob(logits, labels, **options)
         captured: list[LogProbOutput] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
             out = linear_log_prob(
-                hidden[:, -keep:],
+                kept_rows(hidden, keep, batch),
                 head.weight,
                 labels,
                 **head.options,
@@ -205,6 +209,14 @@ def causal_lm_log_prob(
         with loss_in_head(base, compute, sample=check) as inside:
             inside.arrive(model(**inputs).logits)
     return captured[0]
+
+
+def _check_apart(model: nn.Module, batch: Mapping[str, Any], unwrapped: nn.Module | None) -> None:
+    """Checks, once, that a model keeps the sequences of a packed or shared batch apart."""
+    if is_packed(batch):
+        check_packing_once(model, batch, signature_of=unwrapped)
+    elif is_tree(batch):
+        check_sharing_once(model, batch, signature_of=unwrapped)
 
 
 def _kept(tokens: Tensor, keep: int) -> Tensor:

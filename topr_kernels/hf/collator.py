@@ -6,11 +6,6 @@ the last ``K + 1`` columns (K: the longest completion) and the prompts' logits a
     [ padding | prompt | completion ]
                       ^ last K + 1 columns
 
-With ``share_prefix=True`` the tokens that all prompts of the batch begin with (a few-shot prompt,
-a system message) come first and are run through the model once instead of once per row::
-
-    [ common prefix | padding | rest of the prompt | completion ]
-
 Attention never sees the padding and the position ids do not count it: a model of attention alone that
 takes its positions from ``position_ids`` gives every token the log-probability it has alone. Others
 (states, positions counted otherwise, prompts that an adapter puts in front) do not: use batches of one.
@@ -19,6 +14,11 @@ With ``packing=True`` there is no padding: the sequences lie in one row, one aft
 attention keeps them apart (``topr_kernels.hf.packing``)::
 
     [ prompt | completion | prompt | completion | ... ]
+
+With ``share_prefix=True`` a prompt is run once for all its completions, and so is what several prompts
+begin with, as a few-shot prompt or a system message (``topr_kernels.hf.sharing``)::
+
+    [ common prefix | prompt | completion | completion | prompt | completion | ... | padding ]
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ from topr_kernels.hf.fields import (
     was_cut,
 )
 from topr_kernels.hf.packing import pack
-from topr_kernels.hf.prefix import common_prefix_length
+from topr_kernels.hf.sharing import tree_batch
 from topr_kernels.layout import IGNORE_INDEX
+
+#: Entries of a batch with a value for each record.
+_PER_RECORD = frozenset({"reward", "group", "sequence_weight"})
 
 
 @dataclass
@@ -67,7 +70,7 @@ class CompletionCollator:
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
     - ``group``, if the records have it: [B] int64, or a list of B str;
-    - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
+    - ``logits_to_keep`` int, K + 1.
 
     With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels`` and
     ``behavior_log_prob`` as [1, N], position ids restarting at 0; ``reward`` [B] and ``group``; and for
@@ -75,10 +78,14 @@ class CompletionCollator:
     ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would ignore the
     packing.
 
+    With ``share_prefix`` it is a batch of trees, see ``topr_kernels.hf.sharing``, which also holds the
+    batch that it would be without, as ``unshared``. Where less than a tenth of the tokens would be saved
+    it is that batch.
+
     Args:
         pad_token_id: id that fills the padding; any id of the vocabulary will do.
-        share_prefix: put the common prefix of the prompts into the first columns, so that it is
-            computed once per batch. Exact for models whose attention reaches all earlier tokens.
+        share_prefix: run what sequences of the batch begin with in common once, for models that keep the
+            branches of a tree apart (see ``prove_sharing``).
         packing: lay the sequences out in one row without padding, for models that keep them apart
             (see ``check_packing``).
         mask_truncated: do not score completions that were cut off: their ``finish_reason`` is
@@ -87,12 +94,12 @@ class CompletionCollator:
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
 
     Raises:
-        ValueError: if both ``packing`` and ``share_prefix`` are set. On a call: if a record lacks a
-            field or has an empty prompt; if its ``behavior_log_prob`` is not as long as its
-            completion, or holds anything but finite numbers <= 0; if a token id is negative or a reward
-            not finite; if a field means something that would be ignored (see ``prepare_records``); if
-            only some records have a ``group`` or ``finish_reason``; if it is unknown which completions
-            were cut off. Messages name the record and the position.
+        ValueError: on a call, if a record lacks a field or has an empty prompt; if its
+            ``behavior_log_prob`` is not as long as its completion, or holds anything but finite numbers
+            <= 0; if a token id is negative or a reward not finite; if a field means something that would
+            be ignored (see ``prepare_records``); if only some records have a ``group`` or
+            ``finish_reason``; if it is unknown which completions were cut off. Messages name the record
+            and the position.
         TypeError: on a call, if a field holds something else than numbers; if a ``group`` is neither int
             nor str, or if both kinds occur.
     """
@@ -102,14 +109,6 @@ class CompletionCollator:
     packing: bool = False
     mask_truncated: bool = False
     eos_token_id: int | Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.packing and self.share_prefix:
-            raise ValueError(
-                "packing=True and share_prefix=True: expected one of them; a packed batch has no "
-                "columns that its sequences share. Use share_prefix=False, or packing=False if the "
-                "prompts begin with a long common text"
-            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
@@ -133,19 +132,41 @@ class CompletionCollator:
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
         else:
-            prefix = common_prefix_length(prompts) if self.share_prefix else 0
-            batch = dict(pad_left(sequences, self.pad_token_id, prefix))
+            batch = dict(pad_left(sequences, self.pad_token_id))
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
             kept = [len(c) for c, keep in zip(completions, scored, strict=True) if keep]
             batch["logits_to_keep"] = max(kept, default=0) + 1
-            batch["prefix_length"] = prefix
         batch["reward"] = torch.tensor([r.reward for r in read], dtype=torch.float32)
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
-        return batch
+        return self._shared(prompts, completions, labels, behavior, batch)
+
+    def _shared(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        labels: Sequence[list[int]],
+        behavior: Sequence[list[float]],
+        batch: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The batch as one of trees, if that is asked for and saves something."""
+        if not self.share_prefix:
+            return batch
+        behind = [len(prompt) for prompt in prompts]
+        trees = tree_batch(
+            prompts,
+            completions,
+            [row[n:] for row, n in zip(labels, behind, strict=True)],
+            [row[n:] for row, n in zip(behavior, behind, strict=True)],
+            self.pad_token_id,
+        )
+        if trees is None:
+            return batch
+        per_record = {name: x for name, x in batch.items() if name in _PER_RECORD}
+        return {**trees, **per_record, "unshared": batch}
 
     def _truncated(
         self, features: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]

@@ -27,7 +27,7 @@ else:
     _LimitsOption = str
 
 
-_SWITCHES = ("entropy", "fused_head", "share_prefix", "packing", "mask_truncated")
+_SWITCHES = ("entropy", "fused_head", "packing", "mask_truncated")
 
 
 @dataclass
@@ -48,11 +48,13 @@ class TOPRConfig(TrainingArguments):
             as quantised ones.
         workspace_bytes: budget for a tile of logits of the fused head, as in ``linear_topr_loss``.
         grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
-        share_prefix: run the tokens that all prompts of a batch begin with once per batch. Saves
-            most of the time with few-shot prompts; needs plain full attention.
+        share_prefix: run a prompt once for all its samples of a batch, and what prompts begin with in
+            common once for all of them; samples of a prompt are then kept together as the records are
+            shuffled. None does so where a batch has something to share and the first one proves the
+            model exact, which needs sdpa, eager or flex_attention; True raises where it is not.
         packing: put the sequences of a batch into one row without padding (FlashAttention's varlen
-            convention; the same results with sdpa and eager). On the first batch it is checked that the
-            model keeps them apart.
+            convention; with sdpa and eager into rows of bounded length, with the same results). On the
+            first batch it is checked that the model keeps them apart.
         mask_truncated: do not count completions that were cut off.
         max_length: most tokens of prompt and completion together; None: the model's positions.
         truncate: what happens to longer records: None refuses them, "prompt_left" cuts the prompt's
@@ -100,8 +102,9 @@ class TOPRConfig(TrainingArguments):
             "help": "Relative norm of the gradient the fused head may leave out; 0 is exact."
         },
     )
-    share_prefix: bool = field(
-        default=False, metadata={"help": "Run the prompts' common prefix once per batch."}
+    share_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "Run a prompt once for all its samples; where exact, if left out."},
     )
     packing: bool = field(
         default=False, metadata={"help": "Lay sequences out in one row, without padding."}
@@ -157,6 +160,10 @@ class TOPRConfig(TrainingArguments):
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.share_prefix, bool | None):
+            raise TypeError(
+                f"share_prefix: expected True, False or None, got {self.share_prefix!r}"
+            )
         for name in ("beta", "entropy_coef"):
             if getattr(self, name):
                 raise ValueError(
@@ -164,8 +171,6 @@ class TOPRConfig(TrainingArguments):
                     "its taper is what keeps it stable. For a loss with one write a loop over "
                     "topr_kernels.linear_log_prob, which is differentiable per token"
                 )
-        if self.packing and self.share_prefix:
-            raise ValueError("packing: got True with share_prefix=True; expected one of them")
         check_tolerance(self.grad_tolerance, torch.float32, False, 0.0)
         self._check_fused_head()
         self._check_inherited()

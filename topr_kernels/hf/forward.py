@@ -1,4 +1,4 @@
-"""The forward pass over a padded or packed batch: the model's arguments, and the rows that are kept."""
+"""The forward pass over a batch: the model's arguments, and the rows that are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topr_kernels.hf.capture import capture_hidden, check_logits
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import is_packed, packed_inputs
-from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
+from topr_kernels.hf.sharing import REMEDY, TREE, is_tree, tree_inputs
 from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, counts_positions, takes
 
 #: Entries from which no model computes positions.
@@ -27,7 +27,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "reward",
         "group",
         "logits_to_keep",
-        "prefix_length",
+        *TREE,
         *VARLEN,
     }
 )
@@ -53,14 +53,15 @@ def completion_logits(
             model it is the base model's forward, to which PEFT passes arguments on.
 
     Returns:
-        [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
+        [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V]; of a shared one
+        [1, M, V], a row for each label (``shift=False``).
 
     Raises:
         ValueError: as ``model_inputs``.
     """
     inputs, keep = model_inputs(model, batch, signature_of=signature_of)
     logits: Tensor = model(**inputs).logits
-    return logits[:, -keep:]
+    return kept_rows(logits, keep, batch)
 
 
 def completion_hidden(
@@ -79,8 +80,8 @@ def completion_hidden(
         check: the model's head, to compare its logits of up to 4 rows with the model's own.
 
     Returns:
-        [B, logits_to_keep, D], of a packed batch [1, N, D], with gradient: for
-        ``linear_topr_loss`` with the head of ``find_head``.
+        [B, logits_to_keep, D], of a packed batch [1, N, D], of a shared one [1, M, D], with gradient:
+        for ``linear_topr_loss`` with the head of ``find_head``.
 
     Raises:
         ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
@@ -91,7 +92,7 @@ def completion_hidden(
         logits = model(**inputs).logits
     if check is not None:
         check_logits(check, capture, logits)
-    return capture.hidden[:, -keep:]
+    return kept_rows(capture.hidden, keep, batch)
 
 
 def model_inputs(
@@ -100,18 +101,18 @@ def model_inputs(
     """Arguments of the forward pass over a batch, and how many of its last columns to keep.
 
     Args:
-        model: as in ``completion_logits``; runs the common prefix, if there is one.
-        batch: as in ``completion_logits``, or packed: with ``cu_seq_lens_q`` and the like, see
-            ``CompletionCollator``.
+        model: as in ``completion_logits``.
+        batch: as in ``completion_logits``; or packed, with ``cu_seq_lens_q`` and the like; or of trees,
+            see ``CompletionCollator``.
         signature_of: as in ``completion_logits``.
 
     Returns:
         ``(inputs, keep)``: keyword arguments for ``model``, and ``logits_to_keep`` of a padded batch,
-        all columns N of a packed one.
+        all columns N of a packed one, all labels M of a shared one.
 
     Raises:
-        ValueError: if the batch has a shared prefix and the model cannot share it (see
-            ``check_prefix_sharing``); if padding moves tokens and the model takes no
+        ValueError: if the batch is shared and the model cannot run trees (see
+            ``sharing_problem``); if padding moves tokens and the model takes no
             ``position_ids``, or may compute them from other entries; if there are neither positions
             nor a mask to count them from; if the batch has entries that the model's forward does not
             name; if a packed batch has an ``attention_mask`` or lacks a field, or the model would let
@@ -119,10 +120,12 @@ def model_inputs(
     """
     base = model if signature_of is None else signature_of
     inputs = _further_inputs(base, batch)
+    if is_tree(batch):
+        kept = {KEEP: batch[KEEP]} if accepts(base, KEEP) else {}
+        return tree_inputs(base, batch) | kept, batch["labels"].shape[1]
     if is_packed(batch):
         return inputs | packed_inputs(base, batch), batch["input_ids"].shape[1]
     keep = int(batch.get("logits_to_keep", batch["input_ids"].shape[1]))
-    prefix = int(batch.get("prefix_length", 0))
     if batch.get("attention_mask") is not None:
         inputs["attention_mask"] = batch["attention_mask"]
     further = sorted(n for n in inputs if n not in ("attention_mask", *_NO_POSITIONS))
@@ -131,16 +134,40 @@ def model_inputs(
     if batch.get(POSITIONS) is None and (further or counts_positions(base)):
         _check_counted_by_model(position_ids, batch["attention_mask"], base, further)
     elif accepts(base, POSITIONS):
-        inputs[POSITIONS] = position_ids[:, prefix:]
+        inputs[POSITIONS] = position_ids
     else:
         _check_positions_are_columns(position_ids, batch.get("attention_mask"), base)
     if accepts(base, KEEP):
         inputs[KEEP] = keep
-    if prefix:
-        check_prefix_sharing(base)
-        inputs |= prefix_cache(model, batch["input_ids"], prefix, signature_of=base)
-    inputs |= {"input_ids": batch["input_ids"][:, prefix:], "use_cache": bool(prefix)}
+    inputs |= {"input_ids": batch["input_ids"], "use_cache": False}
     return inputs, keep
+
+
+def kept_rows(states: Tensor, keep: int, batch: Mapping[str, Any]) -> Tensor:
+    """The rows of hidden states or logits that the loss takes.
+
+    Args:
+        states: [B, K, ·] of the columns that the model kept; of a shared batch [R, U, ·], or [R, W, ·]
+            if it kept all.
+        keep: as ``model_inputs`` gave it.
+        batch: which was run.
+
+    Returns:
+        [B, keep, ·]; of a shared batch [1, M, ·], a row for each label.
+    """
+    if not is_tree(batch):
+        return states[:, -keep:]
+    columns = batch[KEEP]
+    if states.shape[1] != len(columns):
+        states = states[:, columns]
+    return states.flatten(0, 1)[batch["label_rows"]][None]
+
+
+def label_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """``cu_seqlens`` and ``shift`` of a batch's labels, as the functions of the loss take them."""
+    if is_tree(batch):
+        return {"cu_seqlens": batch["label_offsets"], "shift": False}
+    return {"cu_seqlens": batch.get("cu_seq_lens_q"), "shift": True}
 
 
 def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +179,10 @@ def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
             "does not take by name and the loss does not use; drop them in the data collator, or "
             "name them in the model's forward"
         )
-    if inputs and batch.get("prefix_length", 0):
+    if inputs and is_tree(batch):
         raise ValueError(
             f"share_prefix=True, but the batch holds further model inputs ({', '.join(inputs)}), "
-            "which a prefix that is run once would not see; use share_prefix=False"
+            f"which are not laid out as its trees are; {REMEDY}"
         )
     return inputs
 

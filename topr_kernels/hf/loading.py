@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SkipBatchSampler
 from torch.utils.data import IterableDataset
 
 from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.forward import label_layout
+from topr_kernels.hf.sharing import is_tree
 from topr_kernels.layout import IGNORE_INDEX
 
 
@@ -23,11 +25,12 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
     Raises:
         ValueError: naming the setting that loads otherwise.
     """
-    if args.packing and args.n_gpu > 1:
-        raise ValueError(
-            f"packing: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
-            "packed batch; launch one process per GPU (torchrun, accelerate launch)"
-        )
+    for name in ("packing", "share_prefix"):
+        if getattr(args, name) and args.n_gpu > 1:
+            raise ValueError(
+                f"{name}: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
+                "packed or shared batch; launch one process per GPU (torchrun, accelerate launch)"
+            )
     dispatch = cast(Any, args.accelerator_config).dispatch_batches
     parts = [part for data in datasets for part in parts_of(data)]
     streams = any(isinstance(part, IterableDataset) for part in parts)
@@ -71,7 +74,7 @@ def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
     last ones with records from the beginning, which must not count a second time.
 
     Args:
-        inputs: padded or packed batch of this process.
+        inputs: batch of this process.
         loader: accelerate's, while it yields this batch.
     """
     sequences = inputs["reward"].shape[0]
@@ -79,31 +82,46 @@ def without_repeats(inputs: dict[str, Any], loader: Any) -> dict[str, Any]:
     if first == sequences:
         return inputs
     labels = inputs["labels"].clone()
-    offsets = inputs.get("cu_seq_lens_q")
+    offsets = label_layout(inputs)["cu_seqlens"]
     if offsets is None:
         labels[first:] = IGNORE_INDEX
     else:
         labels.view(-1)[int(offsets[first]) :] = IGNORE_INDEX
+    if is_tree(inputs):
+        inputs = {**inputs, "unshared": without_repeats(inputs["unshared"], loader)}
     return {**inputs, "labels": labels}
 
 
 def _first_repeat(loader: Any, sequences: int) -> int:
     """Index of the first repeated sequence in this process's batch; ``sequences`` if none is."""
-    # remainder is -1 for a stream, or if an incomplete batch is dropped; 0 if all batches are full.
-    if not getattr(loader, "end_of_dataloader", False) or loader.remainder <= 0:
+    if not getattr(loader, "end_of_dataloader", False):
         return sequences
-    sampler = loader.batch_sampler
+    sampler, remainder = loader.batch_sampler, loader.remainder
+    # A resumed epoch: accelerate counts no remainder.
+    if isinstance(sampler, SkipBatchSampler):
+        sampler = sampler.batch_sampler
+        if isinstance(sampler, BatchSamplerShard) and not sampler.drop_last:
+            remainder = len(loader.dataset) % _total_batch_size(sampler)
+    # It is -1 for a stream, or if an incomplete batch is dropped; 0 if all batches are full.
+    if remainder <= 0:
+        return sequences
     if isinstance(loader, DataLoaderDispatcher):
         rank = loader.state.process_index
     elif isinstance(sampler, BatchSamplerShard) and sampler.even_batches:
         rank = sampler.process_index
         # A custom collator may make more or fewer sequences than there are records.
-        if sequences * sampler.num_processes != loader.total_batch_size:
+        if sequences * sampler.num_processes != _total_batch_size(sampler):
             return sequences
     else:
         return sequences
-    left: int = loader.remainder - rank * sequences
+    left: int = remainder - rank * sequences
     return min(max(left, 0), sequences)
+
+
+def _total_batch_size(sampler: BatchSamplerShard) -> int:
+    """Records of a batch of all processes."""
+    size: int = sampler.batch_size
+    return size if sampler.split_batches else size * sampler.num_processes
 
 
 def _check_not_dispatched(collator: Any, processes: int) -> None:

@@ -82,8 +82,8 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         offsets and longest lengths.
 
     Raises:
-        ValueError: if the batch has an ``attention_mask`` or a shared prefix, or lacks a field; if the
-            model cannot keep the sequences apart (see ``packing_problem``).
+        ValueError: if the batch has an ``attention_mask`` or lacks a field; if the model cannot keep the
+            sequences apart (see ``packing_problem``).
     """
     if batch.get("attention_mask") is not None:
         raise ValueError(
@@ -96,11 +96,6 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"the batch is packed (it has cu_seq_lens_q) but has no {', '.join(missing)}; give all of "
             f"position_ids, {', '.join(VARLEN)}, as CompletionCollator(packing=True) does"
-        )
-    if batch.get("prefix_length", 0):
-        raise ValueError(
-            f"the batch is packed and has prefix_length={batch['prefix_length']}; a packed batch "
-            f"cannot share a prefix: use share_prefix=False, or {_REMEDY}"
         )
     problem = packing_problem(model)
     if problem:

@@ -70,7 +70,7 @@ def cache_of(outputs: Any) -> Any:
     if name is None:
         raise ValueError(
             f"the model gave a {type(outputs).__name__} without {' or '.join(CACHE)}, which hold the "
-            "prefix; use share_prefix=False"
+            "prefix"
         )
     return getattr(outputs, name)
 

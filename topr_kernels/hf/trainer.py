@@ -16,15 +16,26 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from topr_kernels import TOPROutput
 from topr_kernels.hf.arguments import check_arguments, longest
-from topr_kernels.hf.behavior import score_checked
+from topr_kernels.hf.behavior import fitting, score_checked
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
+from topr_kernels.hf.forward import label_layout
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, parts_of, without_repeats
+from topr_kernels.hf.sharing import (
+    REMEDY,
+    longest_sequence,
+    prove_sharing,
+    saved_share,
+    sharing_problem,
+    unshared,
+    warn_unshared,
+)
 from topr_kernels.hf.signature import vocabulary
+from topr_kernels.hf.tree_sampler import SiblingSampler, siblings
 from topr_kernels.hf.watch import (
     NegativeWatch,
     SequenceMetrics,
@@ -56,6 +67,11 @@ class TOPRTrainer(Trainer):
     The loss is computed inside the wrapped model's forward, see ``causal_lm_topr_loss``: adapters on
     the head, routers' balancing losses, DistributedDataParallel, FSDP2 and ZeRO-3 work as they do with
     logits.
+
+    Samples of a prompt share its forward pass where a batch has several and the first batch proves that
+    the model gives the same so (see ``share_prefix`` of ``TOPRConfig``, ``prove_sharing``). Batches are
+    then those of ``topr_kernels.hf.sharing``, and the log has ``tokens_saved``, the share of tokens that
+    need not be run. A subclass that reads batches itself sets ``share_prefix=False``.
 
     A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
     ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
@@ -120,10 +136,15 @@ class TOPRTrainer(Trainer):
             **kwargs,
         )
         eos = _eos_token_id(self.model, processing_class)
+        #: Whether what cannot share prompts is refused.
+        self._must_share = bool(args.share_prefix or getattr(data_collator, "share_prefix", False))
+        #: Whether the model shares prompts; None before the first batch.
+        self._shares: bool | None = None
+        self._saved: list[float] = []
         if data_collator is None:
             data_collator = self.data_collator = CompletionCollator(
                 _pad_token_id(processing_class),
-                args.share_prefix,
+                self._may_share(),
                 args.packing,
                 args.mask_truncated,
                 eos,
@@ -235,7 +256,7 @@ class TOPRTrainer(Trainer):
                 return score_checked(
                     model,
                     share,
-                    collator,
+                    collator if self._must_share else fitting(collator, model, share),
                     batch_size=self.args.per_device_train_batch_size,
                     temperature=self.args.temperature,
                     fused_head=self.args.fused_head,
@@ -258,6 +279,68 @@ class TOPRTrainer(Trainer):
             {**r, "behavior_log_prob": values} for r, values in zip(records, log_probs, strict=True)
         ]
 
+    def _may_share(self) -> bool:
+        """Whether the default collator shares prompts, before that is proven."""
+        problem = sharing_problem(cast(nn.Module, self.model))
+        if problem and self._must_share:
+            raise ValueError(f"share_prefix=True, but {problem}; {REMEDY}")
+        several = self.args.n_gpu > 1 and not self._must_share
+        return self.args.share_prefix is not False and problem is None and not several
+
+    def _as_shared(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, without sharing if the first one shows that the model gives others results so.
+
+        Raises:
+            ValueError: on all processes, if sharing was asked for and is not exact.
+        """
+        collator = self.data_collator
+        if self._shares is None and getattr(collator, "share_prefix", False):
+            problem = self._sharing_problem(model, inputs)
+            if problem and self._must_share:
+                raise ValueError(f"share_prefix=True, but {problem}; {REMEDY}")
+            self._shares = problem is None
+            if problem:
+                warn_unshared(problem)
+                cast(CompletionCollator, collator).share_prefix = False
+        return inputs if self._shares else unshared(inputs)
+
+    def _sharing_problem(self, model: nn.Module, inputs: dict[str, Any]) -> str | None:
+        """What ``prove_sharing`` says of the first batch, on any process."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with self.compute_loss_context_manager():
+            problem = prove_sharing(model, longest_sequence(inputs), signature_of=unwrapped)
+        if self._gather(torch.tensor([problem is not None])).any():
+            return problem or "it is not exact on another process, which says why"
+        return None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s; a random order keeps samples of a prompt together if they may share it."""
+        dataset = next((x for x in (*args, *kwargs.values()) if x is not None), self.train_dataset)
+        random_order = getattr(self.args, "train_sampling_strategy", "random") == "random"
+        if random_order and hasattr(dataset, "__len__") and self._groups_siblings():
+            groups = siblings(dataset)
+            if groups is not None:
+                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+                return SiblingSampler(groups, seed, lambda: int((self.state.epoch or 0) + 1e-6))
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def _groups_siblings(self) -> bool:
+        """Whether the collator shares prompts and gets records with token ids."""
+        ours = isinstance(self.data_collator, CompletionCollator)
+        return ours and cast(CompletionCollator, self.data_collator).share_prefix
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> Any:
+        """``Trainer``'s; records that accelerate repeated at the end of an epoch are not scored."""
+        if self.args.world_size > 1:
+            epoch_iterator = self._without_repeats(epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _without_repeats(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield without_repeats(batch, self.accelerator.gradient_state.active_dataloader)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """``Trainer.train``; refuses to go on with log mu of another model than the run began with."""
         checkpoint = resume_from_checkpoint
@@ -279,6 +362,9 @@ class TOPRTrainer(Trainer):
         In training it is multiplied by the number of micro-batches, by which Trainer divides: what a
         subclass adds to it is averaged over them, and over the processes.
         """
+        inputs = self._as_shared(model, inputs)
+        if model.training and self._shares:
+            self._saved.append(saved_share(inputs))
         # A batch of which nothing is scored shows nothing.
         if model.training and not self._noise_checked and _any_scored(inputs):
             self._noise_checked = True
@@ -396,7 +482,8 @@ class TOPRTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of one evaluation batch; logits are not kept."""
-        inputs = without_repeats(self._prepare_inputs(inputs), self._eval_loader)
+        inputs = self._as_shared(model, self._prepare_inputs(inputs))
+        inputs = without_repeats(inputs, self._eval_loader)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -419,6 +506,9 @@ class TOPRTrainer(Trainer):
         if "loss" in logs:
             figures = self._train_metrics.result(self._gather)
             logs = {**logs, **figures}
+            if self._saved:
+                logs["tokens_saved"] = sum(self._saved) / len(self._saved)
+                self._saved = []
             self._train_metrics = SequenceMetrics()
             self._watch.warn(figures)
         super().log(logs, start_time)
@@ -430,9 +520,9 @@ class TOPRTrainer(Trainer):
 
 
 def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
-    """Number of non-empty sequences, or of scored tokens, in a padded or packed batch; 0-dim."""
-    offsets = batch.get("cu_seq_lens_q")
-    scored = scored_labels(batch["labels"], offsets, shift=True).ne(IGNORE_INDEX)
+    """Number of non-empty sequences, or of scored tokens, in a batch; 0-dim."""
+    offsets, shift = label_layout(batch).values()
+    scored = scored_labels(batch["labels"], offsets, shift=shift).ne(IGNORE_INDEX)
     if reduction == "token_mean":
         return scored.sum()
     if offsets is None:

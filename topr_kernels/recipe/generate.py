@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from topr_kernels.hf.collator import pad_left
-from topr_kernels.hf.prefix import common_prefix_length, prefix_cache, shares_prefix
 from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
 from topr_kernels.hf.signature import positions as positions_of
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.models import dtype_name, tokenizer_fingerprint
 from topr_kernels.recipe.options import SettingsError
+from topr_kernels.recipe.prompt_cache import caches_prefix, common_prefix_length, prefix_cache
 from topr_kernels.recipe.records import (
     FinishReason,
     Record,
@@ -122,7 +122,7 @@ def read_prompts(
     distinct = list(dict.fromkeys(map(tuple, token_ids)))
     row = {ids: i for i, ids in enumerate(distinct)}
     rows = torch.tensor([row[tuple(ids)] for ids in token_ids], device=model.device)
-    shared = shares_prefix(model)
+    shared = caches_prefix(model)
     prefix = common_prefix_length(distinct) if shared else 0
     once = {
         name: x.to(model.device)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from topr_kernels.hf.behavior import score_behavior
+from topr_kernels.hf.behavior import fitting, score_behavior
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.heads import head_shape
-from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.recipe.models import dtype_name
 from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax
 from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
@@ -131,7 +130,6 @@ def max_log_ratio(
 
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
-    collate = CompletionCollator(pad_token_id, share_prefix=shares_prefix(model))
     token_records = [
         {
             "prompt_token_ids": record.prompt_token_ids,
@@ -139,6 +137,7 @@ def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -
         }
         for record in records
     ]
+    collate = fitting(CompletionCollator(pad_token_id, share_prefix=True), model, token_records)
     # One forward pass per temperature; nearly always there is one.
     values = {
         t: score_behavior(

@@ -15,7 +15,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.heads import head_shape
-from topr_kernels.hf.prefix import shares_prefix
 from topr_kernels.limits import Limits
 from topr_kernels.recipe.models import tokenizer_fingerprint
 from topr_kernels.recipe.processes import current
@@ -94,7 +93,6 @@ def train(
         limits=settings.limits,
         ratio=settings.ratio,
         baseline=settings.baseline,
-        share_prefix=shares_prefix(model),
         workspace_bytes=workspace_bytes(model),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",

@@ -1,6 +1,8 @@
-"""The tokens that all prompts of a batch begin with, run through the model once.
+"""The tokens that all prompts of a batch begin with, run once before sampling, with their cache.
 
-Exact for models whose attention reaches all earlier tokens; ``prefix_sharing_problem`` names the others.
+Sampling goes on from keys and values, so it keeps those of the common prefix. Training and scoring need
+none, and share prompts by prefix trees (``topr_kernels.hf.sharing``). The cache is exact where attention
+reaches all earlier tokens; a window would count the padding behind the prefix, which trees do not have.
 """
 
 from __future__ import annotations
@@ -28,32 +30,17 @@ def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def prefix_cache(
-    model: nn.Module, input_ids: Tensor, prefix: int, *, signature_of: nn.Module | None = None
-) -> dict[str, Any]:
+def prefix_cache(model: nn.Module, input_ids: Tensor, prefix: int) -> dict[str, Any]:
     """Keys and values of the first ``prefix`` columns, computed once and repeated for every row.
 
-    Gradients flow back through the repetition: the prefix gets the sum over the rows.
-
     Args:
-        model: runs the prefix.
+        model: runs the prefix; ``caches_prefix`` says whether it can.
         input_ids: [B, T], equal in the first ``prefix`` columns.
         prefix: number of columns, at least 1.
-        signature_of: as in ``completion_logits``.
 
     Returns:
         The keyword argument that passes them to the model, under the name that its forward has.
-
-    Raises:
-        ValueError: if the model takes no keys and values.
     """
-    base = model if signature_of is None else signature_of
-    name = cache_argument(base)
-    if name is None:
-        raise ValueError(
-            f"{type(base_model(base)).__name__}.forward takes no {' or '.join(CACHE)}, which hold the "
-            "prefix; use share_prefix=False"
-        )
     first = input_ids[:1, :prefix]
     # The prefix's own logits are not needed; one column of them is the fewest that models compute.
     outputs = model(
@@ -61,21 +48,11 @@ def prefix_cache(
     )
     prefixes = cache_of(outputs)
     prefixes.batch_repeat_interleave(input_ids.shape[0])
-    return {name: prefixes}
+    return {str(cache_argument(model)): prefixes}
 
 
-def check_prefix_sharing(model: nn.Module) -> None:
-    """Raises ``ValueError`` where running a common prefix once would not be exact."""
-    problem = prefix_sharing_problem(model)
-    if problem:
-        raise ValueError(
-            f"share_prefix=True, but {problem}: the padding after a shared prefix would not be "
-            "exact; use share_prefix=False"
-        )
-
-
-def prefix_sharing_problem(model: nn.Module) -> str | None:
-    """Says why this model cannot run a common prefix once, or None if it can."""
+def cache_problem(model: nn.Module) -> str | None:
+    """Says why this model cannot keep a common prefix, or None if it can."""
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds:
@@ -89,27 +66,19 @@ def prefix_sharing_problem(model: nn.Module) -> str | None:
         return f"the model's forward does not take {', '.join(missing)}"
     if getattr(base_model(model), "_is_stateful", False):
         return "the model carries a state, which padding after the prefix would change"
-    if model.training and _recomputes_activations(model):
-        return "gradient checkpointing keeps no keys and values"
     return None
 
 
-def shares_prefix(model: nn.Module) -> bool:
-    """Whether this model can run a common prefix once; if not, the reason is logged, once."""
-    problem = prefix_sharing_problem(model)
+def caches_prefix(model: nn.Module) -> bool:
+    """Whether this model can keep a common prefix; if not, the reason is logged, once."""
+    problem = cache_problem(model)
     if problem:
-        _log_once(f"The common prefix of a batch's prompts is run once per prompt: {problem}")
+        _log_once(
+            f"Sampling runs the common prefix of a batch's prompts once per prompt: {problem}"
+        )
     return problem is None
 
 
 @cache
 def _log_once(message: str) -> None:
     logger.warning(message)
-
-
-def _recomputes_activations(model: Any) -> bool:
-    # transformers renames is_gradient_checkpointing; the old name warns where the new one exists.
-    name = "is_activation_checkpointing"
-    if not hasattr(model, name):
-        name = "is_gradient_checkpointing"
-    return bool(getattr(model, name, False))

@@ -1,0 +1,53 @@
+"""The order of training records in which samples of one prompt stand together, for prefix trees."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from topr_kernels.hf.fields import TOKENS
+
+
+class SiblingSampler(Sampler[int]):
+    """A permutation of the records for each epoch: groups shuffled, each whole, its records shuffled.
+
+    It follows from the seed and the number of the epoch alone: every process has the same one, of which
+    accelerate gives each its batches, and a resumed run goes on in it. A group that is larger than a
+    batch, or lies across its end, is parted there.
+
+    Args:
+        groups: for each group the indices of its records.
+        seed: of all epochs.
+        epoch: number of the epoch that begins.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[int]], seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.groups, self.seed, self.epoch = groups, seed, epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        shuffler = random.Random(f"{self.seed} {self.epoch()}")
+        for group in shuffler.sample(self.groups, len(self.groups)):
+            yield from shuffler.sample(group, len(group))
+
+
+def siblings(dataset: Any) -> list[list[int]] | None:
+    """Indices of the records that have a prompt in common, for each prompt; None if none have.
+
+    Args:
+        dataset: token records with a length, as ``prepare_records`` returns them.
+    """
+    name = TOKENS[0]
+    columns = hasattr(dataset, "column_names")
+    prompts = dataset[name] if columns else (dataset[i][name] for i in range(len(dataset)))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(tuple(map(int, prompt)), []).append(i)
+    return None if len(groups) == len(dataset) else list(groups.values())
