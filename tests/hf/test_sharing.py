@@ -10,12 +10,25 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from test_packing import KINDS, Row, build, on_policy, reference
+from test_packing import KINDS, Row, alone, build, on_policy, reference
+from test_trainer import PeftLike
 
-from topr_kernels.hf import CompletionCollator, causal_lm_topr_loss
+from topr_kernels.hf import (
+    CompletionCollator,
+    causal_lm_log_prob,
+    causal_lm_topr_loss,
+    completion_hidden,
+    completion_logits,
+    score_behavior,
+)
+from topr_kernels.hf import sharing as sharing_module
 from topr_kernels.hf.sharing import (
     is_tree,
+    longest_sequence,
     prove_sharing,
+    shares_prefix,
+    sharing_problem,
+    unshared,
 )
 
 KINDS["Cohere"] = ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25})
@@ -102,3 +115,253 @@ def test_in_fp64_they_are_equal_to_twelve_digits(
     found, grads = gradients(model.double(), shared(data))
     torch.testing.assert_close(found, loss, rtol=1e-12, atol=1e-13)
     assert_equal(grads, expected, 1e-12)
+
+
+# --- what a model trains with ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+    model = build("Gemma3")
+    batch = shared(on_policy(model, siblings()))
+    loss, expected = gradients(model, batch)
+    model.train()
+    # What is recomputed from inputs without gradient has none.
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls: list[int] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    found, grads = gradients(model, batch)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, loss, rtol=0, atol=0)
+    assert_equal(grads, expected, 1e-6)
+
+
+def test_adapters_get_the_gradients_of_separate_sequences():
+    peft = pytest.importorskip("peft")
+    base = build("Llama")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])
+    model = peft.get_peft_model(base, settings)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    batch = shared(siblings())
+    assert prove_sharing(model, longest_sequence(batch)) is None
+    loss, expected = gradients(model, unshared(batch))
+    found, grads = gradients(model, batch)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert len(grads) == 10
+    assert_equal(grads, expected, 1e-5)
+
+
+def test_the_first_update_has_ratios_of_exactly_one_where_mu_was_scored_by_the_same_tree():
+    model = build("Llama")
+    collate = CompletionCollator(0, share_prefix=True)
+    data = siblings()
+    scored = score_behavior(model, data, collate, batch_size=len(data), progress=False)
+    data = [{**r, "behavior_log_prob": x} for r, x in zip(data, scored, strict=True)]
+    for r in data:
+        if r["completion_token_ids"]:
+            assert torch.tensor(r["behavior_log_prob"]).sub(alone(model, r)).abs().max() < 1e-5
+    out = causal_lm_topr_loss(model, shared(data))
+    assert out.log_ratio.eq(0).all()
+    assert out.length.tolist() == [len(r["completion_token_ids"]) for r in data]
+    # Another batch's tree rounds otherwise, and the records come in another order.
+    other = causal_lm_topr_loss(model, shared(data[::-1][:5])).log_ratio.abs().max()
+    print(f"max |log_ratio| with the tree of another batch: {other:.1e}")
+    assert other < 1e-5
+
+
+def test_labels_that_are_not_scored_run_and_count_nothing():
+    """Tokens inside a completion that the policy did not write."""
+    model = build("Llama")
+    batch = shared(on_policy(model, siblings()))
+    plain = unshared(batch)
+    hole = batch["labels"][0, 2].item()
+    batch["labels"][0, 2] = -100
+    width = plain["labels"].shape[1]
+    place = width - len(siblings()[0]["completion_token_ids"]) + 2
+    assert plain["labels"][0, place] == hole
+    plain["labels"][0, place] = -100
+    loss, expected = gradients(model, plain)
+    found, grads = gradients(model, batch)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+    assert_equal(grads, expected, 1e-5)
+
+
+def test_a_batch_with_next_to_nothing_in_common_is_padded_as_ever():
+    data = [siblings()[3], siblings(seed=1)[0]]
+    for packing in (False, True):
+        found = CompletionCollator(0, share_prefix=True, packing=packing)(data)
+        expected = CompletionCollator(0, packing=packing)(data)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+    cut = [{**r, "finish_reason": "length"} for r in siblings()]
+    nothing = CompletionCollator(0, share_prefix=True, mask_truncated=True)(cut)
+    assert causal_lm_topr_loss(build("Llama"), nothing).loss == 0
+
+
+def test_rows_of_logits_and_hidden_states_are_those_of_the_labels():
+    """Also of a model that takes no logits_to_keep and computes them all."""
+    model, batch = build("Llama"), shared(siblings())
+    plain = model.forward
+    with torch.no_grad():
+        logits, hidden = completion_logits(model, batch), completion_hidden(model, batch)
+        model.forward = lambda input_ids, attention_mask, position_ids, use_cache: plain(
+            input_ids, attention_mask, position_ids, use_cache=use_cache
+        )
+        torch.testing.assert_close(completion_logits(model, batch), logits, rtol=0, atol=1e-5)
+    assert logits.shape[:2] == hidden.shape[:2] == batch["labels"].shape
+    start = 0
+    for r in siblings():
+        row = torch.tensor([r["prompt_token_ids"] + r["completion_token_ids"]])
+        n = len(r["completion_token_ids"])
+        with torch.no_grad():
+            expected = plain(row).logits[0, -n - 1 : -1]
+        torch.testing.assert_close(logits[0, start : start + n], expected, rtol=0, atol=1e-5)
+        start += n
+
+
+# --- the proof ---------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([7, 3, 9, 9, 4, 8, 2, 6, 5, 3, 8, 7])
+
+
+def leaking(attention: str = "sdpa") -> Any:
+    """A model that makes its own mask, by columns, whatever it is given."""
+    model = build("Llama", attention)
+    plain = model.forward
+
+    def forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return plain(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+def columns_as_positions() -> Any:
+    model = build("Llama")
+    plain = model.forward
+
+    def forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+def wide_window() -> Any:
+    """Gemma 3 whose layers see less than their config says: only the last tokens show it."""
+    model = build("Gemma3")
+    model.config.sliding_window = 9
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 9
+    return model
+
+
+def raising() -> Any:
+    model = build("Llama")
+    plain = model.forward
+
+    def forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise RuntimeError("two dimensions")
+        return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("kind", [leaking, columns_as_positions, raising])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_finds_models_that_do_not_run_trees(kind: Any, dtype: torch.dtype):
+    model = kind().to(dtype)
+    problem = str(prove_sharing(model, TOKENS))
+    expected = "raises RuntimeError: two dimensions" if kind is raising else "does not keep"
+    assert expected in problem
+    batch = shared(siblings())
+    for function in (causal_lm_topr_loss, causal_lm_log_prob):
+        with pytest.raises(ValueError, match=r"share_prefix=True, but Llama.*share_prefix=False"):
+            function(model, batch)
+    assert not shares_prefix(model, TOKENS)
+
+
+def test_the_proof_sees_windows_that_only_the_last_tokens_reach(monkeypatch: pytest.MonkeyPatch):
+    model = wide_window()
+    assert prove_sharing(model, TOKENS) is None
+    kinds = sharing_module._kinds
+    monkeypatch.setattr(sharing_module, "_kinds", lambda config: ["full_attention"])
+    assert "does not keep" in str(prove_sharing(model, TOKENS))
+    # No token reaches beyond it.
+    assert prove_sharing(model, TOKENS[:8]) is None
+    monkeypatch.setattr(sharing_module, "_kinds", kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_proof_allows_the_rounding_of_half_precision(dtype: torch.dtype):
+    for kind in ("Qwen3", "Mixtral"):
+        assert prove_sharing(build(kind).to(dtype), TOKENS) is None
+    with torch.autocast("cpu", dtype=dtype):
+        assert prove_sharing(build("Gemma3"), TOKENS) is None
+
+
+def test_the_proof_is_remembered_for_a_model_and_its_attention(monkeypatch: pytest.MonkeyPatch):
+    batch, calls = shared(siblings()), []
+    measured = sharing_module._measured
+    monkeypatch.setattr(
+        sharing_module, "_measured", lambda *args: calls.append(args[0]) or measured(*args)
+    )
+    first, second = build("Llama"), build("Llama")
+    for model in (first, first, second, first):
+        causal_lm_log_prob(model, batch)
+    first.set_attn_implementation("eager")
+    causal_lm_log_prob(first, batch)
+    assert calls == [first, second, first]
+    causal_lm_log_prob(build("Llama"), batch, check_packed=False)
+    assert len(calls) == 3
+
+
+def test_the_proof_leaves_no_trace_and_runs_any_batch_alike():
+    model = build("Llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    shapes: list[Any] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(
+            (kwargs["input_ids"].shape[1], torch.is_grad_enabled(), model.training)
+        ),
+        with_kwargs=True,
+    )
+    assert prove_sharing(model, TOKENS[:1]) is None
+    assert prove_sharing(model, TOKENS) is None
+    hook.remove()
+    assert shapes == [(n, False, False) for n in (2, 1, 18, 12)]
+    assert [module.training for module in model.modules()] == modes
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    assert "differ by nan" in str(prove_sharing(model, TOKENS))
+
+
+def test_what_is_known_against_a_model_is_said_without_running_it():
+    model = build("Llama")
+    model.config._attn_implementation = "flash_attention_2"
+    remedy = r"'flash_attention_2'.*sdpa, eager and flex_attention.*share_prefix=False"
+    with pytest.raises(ValueError, match=remedy):
+        completion_logits(model, shared(siblings()))
+    model = build("Llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    assert "layers of type linear_attention" in str(sharing_problem(model))
+    model.config.layer_types = None
+    model.config.attention_layers = ["global", "local"]
+    assert "window of columns" in str(sharing_problem(model))
+    routed = build("Mixtral")
+    routed.config.output_router_logits = True
+    assert "output_router_logits" in str(sharing_problem(routed))
+    assert sharing_problem(PeftLike(build("GPT2"))) is None
+
+
+def test_the_longest_sequence_is_that_of_any_layout():
+    data = siblings()
+    expected = max((r["prompt_token_ids"] + r["completion_token_ids"] for r in data), key=len)
+    for options in ({}, {"packing": True}, {"share_prefix": True}):
+        assert longest_sequence(CompletionCollator(0, **options)(data)).tolist() == expected
+    assert longest_sequence({"input_ids": torch.tensor([[3, 4]])}).tolist() == [3, 4]
