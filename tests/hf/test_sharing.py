@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from test_packing import KINDS, Row, alone, build, on_policy, reference
-from test_trainer import PeftLike
+from test_trainer import PeftLike, trainer
 
 from topr_kernels.hf import (
     CompletionCollator,
+    TOPRTrainer,
     causal_lm_log_prob,
     causal_lm_topr_loss,
     completion_hidden,
@@ -22,6 +25,9 @@ from topr_kernels.hf import (
     score_behavior,
 )
 from topr_kernels.hf import sharing as sharing_module
+from topr_kernels.hf import tree as tree_module
+from topr_kernels.hf.forward import model_inputs
+from topr_kernels.hf.packing import in_rows
 from topr_kernels.hf.sharing import (
     is_tree,
     longest_sequence,
@@ -30,6 +36,7 @@ from topr_kernels.hf.sharing import (
     sharing_problem,
     unshared,
 )
+from topr_kernels.hf.signature import VARLEN
 
 KINDS["Cohere"] = ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25})
 KINDS["Granite"] = ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 4.0})
@@ -365,3 +372,147 @@ def test_the_longest_sequence_is_that_of_any_layout():
     for options in ({}, {"packing": True}, {"share_prefix": True}):
         assert longest_sequence(CompletionCollator(0, **options)(data)).tolist() == expected
     assert longest_sequence({"input_ids": torch.tensor([[3, 4]])}).tolist() == [3, 4]
+
+
+# --- packed rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "GPT2"])
+def test_packed_sequences_lie_in_rows_that_cost_no_more_than_padding(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, data = build(kind), on_policy(build(kind), siblings())
+    # As if attention over these few tokens were dear.
+    monkeypatch.setattr(tree_module, "_ATTENTION_EQUALS", 4)
+    batch = CompletionCollator(0, packing=True)(data)
+    lengths = batch["cu_seq_lens_q"].diff().tolist()
+    placed = in_rows(model, batch)
+    inputs, keep = model_inputs(model, placed)
+    rows, width = inputs["input_ids"].shape
+    assert rows > 1 and keep == sum(lengths)
+    assert rows * width**2 < len(lengths) * max(lengths) ** 2
+    assert rows * width <= len(lengths) * max(lengths)
+    assert not set(inputs) & set(VARLEN)
+    cells = placed["row_cells"]
+    assert inputs["input_ids"].flatten()[cells].equal(batch["input_ids"][0])
+    assert inputs["position_ids"].flatten()[cells].equal(batch["position_ids"][0])
+    for i, part in enumerate(cells.split(lengths)):
+        assert part.diff().eq(1).all() and part[0] // width == part[-1] // width, i
+    loss, expected = gradients(model, CompletionCollator(0)(data))
+    found, grads = gradients(model, batch)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+    assert_equal(grads, expected, 1e-5)
+    # Kernels that take offsets get one row, whose pairs they do not compute.
+    model.config._attn_implementation = "flash_attention_2"
+    assert in_rows(model, batch) is batch
+    assert model_inputs(model, batch)[0]["input_ids"].shape == (1, keep)
+
+
+# --- the Trainer -------------------------------------------------------------------------------
+
+
+def runs(
+    folder: Path, data: list[Row], model: Any = None, **changes: Any
+) -> tuple[TOPRTrainer, list[int]]:
+    """A Trainer over all records in one step, and the tokens of each of its forward passes."""
+    run = trainer(folder, data, model, per_device_train_batch_size=len(data), **changes)
+    passes: list[int] = []
+    run.model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return run, passes
+
+
+def test_training_shares_prompts_unless_it_is_told_not_to(tmp_path: Path):
+    """The same update, from fewer tokens, and the log says how many."""
+    data, weights, tokens = siblings(), [], []
+    for choice in (None, True, False):
+        run, passes = runs(tmp_path, data, share_prefix=choice, learning_rate=0.1)
+        run.train()
+        weights.append([p.detach().clone() for p in run.model.parameters()])
+        tokens.append(passes[-1])
+        entry = run.state.log_history[0]
+        padded = CompletionCollator(0)(data)["input_ids"].numel()
+        assert entry.get("tokens_saved", 0) == pytest.approx(1 - passes[-1] / padded)
+    assert tokens[0] == tokens[1] < 0.6 * tokens[2]
+    for first, second, third in zip(*weights, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, third, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    sharing_module.warn_unshared.cache_clear()
+    data = siblings()
+    run, _ = runs(tmp_path, data, leaking(), max_steps=2)
+    run.train()
+    plain, _ = runs(tmp_path, data, leaking(), max_steps=2, share_prefix=False)
+    plain.train()
+    for p, q in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    assert "tokens_saved" not in run.state.log_history[0]
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    said = [r.getMessage() for r in caplog.records if "runs its prompt anew" in r.getMessage()]
+    assert len(said) == 1 and "does not keep the branches of a tree apart" in said[0]
+    run, _ = runs(tmp_path, data, leaking(), share_prefix=True)
+    with pytest.raises(ValueError, match=r"share_prefix=True, but Llama.*share_prefix=False"):
+        run.train()
+    flash = build("Llama")
+    flash.config._attn_implementation = "flash_attention_2"
+    assert not trainer(tmp_path, data, flash).data_collator.share_prefix
+    with pytest.raises(ValueError, match=r"share_prefix=True, but .*sdpa, eager"):
+        trainer(tmp_path, data, flash, share_prefix=True)
+
+
+def test_mu_of_the_initial_model_is_scored_by_trees_too(tmp_path: Path):
+    data = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in siblings()]
+    found = []
+    for model in (build("Llama"), leaking()):
+        run, _ = runs(tmp_path, data, model, behavior="initial")
+        run.train()
+        found.append(run.state.log_history[0])
+        scored = [r["behavior_log_prob"] for r in run.train_dataset]
+        for r, values in zip(siblings(), scored, strict=True):
+            expected = alone(build("Llama"), r).tolist()
+            assert values == pytest.approx(expected, abs=1e-5)
+    assert found[0]["tokens_saved"] > 0.4 and "tokens_saved" not in found[1]
+
+
+def test_every_epoch_sees_every_record_once_also_when_it_is_resumed(tmp_path: Path):
+    """Batches of 3 cut groups of 4, 3 and 1; the run is broken off in the second epoch."""
+    data = siblings()
+    for i, r in enumerate(data):
+        r["reward"] = 1.0 + i
+
+    def train(folder: Path, steps: int, resume: bool = False) -> list[list[float]]:
+        run = trainer(
+            folder,
+            data,
+            build("Llama"),
+            per_device_train_batch_size=3,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=4,
+            learning_rate=1e-4,
+        )
+        seen: list[list[float]] = []
+        whole = run.compute_loss
+
+        def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs["reward"].tolist())
+            return whole(model, inputs, *args, **kwargs)
+
+        run.compute_loss = compute_loss
+        run.train(resume_from_checkpoint=resume)
+        return seen
+
+    seen = train(tmp_path / "whole", 9)
+    for epoch in range(3):
+        rewards = [x for batch in seen[3 * epoch :][:3] for x in batch]
+        assert sorted(rewards) == [1.0 + i for i in range(8)]
+        prompts = [tuple(data[int(x) - 1]["prompt_token_ids"]) for x in rewards]
+        assert sum(a != b for a, b in pairwise(prompts)) == 2
+    assert seen[:3] != seen[3:6]
+    train(tmp_path / "parted", 4)
+    assert train(tmp_path / "parted", 9, resume=True) == seen[4:]

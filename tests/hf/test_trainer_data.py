@@ -230,7 +230,12 @@ def test_the_first_packed_batch_checks_that_sequences_stay_apart(
     monkeypatch.setattr(packing_module, "check_packing", lambda *args, **_: calls.append(args))
     for packing in (False, True):
         trainer(
-            tmp_path, rows(8), packing=packing, per_device_train_batch_size=4, max_steps=2
+            tmp_path,
+            rows(8),
+            packing=packing,
+            share_prefix=False,
+            per_device_train_batch_size=4,
+            max_steps=2,
         ).train()
         assert len(calls) == packing
 
@@ -438,7 +443,6 @@ def test_processes_share_the_scoring(tmp_path: Path):
     [
         ({"beta": 0.04}, r"beta: got 0.04.*linear_log_prob"),
         ({"entropy_coef": 0.01}, r"entropy_coef: got 0.01.*linear_log_prob"),
-        ({"packing": True, "share_prefix": True}, r"packing: got True with share_prefix=True"),
         ({"label_smoothing_factor": 0.5}, r"label_smoothing_factor: got 0.5.*leave it 0"),
         (
             {"parallelism_config": SimpleNamespace(cp_size=2, sp_size=1)},

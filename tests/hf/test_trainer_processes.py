@@ -18,6 +18,7 @@ from tiny import random_model, tiny_tokenizer
 from transformers import PrinterCallback
 
 from topr_kernels.hf import CompletionCollator, TOPRTrainer
+from topr_kernels.hf.sharing import unshared as without_sharing
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch has no gloo"
@@ -173,3 +174,45 @@ def test_all_processes_refuse_what_one_cannot_score(tmp_path: Path):
         assert "record 3, field 'prompt': has no tokens" in found["record"]
         assert "expected the same weights on each" in found["weights"]
         assert "'cpu_ram_efficient_loading': False" in found["weights"]
+
+
+def siblings_worker(folder: str) -> None:
+    torch.set_num_threads(1)
+    data = rows(7, lengths=LENGTHS)
+    for i, r in enumerate(data):
+        r["prompt_token_ids"] = [4, 5, 6, 7, i % 3]
+        r["reward"] = 1.0 + i
+
+    def train(steps: int, resume: str | None = None) -> tuple[list[list[float]], list[float]]:
+        """Rewards that this process has scored at each step, and the norms of all gradients."""
+        options = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
+        sizes = {"per_device_train_batch_size": 2, "max_steps": steps, "baseline": 4.5}
+        run = make(folder, data, two_process_model(True), **options, **sizes)
+        scored: list[list[float]] = []
+        whole = run.compute_loss
+
+        def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            kept = without_sharing(inputs)["labels"].ne(-100).any(1)
+            scored.append(inputs["reward"][kept].tolist())
+            return whole(model, inputs, *args, **kwargs)
+
+        run.compute_loss = compute_loss
+        run.train(resume_from_checkpoint=resume)
+        return scored, [e["grad_norm"] for e in run.state.log_history if "grad_norm" in e]
+
+    straight = train(4)
+    finish(folder, [*straight, *train(4, f"{folder}/checkpoint-3")])
+
+
+def test_training_counts_every_record_once_an_epoch(tmp_path: Path):
+    """Of 7 records in batches of 2 on 2 processes accelerate repeats one; resumed in an epoch, too."""
+    first, second = launched(tmp_path, "siblings_worker")
+    scored, norms, resumed, resumed_norms = zip(first, second, strict=True)
+    for epoch in (0, 2):
+        seen = [x for rank in scored for batch in rank[epoch : epoch + 2] for x in batch]
+        assert sorted(seen) == [1.0 + i for i in range(7)]
+        # Every process sees as many groups: a batch is of one prompt, or of two that meet in it.
+        assert [len(rank[epoch]) for rank in scored] == [2, 2]
+    assert [rank[3:] for rank in scored] == list(resumed)
+    assert norms[0] == norms[1] and all(n > 0 for n in norms[0])
+    assert resumed_norms[0] == pytest.approx(norms[0], rel=1e-5)

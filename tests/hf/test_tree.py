@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from topr_kernels.hf.tree import _cost, common_length, fill, plant
+from topr_kernels.hf.tree_sampler import SiblingSampler, siblings
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 
@@ -98,3 +100,24 @@ def test_sixteen_answers_stand_behind_their_question_once():
     assert [len(row) for row in shared.tokens] == [1000 + 2 * 20 + 32 * 16]
     # A row that would be too long is parted, and its question repeated.
     assert len(plant([prompts[0] + a for a in answers], 512).tokens) == 2
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 3))
+def test_an_epoch_is_a_permutation_that_keeps_groups_together(prompts: list[int], seed: int):
+    dataset = [{"prompt_token_ids": [prompt]} for prompt in prompts]
+    groups = siblings(dataset)
+    if groups is None:
+        assert len(set(prompts)) == len(prompts)
+        return
+    epoch = [0]
+    sampler = SiblingSampler(groups, seed, lambda: epoch[0])
+    orders = []
+    for epoch[0] in range(3):
+        order = list(sampler)
+        orders.append(order)
+        assert order == list(sampler)
+        assert sorted(order) == list(range(len(prompts))) and len(sampler) == len(prompts)
+        changes = sum(prompts[a] != prompts[b] for a, b in pairwise(order))
+        assert changes == len(groups) - 1
+    if len(prompts) > 8:
+        assert orders[0] != orders[1] or orders[1] != orders[2]

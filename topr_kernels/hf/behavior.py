@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
-from topr_kernels.hf.collator import CompletionCollator, check_token_ids
+from topr_kernels.hf.collator import CompletionCollator, check_token_ids, without_sharing
 from topr_kernels.hf.fields import TOKENS
 from topr_kernels.hf.packing import eval_mode
 from topr_kernels.hf.sharing import shares_prefix
@@ -139,7 +138,7 @@ def fitting(collator: Any, model: nn.Module, records: Sequence[Mapping[str, Any]
         return collator
     longest = max(([x for name in TOKENS for x in record[name]] for record in records), key=len)
     shares = shares_prefix(model, torch.tensor(longest, device=_device(model)))
-    return collator if shares else dataclasses.replace(collator, share_prefix=False)
+    return collator if shares else without_sharing(collator)
 
 
 def _device(model: nn.Module) -> torch.device:

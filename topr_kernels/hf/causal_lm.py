@@ -21,7 +21,7 @@ from topr_kernels import (
 from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import kept_rows, label_layout, model_inputs
 from topr_kernels.hf.heads import Head, base_model
-from topr_kernels.hf.packing import check_packing_once, is_packed
+from topr_kernels.hf.packing import check_packing_once, in_rows, is_packed
 from topr_kernels.hf.sharing import check_sharing_once, is_tree
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
@@ -93,6 +93,7 @@ def causal_lm_topr_loss(
             are scored lie before the columns of ``logits_to_keep``, where it is read: on eager CPU
             tensors and with ``check``.
     """
+    batch = in_rows(model if unwrapped is None else unwrapped, batch)
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
     if check_packed:
         _check_apart(model, batch, unwrapped)
@@ -176,6 +177,7 @@ def causal_lm_log_prob(
     Raises:
         ValueError: as :func:`causal_lm_topr_loss`.
     """
+    batch = in_rows(model if unwrapped is None else unwrapped, batch)
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
     if check_packed:
         _check_apart(model, batch, unwrapped)

@@ -23,6 +23,7 @@ begin with, as a few-shot prompt or a system message (``topr_kernels.hf.sharing`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -189,6 +190,13 @@ class CompletionCollator:
         ids = self.eos_token_id
         ends = set(ids) if isinstance(ids, Sequence) else {ids}
         return [not tokens or tokens[-1] not in ends for tokens in completions]
+
+
+def without_sharing(collator: CompletionCollator) -> CompletionCollator:
+    """A copy of a collator that shares no prompts."""
+    other = copy.copy(collator)
+    other.share_prefix = False
+    return other
 
 
 def pad_left(

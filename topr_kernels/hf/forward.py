@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topr_kernels.hf.capture import capture_hidden, check_logits
 from topr_kernels.hf.heads import Head, base_model
-from topr_kernels.hf.packing import is_packed, packed_inputs
+from topr_kernels.hf.packing import CELLS, ROWS, in_rows, is_packed, packed_inputs
 from topr_kernels.hf.sharing import REMEDY, TREE, is_tree, tree_inputs
 from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, counts_positions, takes
 
@@ -27,6 +27,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "reward",
         "group",
         "logits_to_keep",
+        *ROWS,
         *TREE,
         *VARLEN,
     }
@@ -59,6 +60,7 @@ def completion_logits(
     Raises:
         ValueError: as ``model_inputs``.
     """
+    batch = in_rows(model if signature_of is None else signature_of, batch)
     inputs, keep = model_inputs(model, batch, signature_of=signature_of)
     logits: Tensor = model(**inputs).logits
     return kept_rows(logits, keep, batch)
@@ -86,6 +88,7 @@ def completion_hidden(
     Raises:
         ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
     """
+    batch = in_rows(model if signature_of is None else signature_of, batch)
     inputs, keep = model_inputs(model, batch, signature_of=signature_of)
     unwrapped = model if signature_of is None else signature_of
     with capture_hidden(unwrapped, sample=check is not None) as capture:
@@ -147,14 +150,16 @@ def kept_rows(states: Tensor, keep: int, batch: Mapping[str, Any]) -> Tensor:
     """The rows of hidden states or logits that the loss takes.
 
     Args:
-        states: [B, K, ·] of the columns that the model kept; of a shared batch [R, U, ·], or [R, W, ·]
-            if it kept all.
+        states: [B, K, ·] of the columns that the model kept; of a packed batch in rows [R, W, ·]; of a
+            shared one [R, U, ·], or [R, W, ·] if it kept all.
         keep: as ``model_inputs`` gave it.
         batch: which was run.
 
     Returns:
         [B, keep, ·]; of a shared batch [1, M, ·], a row for each label.
     """
+    if CELLS in batch:
+        return states.flatten(0, 1)[batch[CELLS]][None]
     if not is_tree(batch):
         return states[:, -keep:]
     columns = batch[KEEP]

@@ -31,12 +31,23 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
                 f"{name}: one process drives {args.n_gpu} GPUs by nn.DataParallel, which cannot split a "
                 "packed or shared batch; launch one process per GPU (torchrun, accelerate launch)"
             )
-    dispatch = cast(Any, args.accelerator_config).dispatch_batches
-    parts = [part for data in datasets for part in parts_of(data)]
-    streams = any(isinstance(part, IterableDataset) for part in parts)
+    dispatched = any(is_dispatched(args, data) for data in datasets)
     # In one process, too, when it is asked for.
-    if dispatch or (args.world_size > 1 and dispatch is None and streams):
+    asked = cast(Any, args.accelerator_config).dispatch_batches
+    if dispatched and (asked or args.world_size > 1):
         _check_not_dispatched(collator, args.world_size)
+    if dispatched and args.share_prefix:
+        raise ValueError(
+            "share_prefix: got True with a stream, whose batches accelerate slices (dispatch_batches), "
+            "which trees cannot be; use accelerator_config={'dispatch_batches': False}"
+        )
+
+
+def is_dispatched(args: Any, dataset: Any) -> bool:
+    """Whether accelerate slices the batches of a data set, or of one of a mapping of them."""
+    dispatch: bool | None = cast(Any, args.accelerator_config).dispatch_batches
+    streams = any(isinstance(part, IterableDataset) for part in parts_of(dataset))
+    return streams if dispatch is None else dispatch
 
 
 def check_loader(loader: Any, collator: Any, processes: int) -> None:

@@ -7,6 +7,9 @@ that transformers knows (``transformers.modeling_flash_attention_utils``)::
     position_ids    [1, N]      0 1 2 3 4    0 1 2 ...
     cu_seq_lens_q   [B + 1]     0            5            ...  N
 
+Attention that computes all pairs of a row (``sdpa``, ``eager``) gets rows of bounded length, which never
+cost more than a padded batch; the hidden states are put back into one (``in_rows``).
+
 transformers keeps the sequences apart in one of two ways. Flash attention gets the offsets; ``sdpa``,
 ``eager`` and ``flex_attention`` get a mask that transformers makes where the position ids restart, but
 only without ``attention_mask`` and without cache. Some models never ask for that mask (in transformers
@@ -27,12 +30,18 @@ from transformers import masking_utils
 
 from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
+from topr_kernels.hf.tree import ROW_TOKENS, fill
 
 #: Layers in which a token sees only its own sequence, given offsets or a mask.
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+#: Implementations that compute all pairs of a row, under any mask.
+DENSE = frozenset({"eager", "sdpa"})
 #: Implementations for which transformers makes a mask from the position ids.
-_MASKED = frozenset({"eager", "sdpa", "flex_attention"})
+_MASKED = DENSE | {"flex_attention"}
 _REMEDY = "use packing=False"
+#: Entries of a packed batch that ``in_rows`` adds.
+CELLS = "row_cells"
+ROWS = (CELLS, "row_shape")
 
 #: Tokens of a sequence that ``check_packing`` runs: a leak shows most in the first ones.
 _CHECK_TOKENS = 64
@@ -75,11 +84,11 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: the unwrapped model, as ``signature_of`` in ``completion_logits``.
-        batch: packed.
+        batch: packed, in rows or not.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``use_cache=False`` and, if the forward takes them, the
-        offsets and longest lengths.
+        ``input_ids``, ``position_ids``, ``use_cache=False`` and, if the forward takes them and the
+        batch is in one row, the offsets and longest lengths.
 
     Raises:
         ValueError: if the batch has an ``attention_mask`` or lacks a field; if the model cannot keep the
@@ -101,9 +110,52 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if problem:
         raise ValueError(f"packing=True, but {problem}; {_REMEDY}")
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    inputs |= {name: batch[name] for name in VARLEN if accepts(model, name)}
+    if CELLS in batch:
+        rows = {name: x.new_zeros(batch["row_shape"]) for name, x in inputs.items()}
+        for name, x in inputs.items():
+            rows[name].view(-1)[batch[CELLS]] = x[0]
+        inputs = rows
+    else:
+        inputs |= {name: batch[name] for name in VARLEN if accepts(model, name)}
     # With a cache, transformers does not look for packed sequences.
     return inputs | {"use_cache": False}
+
+
+def in_rows(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A packed batch with the places of its tokens in rows of bounded length, if its model needs them.
+
+    Copies the offsets to the host.
+
+    Args:
+        model: the unwrapped model, as ``signature_of`` in ``completion_logits``.
+        batch: packed or not; one that is not is returned as it is.
+
+    Returns:
+        The batch, for attention that computes all pairs of a row with ``row_cells`` [N], the place of
+        each token in the flattened rows, and ``row_shape``.
+    """
+    attention = getattr(_text_config(model), "_attn_implementation", None) or "eager"
+    offsets = batch.get("cu_seq_lens_q")
+    if offsets is None or attention not in DENSE:
+        return batch
+    begins = offsets.tolist()
+    lengths = [j - i for i, j in pairwise(begins)]
+    if not lengths or min(lengths) < 0:
+        return batch
+    rows = fill(lengths, ROW_TOKENS)
+    if len(rows) == 1:
+        return batch
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    starts = [0] * len(lengths)
+    for r, row in enumerate(rows):
+        before = accumulate((lengths[i] for i in row), initial=r * width)
+        for i, start in zip(row, before, strict=False):
+            starts[i] = start
+    device = batch["input_ids"].device
+    repeats = torch.tensor(lengths, device=device)
+    moved = torch.tensor(starts, device=device) - offsets[:-1]
+    cells = torch.arange(begins[-1], device=device) + moved.repeat_interleave(repeats)
+    return {**batch, CELLS: cells, "row_shape": (len(rows), width)}
 
 
 def packing_problem(model: nn.Module) -> str | None:
@@ -117,9 +169,7 @@ def packing_problem(model: nn.Module) -> str | None:
     # By name: Bloom's **kwargs take position_ids and ignore them.
     if not takes(model, POSITIONS):
         return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
-    config: Any = base.config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = _text_config(base)
     layers = getattr(config, "layer_types", None)
     others = sorted(set(layers or ()) - ATTENTION)
     if others:
@@ -238,6 +288,11 @@ def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
                 "CompletionCollator(packing=True)"
             )
     return sequences
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = base_model(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def median_difference(found: Tensor, alone: Tensor) -> float:

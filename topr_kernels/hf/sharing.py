@@ -34,6 +34,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.packing import (
     ATTENTION,
+    DENSE,
     allowed_difference,
     eval_mode,
     head_input,
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 #: Entries of a batch of trees, beside those that all batches have.
 TREE = ("tree_ends", "label_rows", "label_offsets", "unshared")
-#: Attention whose mask may be any.
-DENSE = frozenset({"eager", "sdpa"})
 _FLEX = "flex_attention"
 REMEDY = "use share_prefix=False"
 #: Share of the tokens that must be saved; less is not worth masks of other kinds.

@@ -18,13 +18,19 @@ from topr_kernels import TOPROutput
 from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import fitting, score_checked
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
-from topr_kernels.hf.collator import CompletionCollator
+from topr_kernels.hf.collator import CompletionCollator, without_sharing
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.forward import label_layout
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
-from topr_kernels.hf.loading import check_loader, check_loading, parts_of, without_repeats
+from topr_kernels.hf.loading import (
+    check_loader,
+    check_loading,
+    is_dispatched,
+    parts_of,
+    without_repeats,
+)
 from topr_kernels.hf.sharing import (
     REMEDY,
     longest_sequence,
@@ -458,13 +464,32 @@ class TOPRTrainer(Trainer):
 
         A data set given late is prepared like one given to the constructor.
         """
-        with self._keeping_last():
-            return super().get_eval_dataloader(self._late("eval_dataset", eval_dataset))
+        dataset = self._late("eval_dataset", eval_dataset)
+        named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        with self._keeping_last(), self._unsliced(self.eval_dataset if named is None else named):
+            return super().get_eval_dataloader(dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As ``get_eval_dataloader``."""
-        with self._keeping_last():
-            return super().get_test_dataloader(self._late("test_dataset", test_dataset))
+        dataset = self._late("test_dataset", test_dataset)
+        with self._keeping_last(), self._unsliced(dataset):
+            return super().get_test_dataloader(dataset)
+
+    def get_train_dataloader(self) -> Any:
+        """``Trainer``'s; batches that accelerate slices share no prompts."""
+        with self._unsliced(self.train_dataset):
+            return super().get_train_dataloader()
+
+    @contextlib.contextmanager
+    def _unsliced(self, dataset: Any) -> Iterator[None]:
+        """Has a loader made now share no prompts if accelerate slices its batches."""
+        collator = self.data_collator
+        if self._groups_siblings() and is_dispatched(self.args, dataset):
+            self.data_collator = without_sharing(cast(CompletionCollator, collator))
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     @contextlib.contextmanager
     def _keeping_last(self) -> Iterator[None]:

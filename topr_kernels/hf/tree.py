@@ -19,6 +19,8 @@ from typing import NamedTuple
 ROW_TOKENS = 2048
 #: Length of a row at which its attention costs as much as all else: 6 hidden sizes, of small models.
 _ATTENTION_EQUALS = 4096
+#: Tokens that a row costs by itself, so that a few short sequences are not spread over several.
+_ROW = 8
 #: How many times fewer rows are tried than the narrowest, and how much wider than full ones.
 _FEWER = (1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
 _WIDER = (1.0, 1.03, 1.06, 1.1)
@@ -119,7 +121,7 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 def _cost(tokens: int) -> float:
     """Cost of a row, in tokens of a short one: attention computes all pairs."""
-    return tokens * (1 + tokens / _ATTENTION_EQUALS)
+    return _ROW + tokens * (1 + tokens / _ATTENTION_EQUALS)
 
 
 def _runs(ordered: list[list[int]], row_tokens: int) -> tuple[list[list[int]], list[int]]:
