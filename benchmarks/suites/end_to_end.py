@@ -26,6 +26,7 @@ from benchmarks.case import LinearCase, Loss, Provider
 from benchmarks.engine import LOSS_LIMIT, Bench, Job, measure_case
 from benchmarks.hidden_states import Hidden
 from benchmarks.measure import Clock
+from benchmarks.suites import prompts
 
 WHOLE = "topr in Hugging Face"
 #: Shapes by their published configurations; batch x tokens of a step; "of" so many layers.
@@ -161,9 +162,10 @@ def whole_step(device: str) -> Provider:
 
 
 def jobs(device: str, quick: bool, full: bool = False) -> list[Job]:
-    """One per model."""
+    """One per model, and the layouts of a batch of prompts (``prompts``)."""
     names = ["tiny"] if quick else [SMOLLM2] if device == "cpu" else list(MODELS)[1:]
-    return [Job(f"end_to_end {name}", _job(name), 8.0) for name in names]
+    found = [Job(f"end_to_end {name}", _job(name), 8.0) for name in names]
+    return [*found, *prompts.jobs(device, quick, full)]
 
 
 def _job(name: str) -> Callable[[Bench], None]:

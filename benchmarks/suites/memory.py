@@ -128,6 +128,17 @@ def resident(case: Case, small: Case, loss: Loss, impl: str) -> int:
     return _status("VmHWM") - before - gradients
 
 
+def resident_bytes(device: str) -> Callable[[], float]:
+    """From now on: a function that says by how many bytes the peak has grown; on CUDA the whole peak."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: float(torch.cuda.max_memory_allocated())
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+    before = _status("VmRSS")
+    return lambda: float(_status("VmHWM") - before)
+
+
 def allocator(case: Case, small: Case, loss: Loss, impl: str) -> int:
     """Peak of the CUDA allocator beyond what was held before and the gradients."""
     step(case, loss)
