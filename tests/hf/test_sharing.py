@@ -374,6 +374,21 @@ def test_the_longest_sequence_is_that_of_any_layout():
     assert longest_sequence({"input_ids": torch.tensor([[3, 4]])}).tolist() == [3, 4]
 
 
+def test_block_masks_of_flex_attention_are_the_dense_ones():
+    """Its compiler takes a minute on a CPU; what it is given is compared, for windows too."""
+    batch = shared(siblings())
+    ends, depths = batch["tree_ends"], batch["position_ids"]
+    rows, width = ends.shape
+    expected = sharing_module.tree_masks(build("Gemma3"), ends, depths)
+    found = sharing_module.tree_masks(build("Gemma3", "flex_attention"), ends, depths)
+    assert found.keys() == expected.keys() == {"full_attention", "sliding_attention"}
+    b, q, k = torch.meshgrid(*map(torch.arange, (rows, width, width)), indexing="ij")
+    for kind, mask in found.items():
+        assert mask.shape == (rows, 1, width, width)
+        assert mask.mask_mod(b, torch.tensor(0), q, k).equal(expected[kind][:, 0] == 0)
+    assert not expected["full_attention"].equal(expected["sliding_attention"])
+
+
 # --- packed rows -------------------------------------------------------------------------------
 
 

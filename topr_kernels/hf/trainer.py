@@ -465,7 +465,7 @@ class TOPRTrainer(Trainer):
         A data set given late is prepared like one given to the constructor.
         """
         dataset = self._late("eval_dataset", eval_dataset)
-        named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        named = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
         with self._keeping_last(), self._unsliced(self.eval_dataset if named is None else named):
             return super().get_eval_dataloader(dataset)
 
