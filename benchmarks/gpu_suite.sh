@@ -8,7 +8,8 @@
 # benchmarks/.cache (real hidden states, 58 MB, made by `make hidden-states`) must be there.
 #
 # At worst, in seconds, with what `timeout` waits before it kills: the check of the device 40 + 5 (a cold disk),
-# tests 120 + 5, benchmarks 50, 85, 20, 20, 30, 40 and 55, each + 5; 505 in all.
+# tests 120 + 5, the end of what compiles beside them 5, benchmarks 50, 85, 20, 20, 30, 40 and 55, each + 5;
+# 510 in all.
 #
 # Most of a first run is Triton's compiler, a core for each kernel. So the tests run in several processes where
 # pytest-xdist is there, and beside them the benchmarks' kernels are compiled, which they then find in Triton's
@@ -78,7 +79,7 @@ tests() {
 }
 tests 120 tests/core/test_gpu.py tests/core/test_gpu_linear.py tests/core/test_triton.py tests/core/test_triton_linear.py
 kill "${warming[@]}" 2>/dev/null
-wait "${warming[@]}" 2>/dev/null
+{ wait "${warming[@]}"; } 2>/dev/null
 rm -rf "$warm"
 [ -z "$red_tests" ] || bench_options+=(--red-tests "$red_tests")
 
