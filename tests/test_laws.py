@@ -24,7 +24,7 @@ FLOORS = (
     {"kernels"},
     {"distributed"},
     {"log_prob", "loss", ""},
-    {"hf", "integrations"},
+    {"__main__", "hf", "integrations"},
     {"recipe"},
 )
 #: Lines a file may have, by package; the algorithm and the process groups are parted finer.
