@@ -11,6 +11,7 @@ from topr_kernels import IS, TOPROutput, linear_log_prob, topr_loss_from_log_pro
 from topr_kernels.hf import TOPRTrainer
 from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import model_inputs
+from topr_kernels.hf.sharing import unshared
 from topr_kernels.hf.heads import Head
 from topr_kernels.layout import IGNORE_INDEX
 
@@ -41,6 +42,7 @@ class PPOTrainer(TOPRTrainer):
     """
 
     def _topr(self, model: Any, inputs: dict[str, Any], items: Any) -> TOPROutput:
+        inputs = unshared(inputs)
         passed, keep = model_inputs(model, inputs)
         labels, behavior = (inputs[n][:, -keep:] for n in ("labels", "behavior_log_prob"))
         # The first token of a row has nothing before it that could predict it.
