@@ -45,9 +45,6 @@ from topr_kernels.hf.packing import pack
 from topr_kernels.hf.sharing import tree_batch
 from topr_kernels.layout import IGNORE_INDEX
 
-#: Entries of a batch with a value for each record.
-_PER_RECORD = frozenset({"reward", "group", "sequence_weight"})
-
 
 @dataclass
 class CompletionCollator:
@@ -143,31 +140,9 @@ class CompletionCollator:
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
-        return self._shared(prompts, completions, labels, behavior, batch)
-
-    def _shared(
-        self,
-        prompts: Sequence[list[int]],
-        completions: Sequence[list[int]],
-        labels: Sequence[list[int]],
-        behavior: Sequence[list[float]],
-        batch: dict[str, Any],
-    ) -> dict[str, Any]:
-        """The batch as one of trees, if that is asked for and saves something."""
         if not self.share_prefix:
             return batch
-        behind = [len(prompt) for prompt in prompts]
-        trees = tree_batch(
-            prompts,
-            completions,
-            [row[n:] for row, n in zip(labels, behind, strict=True)],
-            [row[n:] for row, n in zip(behavior, behind, strict=True)],
-            self.pad_token_id,
-        )
-        if trees is None:
-            return batch
-        per_record = {name: x for name, x in batch.items() if name in _PER_RECORD}
-        return {**trees, **per_record, "unshared": batch}
+        return tree_batch(prompts, completions, batch, self.pad_token_id)
 
     def _truncated(
         self, features: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 #: Entries of a batch of trees, beside those that all batches have.
 TREE = ("tree_ends", "label_rows", "label_offsets", "unshared")
 _FLEX = "flex_attention"
+#: Entries of a batch with a value for each label, and with one for each record.
+_PER_TOKEN = ("labels", "behavior_log_prob", "segments")
+_PER_RECORD = ("reward", "group", "sequence_weight", "behavior_known")
 REMEDY = "use share_prefix=False"
 #: Share of the tokens that must be saved; less is not worth masks of other kinds.
 _LEAST_SAVED = 0.1
@@ -65,17 +68,15 @@ def is_tree(batch: Mapping[str, Any]) -> bool:
 def tree_batch(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    behavior: Sequence[Sequence[float]],
+    batch: dict[str, Any],
     pad_token_id: int,
-) -> dict[str, Any] | None:
-    """The tensors of a batch of trees but for ``unshared``, or None if it has next to nothing to share.
+) -> dict[str, Any]:
+    """The batch of trees, or the given one if it has next to nothing to share.
 
     Args:
         prompts: B prompts of at least one token id.
         completions: B completions, which may be empty.
-        labels: of each completion's tokens, or -100.
-        behavior: log mu of each completion's tokens.
+        batch: of the same records, padded or packed.
         pad_token_id: fills the rows up.
     """
     sequences = [
@@ -83,8 +84,8 @@ def tree_batch(
     ]
     tree = plant(sequences)
     total = sum(map(len, sequences))
-    if not any(labels) or sum(map(len, tree.tokens)) > (1 - _LEAST_SAVED) * total:
-        return None
+    if not any(completions) or sum(map(len, tree.tokens)) > (1 - _LEAST_SAVED) * total:
+        return batch
     where = [
         (row, column)
         for prompt, completion, row, columns in zip(
@@ -94,15 +95,16 @@ def tree_batch(
     ]
     kept = sorted({column for _, column in where})
     place = {column: i for i, column in enumerate(kept)}
+    lengths = [len(completion) for completion in completions]
+    labels = _completion_places(batch, lengths)
     return {
         **_cells(tree, pad_token_id),
         "logits_to_keep": torch.tensor(kept),
         "label_rows": torch.tensor([row * len(kept) + place[column] for row, column in where]),
-        "label_offsets": torch.tensor([0, *accumulate(map(len, labels))], dtype=torch.int32),
-        "labels": torch.tensor([[x for values in labels for x in values]]),
-        "behavior_log_prob": torch.tensor(
-            [[x for values in behavior for x in values]], dtype=torch.float32
-        ),
+        "label_offsets": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        **{name: batch[name].flatten()[labels][None] for name in _PER_TOKEN if name in batch},
+        **{name: batch[name] for name in _PER_RECORD if name in batch},
+        "unshared": batch,
     }
 
 
@@ -327,6 +329,19 @@ def _measured(model: nn.Module, unwrapped: nn.Module, tokens: Tensor) -> str | N
         f"{max(differences):.1e} of their norm (median) from those of the sequence alone; expected at "
         f"most {allowed:.1e}, from rounding"
     )
+
+
+def _completion_places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:
+    """Where the tokens of all completions are in a padded or packed batch, flattened."""
+    offsets = batch.get("cu_seq_lens_q")
+    if offsets is not None:
+        ends = offsets[1:].tolist()
+        return torch.cat([torch.arange(j - n, j) for j, n in zip(ends, lengths, strict=True)])
+    mask = batch["attention_mask"]
+    rows = [
+        row.nonzero()[len(row.nonzero()) - n :, 0] for row, n in zip(mask, lengths, strict=True)
+    ]
+    return torch.cat([i * mask.shape[1] + columns for i, columns in enumerate(rows)])
 
 
 def _cells(tree: Tree, pad_token_id: int) -> dict[str, Tensor]:
