@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topr_kernels.layout import sequence_index, sequence_offsets
 from topr_kernels.ops.options import Objective
-from topr_kernels.output import TOPROutput
+from topr_kernels.output import TOPROutput, weights_or_ones
 from topr_kernels.taper import taper
 
 
@@ -51,6 +51,19 @@ def effective_reward(objective: Objective) -> Tensor:
     In that dtype 0.7 - 0.7 is 0, and not a negative of 1e-8 that would take the other branch.
     """
     return objective.reward - torch.full_like(objective.reward, objective.baseline)
+
+
+def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:
+    """[B] what multiplies the objective of a sequence: reward less baseline, times its weight.
+
+    A weight that is negative, infinite or NaN turns it into NaN; the sign of the reward alone chooses
+    the limits.
+    """
+    reward, weight = effective_reward(objective).to(dtype), objective.sequence_weight
+    if weight is None:
+        return reward
+    sound = (weight >= 0) & (weight < torch.inf)
+    return reward * torch.where(sound, weight, torch.nan).to(dtype)
 
 
 def loss_denominator(length: Tensor, sound: Tensor, objective: Objective) -> Tensor:
@@ -146,12 +159,13 @@ def sequence_stage(
 
     counted = length > 0
     denominator = loss_denominator(length, sound, objective).to(dtype)
-    share = -reward / tokens if objective.reduction == "sequence_mean" else -reward
+    amount = reward if objective.sequence_weight is None else signed_weight(objective, dtype)
+    share = -amount / tokens if objective.reduction == "sequence_mean" else -amount
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
-    silent = ~counted | ((reward == 0) & ~tapered.isnan())
+    silent = ~counted | ((amount == 0) & ~tapered.isnan())
     contribution = torch.where(silent, 0.0, share * tapered)
-    token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
+    token_silent = ~scored_flat | ((amount == 0)[sequence] & ~token_weight.isnan())
     d_log_prob = torch.where(token_silent, 0.0, share[sequence] * token_weight)
     loss = (contribution.double().sum() / denominator.double()).to(dtype)
     return SequenceStage(
@@ -223,4 +237,5 @@ def topr_from_log_prob(
         *stage[2:8],
         not_measured,
         not_measured,
+        weights_or_ones(objective.sequence_weight, stage.reward),
     )

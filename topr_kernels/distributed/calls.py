@@ -19,7 +19,7 @@ from topr_kernels.linear.tile import Shard
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens
-from topr_kernels.output import LogProbOutput, TOPROutput
+from topr_kernels.output import LogProbOutput, TOPROutput, weights_or_ones
 from topr_kernels.sequence import topr_from_log_prob
 from topr_kernels.validation import LinearArguments, LogitsArguments, SequenceArguments
 
@@ -77,6 +77,7 @@ def linear_topr_loss(
         *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
+    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, token, row_entropy, token_log_ratio, *rest)
     if tokens.shift != given.tokens.shift:
         summed = objective.behavior_log_prob.dim() == 1
@@ -191,7 +192,8 @@ def _statement(
             "reduction": objective.reduction,
             "dtype of behavior_log_prob": behavior.dtype,
         }
-        tensors = {"reward": objective.reward, "normalizer": objective.normalizer}
+        names = ("reward", "normalizer", "sequence_weight")
+        tensors = {name: getattr(objective, name) for name in names}
     whole = {"labels": labels, "cu_seqlens": cu_seqlens, **tensors}
     vocabulary = agreement.Facts({**shared, "shape": tuple(shape)}, whole, behavior)
     return agreement.Statement(
@@ -281,7 +283,7 @@ class _TokenCall(NamedTuple):
         inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
             assert checked.objective is not None
-            rest = checked.objective.reward, self.sequences.normalizer
+            rest = checked.objective, self.sequences.normalizer
             validation.check_sequence_values(inputs.mask, inputs.cu_seqlens, *rest)
 
 
@@ -294,7 +296,7 @@ def _check_values(
     if objective is None or sequences is None:
         validation.check_values(tokens, vocab)
     else:
-        validation.check_values(tokens, vocab, objective.reward, sequences.normalizer)
+        validation.check_values(tokens, vocab, objective, sequences.normalizer)
 
 
 # ---- what runs -------------------------------------------------------------------------------------

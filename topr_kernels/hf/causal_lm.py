@@ -60,7 +60,7 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
             least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
-            or a mask to count them from.
+            or a mask to count them from; ``sequence_weight`` [B] if sequences have one.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
@@ -107,6 +107,8 @@ def causal_lm_topr_loss(
         "entropy": entropy,
         "impl": impl,
     }
+    if batch.get("sequence_weight") is not None:
+        options["sequence_weight"] = batch["sequence_weight"]
     reward = batch["reward"]
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:

@@ -25,6 +25,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "labels",
         "behavior_log_prob",
         "reward",
+        "sequence_weight",
         "group",
         "logits_to_keep",
         "prefix_length",
