@@ -16,7 +16,7 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.output import TOPROutput, weights_or_ones
-from topr_kernels.sequence import topr_from_log_prob
+from topr_kernels.sequence import topr_from_log_prob, without_unknown
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
@@ -35,6 +35,7 @@ def topr_loss(
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -70,6 +71,9 @@ def topr_loss(
         sequence_weight: [B] floating, finite, >= 0; multiplies n_s. Not part of the reward, so it never
             changes a sign: 2 is the sequence twice under one normalizer, 0 leaves it out of the
             gradient, though not out of the count. None is 1.
+        behavior_known: [B] bool, False for a sequence without log mu (records of a teacher, of people);
+            its ``behavior_log_prob`` is then not read. Served where the limits of its sign are equal
+            (positives under TOPR, SFT), since its weight is that limit whatever mu was.
         temperature: logits are divided by it, after ``softcap``.
         softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
         entropy: also compute the entropy of every scored row.
@@ -98,6 +102,7 @@ def topr_loss(
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
     )
     if process_group is not None or sequence_group is not None:
         return calls.topr_loss(Groups(process_group, sequence_group), given, sequences, inplace)
@@ -116,7 +121,8 @@ def topr_loss(
     loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
     nan = torch.full_like(loss, torch.nan, requires_grad=False)
     rest += nan, nan, weights_or_ones(None, rest[3])
-    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
+    result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
+    return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
 
 def linear_topr_loss(
@@ -135,6 +141,7 @@ def linear_topr_loss(
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -172,6 +179,7 @@ def linear_topr_loss(
         reduction: as in :func:`topr_loss`.
         normalizer: as in :func:`topr_loss`.
         sequence_weight: as in :func:`topr_loss`.
+        behavior_known: as in :func:`topr_loss`.
         temperature: as in :func:`topr_loss`.
         softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``).
         entropy: as in :func:`topr_loss`.
@@ -218,6 +226,7 @@ def linear_topr_loss(
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
     )
     if process_group is not None or sequence_group is not None:
         groups = Groups(process_group, sequence_group)
@@ -230,12 +239,13 @@ def linear_topr_loss(
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective, normalizer)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
+        *(x, *weights[:2], *tokens[:2], *objective[:11], weights.compute_dtype, *transforms),
         *(entropy, shift, wanted.grad_tolerance, workspace, *wanted[1:], name),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
     rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
-    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
+    result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
+    return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
 
 def topr_loss_from_log_prob(
@@ -251,6 +261,7 @@ def topr_loss_from_log_prob(
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
     sequence_group: Any = None,
     debug: bool = False,
 ) -> TOPROutput:
@@ -273,6 +284,7 @@ def topr_loss_from_log_prob(
         reduction: as in :func:`topr_loss`.
         normalizer: as in :func:`topr_loss`.
         sequence_weight: as in :func:`topr_loss`.
+        behavior_known: as in :func:`topr_loss`.
         sequence_group: of ``torch.distributed``, over whose processes the tokens of each sequence are
             spread: the tensors per token are this process's part, ``reward`` and a log mu per sequence
             the same on each. Log-ratios are summed over the group before any weight. Results per
@@ -290,6 +302,7 @@ def topr_loss_from_log_prob(
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
     )
     if sequence_group is not None:
         return calls.topr_loss_from_log_prob(sequence_group, given, sequences)
@@ -332,7 +345,7 @@ def _check_inplace(logits: Tensor, objective: Objective) -> None:
 
 
 #: Keywords of a call, not of a module.
-_PER_CALL = {"cu_seqlens", "normalizer", "sequence_weight"}
+_PER_CALL = {"cu_seqlens", "normalizer", "sequence_weight", "behavior_known"}
 
 
 class TOPRLoss(nn.Module):
@@ -370,6 +383,7 @@ class TOPRLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         sequence_weight: Tensor | None = None,
+        behavior_known: Tensor | None = None,
     ) -> TOPROutput:
         """Calls :func:`topr_loss` with the options of the module."""
         return topr_loss(
@@ -380,6 +394,7 @@ class TOPRLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             normalizer=normalizer,
             sequence_weight=sequence_weight,
+            behavior_known=behavior_known,
             **self.options,
         )
 

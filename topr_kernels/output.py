@@ -67,6 +67,9 @@ class SequenceResults(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """``TOPROutput.metrics`` of these sequences."""
         counted = self.length > 0
+        # Where the ratio is NaN and the weight is not, log mu was not needed and is not known.
+        known = counted & ~(self.log_ratio.isnan() & ~self.weight.isnan())
+        known_tokens = torch.where(known, self.length, 0).sum().to(self.weight.dtype)
         tokens = self.length.sum().to(self.weight.dtype)
         positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
         amount = self.reward * self.sequence_weight
@@ -90,11 +93,11 @@ class SequenceResults(NamedTuple):
             "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
             "ess_negative": ess,
             "ess_negative_share": ess / negative.sum(),
-            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
-            "kl_k3": self.kl_k3 / tokens,
+            "kl_k1": -torch.where(known, self.log_ratio, 0.0).sum() / known_tokens,
+            "kl_k3": self.kl_k3 / known_tokens,
             "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
         }
-        for name, members in (("positive", positive), ("negative", negative)):
+        for name, members in (("positive", positive & known), ("negative", negative & known)):
             mean = _mean(self.log_ratio, members)
             variance = _mean((self.log_ratio - mean).square(), members)
             result |= {
@@ -124,6 +127,9 @@ class TOPROutput(NamedTuple):
         left_out: 0-dim, relative norm of the logits' gradient left out; NaN where not measured.
         sequence_weight: [B] as given, or ones; it is in ``loss``, not in ``weight``, ``objective`` or
             ``reward``.
+
+    A sequence whose log mu is not known (``behavior_known``) has a log_ratio of NaN, and 0 in
+    token_log_ratio; its weight is its limit, its objective that of log mu = 0.
     """
 
     loss: Tensor
@@ -163,6 +169,7 @@ class TOPROutput(NamedTuple):
         - ``log_ratio_{positive,negative}_{mean,std,min,max}``: of the sequence log-ratio, in nats.
         - ``kl_k1``, ``kl_k3``: per-token estimates of KL(mu || pi) from samples of mu, mean of -d and of
           exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
+          These and the log-ratios are of the sequences whose log mu is known.
         - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
         """
         return self.sequences().metrics()

@@ -66,6 +66,34 @@ def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:
     return reward * torch.where(sound, weight, torch.nan).to(dtype)
 
 
+def needs_behavior(objective: Objective) -> Tensor:
+    """[B] bool: whether the weight of a sequence depends on log mu; with equal limits it does not."""
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
+    negative = effective_reward(objective) < 0
+    return torch.where(negative, neg_min != neg_max, pos_min != pos_max)
+
+
+def of_tokens(x: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Repeats a value per sequence for its tokens: [B] -> [O, T], or [O, 1] where that broadcasts."""
+    if cu_seqlens is None:
+        return x.unsqueeze(1)
+    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    return x[sequence_index(offsets, labels.numel())].view(labels.shape)
+
+
+def without_unknown(
+    out: TOPROutput, objective: Objective, labels: Tensor, cu_seqlens: Tensor | None
+) -> TOPROutput:
+    """Log-ratios of sequences without log mu: NaN, and 0 for their tokens."""
+    known = objective.behavior_known
+    if known is None:
+        return out
+    token = out.token_log_ratio.view(labels.shape)
+    token = torch.where(of_tokens(known, labels, cu_seqlens), token, 0.0)
+    log_ratio = torch.where(known, out.log_ratio, torch.nan)
+    return out._replace(token_log_ratio=token, log_ratio=log_ratio)
+
+
 def loss_denominator(length: Tensor, sound: Tensor, objective: Objective) -> Tensor:
     """What the sum over the sequences is divided by, 0-dim fp64; NaN for unsound offsets.
 
@@ -230,7 +258,7 @@ def topr_from_log_prob(
         )
     )
     not_measured = torch.full_like(stage.loss, torch.nan, requires_grad=False)
-    return TOPROutput(
+    out = TOPROutput(
         stage.loss,
         log_prob.detach(),
         not_measured.expand(log_prob.shape),
@@ -239,3 +267,4 @@ def topr_from_log_prob(
         not_measured,
         weights_or_ones(objective.sequence_weight, stage.reward),
     )
+    return without_unknown(out, objective, scored, cu_seqlens)

@@ -19,6 +19,7 @@ from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import PRESETS, Limits
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.sequence import needs_behavior, of_tokens
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -374,6 +375,7 @@ class SequenceArguments(NamedTuple):
     baseline: float
     reduction: str
     sequence_weight: Tensor | None = None
+    behavior_known: Tensor | None = None
 
 
 def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
@@ -382,7 +384,8 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     Args:
         tokens: checked; labels [O, T], or a mask in their place.
         given: behavior_log_prob [O, T] (packed: [N] or [1, N]) per token, or [B] per sequence;
-            reward and sequence_weight [B]; normalizer a number > 0, a 0-dim tensor or None.
+            reward, sequence_weight and behavior_known [B]; normalizer a number > 0, a 0-dim tensor or
+            None.
 
     Returns:
         Objective; behavior_log_prob [O, T] or [B].
@@ -422,7 +425,26 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     log_limits = check_limits(limits).log()
     baseline = check_number("baseline", baseline)
     options = ratio, baseline, reduction
-    return Objective(behavior, reward, normalizer, *log_limits, *options, weight)
+    objective = Objective(behavior, reward, normalizer, *log_limits, *options, weight)
+    return objective if given.behavior_known is None else _filled(tokens, objective, given)
+
+
+def _filled(tokens: Tokens, objective: Objective, given: SequenceArguments) -> Objective:
+    """The objective with something in the place of a log mu that is not known."""
+    labels, cu_seqlens, _ = tokens
+    known = check_tensor("behavior_known", given.behavior_known, (torch.bool,), labels.device)
+    if known.shape != objective.reward.shape:
+        raise ValueError(
+            f"behavior_known: expected one per sequence, shape {tuple(objective.reward.shape)}, got "
+            f"{tuple(known.shape)}"
+        )
+    # Without it the objective is that of mu = 1, up to a constant; a weight that needs it is NaN.
+    fill = torch.where(needs_behavior(objective), torch.nan, 0.0)
+    behavior, kept = objective.behavior_log_prob, known
+    if behavior.dim() == 2:
+        fill, kept = (of_tokens(x, labels, cu_seqlens) for x in (fill, known))
+    behavior = torch.where(kept, behavior, fill.to(behavior.dtype))
+    return objective._replace(behavior_log_prob=behavior, behavior_known=known)
 
 
 def _per_sequence(name: str, x: object, sequences: int, device: torch.device) -> Tensor:
@@ -493,6 +515,8 @@ def check_sequence_values(
         check_reward_values(objective.reward)
         if objective.sequence_weight is not None:
             check_weight_values(objective.sequence_weight)
+        if objective.behavior_known is not None:
+            check_known_values(objective)
     if isinstance(normalizer, Tensor):
         check_normalizer_value(normalizer, bool(scored.any()))
     if cu_seqlens is not None:
@@ -546,4 +570,18 @@ def check_weight_values(weight: Tensor) -> None:
         raise ValueError(
             f"sequence_weight: expected finite numbers >= 0, got {float(weight[i])} for sequence {i}; a "
             "sign belongs to the reward, 0 leaves a sequence out"
+        )
+
+
+def check_known_values(objective: Objective) -> None:
+    """Raises when the log mu of a sequence is not known whose weight depends on it."""
+    known = objective.behavior_known
+    assert known is not None
+    bad = ~known & needs_behavior(objective)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])}, whose "
+            "weight depends on pi/mu; score its log mu, leave it out, or choose limits that are equal "
+            "for its sign (TOPR's of positives are)"
         )

@@ -26,6 +26,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "behavior_log_prob",
         "reward",
         "sequence_weight",
+        "behavior_known",
         "group",
         "logits_to_keep",
         "prefix_length",

@@ -46,6 +46,8 @@ class Objective(NamedTuple):
     reduction: str
     # What the kernels with a sequence stage of their own do not know, see ``in_kernels``.
     sequence_weight: Tensor | None = None  # [B], multiplies n_s
+    # [B] bool, whose log mu is known; where it is not, what stands for it has been filled in.
+    behavior_known: Tensor | None = None
 
     @property
     def in_kernels(self) -> bool:
