@@ -18,11 +18,15 @@ def with_units(objective: Objective, tokens: Tokens) -> Objective:
     """
     if objective.segments is None:
         return objective
-    scored = scored_labels(*tokens)
-    if scored.dtype != torch.bool:
-        scored = scored != IGNORE_INDEX
+    scored = scored_tokens(tokens)
     offsets, _ = sequence_offsets(tokens.labels, tokens.cu_seqlens)
     return objective._replace(units=find_units(objective.segments, scored, offsets))
+
+
+def scored_tokens(tokens: Tokens) -> Tensor:
+    """[O, T] bool; of labels, or of a mask in their place."""
+    labels = scored_labels(*tokens)
+    return labels if labels.dtype == torch.bool else labels != IGNORE_INDEX
 
 
 def starts(segments: Tensor, scored: Tensor, sequence: Tensor) -> Tensor:
