@@ -264,7 +264,7 @@ def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tens
     seen: list[tuple[Tensor, float]] = []
 
     def see(hidden: Tensor) -> None:
-        seen.append((hidden.flatten(0, -2).float(), _eps(hidden)))
+        seen.append((hidden.flatten(0, -2).float(), computing_eps(hidden)))
 
     if head is None:
         see(model(**inputs).logits)
@@ -277,7 +277,7 @@ def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tens
     return seen[-1]
 
 
-def _eps(hidden: Tensor) -> float:
+def computing_eps(hidden: Tensor) -> float:
     """Eps of the dtype that a matmul computes in, which autocast and TF32 change from the operands'."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
