@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 import transformers
 from test_heads import SIZE
 from test_trainer import rows, trainer
+from tiny import tiny_tokenizer
 
 from topr_kernels import REINFORCE, topr_loss
 from topr_kernels.hf import (
@@ -246,3 +247,27 @@ def test_positions_of_a_table_that_begins_behind_the_padding_id_are_fewer():
         model(torch.cat([ids, ids[:, :1]], dim=1))
     assert positions(build("prompt tuning")) == SIZE["max_position_embeddings"] - 3
     assert positions(build("Llama")) == SIZE["max_position_embeddings"]
+
+
+def test_a_state_is_not_trusted_to_fade():
+    """Where padding behind is exact, it is taken: in half precision a little of it would pass."""
+    exact = padding_module.PaddingCheck(as_it_is=0.0, behind=0.0, allowed=0.1, state=None)
+    assert exact.exact_as_it_is
+    assert not exact._replace(state="a state").exact_as_it_is
+    assert exact._replace(state="a state", behind=1.0).exact_as_it_is
+    nan = exact._replace(as_it_is=float("nan"), behind=float("nan"))
+    assert not (nan.exact_as_it_is or nan.exact_behind)
+
+
+def test_prompts_that_padding_would_change_are_not_sampled_together():
+    from topr_kernels.recipe.generate import read_prompts
+
+    tokenizer = tiny_tokenizer()
+    for name in ("Llama", "RWKV", "RoBERTa"):
+        model = build(name)
+        for prompts, sees in ((["2+2=", "2+3="], False), (["2+2=", "22+22="], True)):
+            if name == "RoBERTa" or (sees and name == "RWKV"):
+                with pytest.raises(ValueError, match=r"sees padding .*expected .*--backend vllm"):
+                    read_prompts(model, tokenizer, prompts)
+            else:
+                read_prompts(model, tokenizer, prompts)
