@@ -90,6 +90,8 @@ class SequenceMetrics:
         if gather is not None:
             sums = gather(sums[None]).sum(0)
             longest = int(gather(sums.new_tensor([[sequences.shape[1]]])).max())
+            if not longest:
+                return {}
             # Sequences of length 0 are not counted.
             padded = nn.functional.pad(sequences.double(), (0, longest - sequences.shape[1]))
             sequences = gather(padded.reshape(1, -1)).view(-1, *padded.shape)
