@@ -11,8 +11,8 @@ from topr_kernels import IS, TOPROutput, linear_log_prob, topr_loss_from_log_pro
 from topr_kernels.hf import TOPRTrainer
 from topr_kernels.hf.capture import loss_in_head
 from topr_kernels.hf.forward import model_inputs
-from topr_kernels.hf.sharing import unshared
 from topr_kernels.hf.heads import Head
+from topr_kernels.hf.sharing import unshared
 from topr_kernels.layout import IGNORE_INDEX
 
 #: Range of the ratio inside which PPO has a gradient on both signs: 1 - 0.2 to 1 + 0.2.

@@ -19,13 +19,16 @@ from topr_kernels import (
     topr_loss,
 )
 from topr_kernels.hf.capture import loss_in_head
-from topr_kernels.hf.forward import kept_rows, label_layout, model_inputs
+from topr_kernels.hf.forward import arranged, kept_rows, label_layout, model_inputs
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import check_packing_once, in_rows, is_packed
+from topr_kernels.hf.padding import Moved
 from topr_kernels.hf.sharing import check_sharing_once, is_tree
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
+#: Entries of a batch that are options of the loss.
+OPTIONAL = ("sequence_weight", "behavior_known", "segments")
 #: What models call the weight of their routers' balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -48,6 +51,7 @@ def causal_lm_topr_loss(
     impl: str = "auto",
     check: bool = False,
     check_packed: bool = True,
+    check_padded: bool = True,
 ) -> TOPROutput:
     """Runs a causal language model over a batch and computes its TOPR loss, without logits.
 
@@ -61,7 +65,8 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded, packed or shared, on the model's device:
             at least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and
-            positions or a mask to count them from.
+            positions or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B] where
+            there are such.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
@@ -82,6 +87,9 @@ def causal_lm_topr_loss(
             fail without a word, and ``prove_sharing`` on the first shared one. It is remembered as long
             as the model lives and keeps its ``attn_implementation``; all processes of a sharded model
             must agree on it.
+        check_padded: run :func:`check_padding` on the first batch of a model that has a mask, and do
+            as it says: a model whose states or positions see padding gets it behind its tokens, see
+            :func:`completion_logits`. Remembered and to be agreed on like ``check_packed``.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
@@ -93,11 +101,12 @@ def causal_lm_topr_loss(
             are scored lie before the columns of ``logits_to_keep``, where it is read: on eager CPU
             tensors and with ``check``.
     """
-    batch = in_rows(model if unwrapped is None else unwrapped, batch)
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch, check)
+    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
+    batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
     if check_packed:
-        _check_apart(model, batch, unwrapped)
-    _check_kept(batch["labels"], keep, check)
+        check_apart_once(model, batch, unwrapped)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
     options: dict[str, Any] = {
         **label_layout(batch),
@@ -110,11 +119,13 @@ def causal_lm_topr_loss(
         "entropy": entropy,
         "impl": impl,
     }
+    options |= {n: _kept(batch[n], keep) for n in OPTIONAL if batch.get(n) is not None}
     reward = batch["reward"]
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:
         outputs = model(**inputs)
         out = topr_loss(kept_rows(outputs.logits, keep, batch), labels, behavior, reward, **options)
+        out = _restored(out, moved)
         return _with_router_loss(out, base, outputs, reduction, normalizer)
 
     captured: list[TOPROutput] = []
@@ -137,7 +148,8 @@ def causal_lm_topr_loss(
     with loss_in_head(model if unwrapped is None else unwrapped, compute, sample=check) as inside:
         outputs = model(**inputs)
     loss = inside.arrive(outputs.logits)
-    return _with_router_loss(captured[0]._replace(loss=loss), base, outputs, reduction, normalizer)
+    out = _restored(captured[0]._replace(loss=loss), moved)
+    return _with_router_loss(out, base, outputs, reduction, normalizer)
 
 
 def causal_lm_log_prob(
@@ -152,6 +164,7 @@ def causal_lm_log_prob(
     impl: str = "auto",
     check: bool = False,
     check_packed: bool = True,
+    check_padded: bool = True,
 ) -> LogProbOutput:
     """Runs a causal language model over a batch and scores its labels: the log mu of a frozen policy.
 
@@ -169,6 +182,7 @@ def causal_lm_log_prob(
         impl: as in :func:`causal_lm_topr_loss`.
         check: as in :func:`causal_lm_topr_loss`.
         check_packed: as in :func:`causal_lm_topr_loss`.
+        check_padded: as in :func:`causal_lm_topr_loss`.
 
     Returns:
         LogProbOutput, detached: [B, K] of the last K columns, [1, N] packed, or [1, M] of the
@@ -177,11 +191,12 @@ def causal_lm_log_prob(
     Raises:
         ValueError: as :func:`causal_lm_topr_loss`.
     """
-    batch = in_rows(model if unwrapped is None else unwrapped, batch)
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch, check)
+    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
+    batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
     if check_packed:
-        _check_apart(model, batch, unwrapped)
-    _check_kept(batch["labels"], keep, check)
+        check_apart_once(model, batch, unwrapped)
     labels = _kept(batch["labels"], keep)
     options: dict[str, Any] = {
         **label_layout(batch),
@@ -192,7 +207,8 @@ def causal_lm_log_prob(
     with torch.no_grad():
         if not fused_head:
             logits = kept_rows(model(**inputs).logits, keep, batch)
-            return log_prob(logits, labels, **options)
+            out = log_prob(logits, labels, **options)
+            return LogProbOutput(*map(moved.restored, out))
         captured: list[LogProbOutput] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
@@ -210,10 +226,18 @@ def causal_lm_log_prob(
         base = model if unwrapped is None else unwrapped
         with loss_in_head(base, compute, sample=check) as inside:
             inside.arrive(model(**inputs).logits)
-    return captured[0]
+    return LogProbOutput(*map(moved.restored, captured[0]))
 
 
-def _check_apart(model: nn.Module, batch: Mapping[str, Any], unwrapped: nn.Module | None) -> None:
+def _restored(out: TOPROutput, moved: Moved) -> TOPROutput:
+    """With the tensors per token in the columns of the batch as it was given."""
+    token = ("log_prob", "entropy", "token_log_ratio")
+    return out._replace(**{name: moved.restored(getattr(out, name)) for name in token})
+
+
+def check_apart_once(
+    model: nn.Module, batch: Mapping[str, Any], unwrapped: nn.Module | None
+) -> None:
     """Checks, once, that a model keeps the sequences of a packed or shared batch apart."""
     if is_packed(batch):
         check_packing_once(model, batch, signature_of=unwrapped)
@@ -226,7 +250,9 @@ def _kept(tokens: Tensor, keep: int) -> Tensor:
     return tokens[:, -keep:] if tokens.dim() == 2 else tokens
 
 
-def _check_kept(labels: Tensor, keep: int, check: bool) -> None:
+def _check_kept(batch: Mapping[str, Any], check: bool) -> None:
+    labels: Tensor = batch["labels"]
+    keep = 0 if is_packed(batch) or is_tree(batch) else int(batch.get("logits_to_keep", 0))
     # 0 keeps all columns, as in transformers.
     if not keep or not (values_readable(labels, False) or check):
         return

@@ -134,7 +134,7 @@ def in_rows(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         The batch, for attention that computes all pairs of a row with ``row_cells`` [N], the place of
         each token in the flattened rows, and ``row_shape``.
     """
-    attention = getattr(_text_config(model), "_attn_implementation", None) or "eager"
+    attention = getattr(text_config(model), "_attn_implementation", None) or "eager"
     offsets = batch.get("cu_seq_lens_q")
     if offsets is None or attention not in DENSE:
         return batch
@@ -169,7 +169,7 @@ def packing_problem(model: nn.Module) -> str | None:
     # By name: Bloom's **kwargs take position_ids and ignore them.
     if not takes(model, POSITIONS):
         return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
-    config = _text_config(base)
+    config = text_config(base)
     layers = getattr(config, "layer_types", None)
     others = sorted(set(layers or ()) - ATTENTION)
     if others:
@@ -290,9 +290,10 @@ def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
     return sequences
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's text part."""
     config: Any = base_model(model).config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.gettext_config() if hasattr(config, "gettext_config") else config
 
 
 def median_difference(found: Tensor, alone: Tensor) -> float:
@@ -314,7 +315,7 @@ def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tens
     seen: list[tuple[Tensor, float]] = []
 
     def see(hidden: Tensor) -> None:
-        seen.append((hidden.flatten(0, -2).float(), _eps(hidden)))
+        seen.append((hidden.flatten(0, -2).float(), computing_eps(hidden)))
 
     if head is None:
         see(model(**inputs).logits)
@@ -327,7 +328,7 @@ def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tens
     return seen[-1]
 
 
-def _eps(hidden: Tensor) -> float:
+def computing_eps(hidden: Tensor) -> float:
     """Eps of the dtype that a matmul computes in, which autocast and TF32 change from the operands'."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):

@@ -39,6 +39,7 @@ from topr_kernels.hf.packing import (
     eval_mode,
     head_input,
     median_difference,
+    text_config,
 )
 from topr_kernels.hf.signature import POSITIONS, counts_positions, takes
 from topr_kernels.hf.tree import Tree, plant
@@ -159,7 +160,7 @@ def tree_masks(model: nn.Module, ends: Tensor, depths: Tensor) -> Any:
         [R, 1, W, W], 0 where a token sees another and the least number elsewhere, in the dtype of the
         computation; for ``flex_attention`` a ``BlockMask``.
     """
-    config = _text_config(model)
+    config = text_config(model)
     rows, width = ends.shape
     masks: dict[str, Any] = {}
     for kind in _kinds(config):
@@ -185,7 +186,7 @@ def sharing_problem(model: nn.Module) -> str | None:
     """
     base = base_model(model)
     kind = type(base).__name__
-    config = _text_config(model)
+    config = text_config(model)
     attention = _attention(model)
     if attention not in DENSE | {_FLEX}:
         return (
@@ -402,13 +403,8 @@ def _kinds(config: Any) -> list[str]:
     return ["full_attention"]
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = base_model(model).config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _attention(model: nn.Module) -> str:
-    return getattr(_text_config(model), "_attn_implementation", None) or "eager"
+    return getattr(text_config(model), "_attn_implementation", None) or "eager"
 
 
 def _dtype(model: nn.Module, device: str) -> torch.dtype:

@@ -17,11 +17,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from topr_kernels import TOPROutput
 from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import fitting, score_checked
-from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss
+from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss, check_apart_once
 from topr_kernels.hf.collator import CompletionCollator, without_sharing
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
-from topr_kernels.hf.forward import label_layout
+from topr_kernels.hf.forward import arranged, label_layout
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import (
@@ -31,6 +31,7 @@ from topr_kernels.hf.loading import (
     parts_of,
     without_repeats,
 )
+from topr_kernels.hf.packing import computing_eps
 from topr_kernels.hf.sharing import (
     REMEDY,
     longest_sequence,
@@ -80,8 +81,9 @@ class TOPRTrainer(Trainer):
     need not be run. A subclass that reads batches itself sets ``share_prefix=False``.
 
     A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
-    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
-    to the model's forward, see ``completion_logits``.
+    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; it may return
+    ``sequence_weight`` and ``behavior_known``, see ``causal_lm_topr_loss``. Further entries go to the
+    model's forward, see ``completion_logits``.
 
     With ``fused_head`` the model's own logits of a few rows of the first batch are compared with those
     computed from its head, since a model may transform its logits in unknown ways (see ``find_head``).
@@ -275,7 +277,9 @@ class TOPRTrainer(Trainer):
             model, records, score, device=self.args.device, processes=processes, rank=rank
         )
         if self._scored_by is None:
-            self._scored_by = ScoredBy(log_probs)
+            with self.accelerator.autocast():
+                sample = torch.empty(0, dtype=_dtype(model), device=self.args.device)
+                self._scored_by = ScoredBy(log_probs, computing_eps(sample))
             self.add_callback(self._scored_by)
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
@@ -313,8 +317,13 @@ class TOPRTrainer(Trainer):
     def _sharing_problem(self, model: nn.Module, inputs: dict[str, Any]) -> str | None:
         """What ``prove_sharing`` says of the first batch, on any process."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        plain = unshared(inputs)
         with self.compute_loss_context_manager():
             problem = prove_sharing(model, longest_sequence(inputs), signature_of=unwrapped)
+            if self.args.world_size > 1:
+                # Only some may have batches without sharing, but all must run the checks of these.
+                arranged(model, plain, signature_of=unwrapped)
+                check_apart_once(model, plain, unwrapped)
         if self._gather(torch.tensor([problem is not None])).any():
             return problem or "it is not exact on another process, which says why"
         return None
@@ -554,6 +563,10 @@ def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
         return scored.any(dim=1).sum()
     before = nn.functional.pad(scored.view(-1).cumsum(0), (1, 0))[offsets.long()]
     return before.diff().gt(0).sum()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _any_scored(inputs: Mapping[str, Any]) -> bool:
