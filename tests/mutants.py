@@ -423,6 +423,47 @@ HF = [
         ("tests/hf/test_packing.py::test_a_model_of_nan_is_no_agreement",),
     ),
     Mutant(
+        "windows-of-columns-in-trees",
+        "topr_kernels/hf/sharing.py",
+        "depths[b, q] - depths[b, k] < config.sliding_window",
+        "q - k < config.sliding_window",
+        (
+            "tests/hf/test_sharing.py::test_a_tree_gives_the_loss_and_every_gradient_of_separate_sequences",
+        ),
+    ),
+    Mutant(
+        "a-median-over-the-whole-sequence",
+        "topr_kernels/hf/sharing.py",
+        "_PROOF_PARTS = 4",
+        "_PROOF_PARTS = 1",
+        ("tests/hf/test_sharing.py::test_the_proof_sees_windows_that_only_the_last_tokens_reach",),
+    ),
+    Mutant(
+        "trees-that-failed-the-proof",
+        "topr_kernels/hf/trainer.py",
+        "return inputs if self._shares else unshared(inputs)",
+        "return inputs",
+        (
+            "tests/hf/test_sharing.py::test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once",
+        ),
+    ),
+    Mutant(
+        "every-epoch-in-one-order",
+        "topr_kernels/hf/tree_sampler.py",
+        "{self.seed} {self.epoch()}",
+        "{self.seed}",
+        (
+            "tests/hf/test_sharing.py::test_every_epoch_sees_every_record_once_also_when_it_is_resumed",
+        ),
+    ),
+    Mutant(
+        "repeats-of-a-resumed-epoch-scored",
+        "topr_kernels/hf/loading.py",
+        "        sampler = sampler.batch_sampler\n",
+        "",
+        ("tests/hf/test_trainer_processes.py::test_training_counts_every_record_once_an_epoch",),
+    ),
+    Mutant(
         "mu-of-temperature-1",
         "topr_kernels/hf/behavior.py",
         "        temperature=temperature,\n",
