@@ -475,7 +475,11 @@ def test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once(
         run.train()
     flash = build("Llama")
     flash.config._attn_implementation = "flash_attention_2"
-    assert not trainer(tmp_path, data, flash).data_collator.share_prefix
+    unshared_run = trainer(tmp_path, data, flash)
+    assert not unshared_run.data_collator.share_prefix
+    assert "takes no mask" not in caplog.text
+    unshared_run.get_train_dataloader()
+    assert "'flash_attention_2' of LlamaForCausalLM takes no mask" in caplog.text
     with pytest.raises(ValueError, match=r"share_prefix=True, but .*sdpa, eager"):
         trainer(tmp_path, data, flash, share_prefix=True)
 

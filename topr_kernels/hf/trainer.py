@@ -146,6 +146,8 @@ class TOPRTrainer(Trainer):
         eos = _eos_token_id(self.model, processing_class)
         #: Whether what cannot share prompts is refused.
         self._must_share = bool(args.share_prefix or getattr(data_collator, "share_prefix", False))
+        #: What the model is known to lack for it.
+        self._known_problem: str | None = None
         #: Whether the model shares prompts; None before the first batch.
         self._shares: bool | None = None
         self._saved: list[float] = []
@@ -294,6 +296,8 @@ class TOPRTrainer(Trainer):
         problem = sharing_problem(cast(nn.Module, self.model))
         if problem and self._must_share:
             raise ValueError(f"share_prefix=True, but {problem}; {REMEDY}")
+        if self.args.share_prefix is not False:
+            self._known_problem = problem
         several = self.args.n_gpu > 1 and not self._must_share
         return self.args.share_prefix is not False and problem is None and not several
 
@@ -331,12 +335,15 @@ class TOPRTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """``Trainer``'s; a random order keeps samples of a prompt together if they may share it."""
         dataset = next((x for x in (*args, *kwargs.values()) if x is not None), self.train_dataset)
-        random_order = getattr(self.args, "train_sampling_strategy", "random") == "random"
-        if random_order and hasattr(dataset, "__len__") and self._groups_siblings():
+        shares = self._groups_siblings()
+        groups = None
+        if hasattr(dataset, "__len__") and (shares or self._known_problem):
             groups = siblings(dataset)
-            if groups is not None:
-                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-                return SiblingSampler(groups, seed, lambda: int((self.state.epoch or 0) + 1e-6))
+        if groups and self._known_problem:
+            warn_unshared(self._known_problem)
+        if groups and shares and self.args.train_sampling_strategy == "random":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SiblingSampler(groups, seed, lambda: int((self.state.epoch or 0) + 1e-6))
         return super()._get_train_sampler(*args, **kwargs)
 
     def _groups_siblings(self) -> bool:
