@@ -105,6 +105,7 @@ def test_sixteen_answers_stand_behind_their_question_once():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 3))
 def test_an_epoch_is_a_permutation_that_keeps_groups_together(prompts: list[int], seed: int):
     dataset = [{"prompt_token_ids": [prompt]} for prompt in prompts]
+    assert siblings([{"text": prompt} for prompt in prompts]) is None
     groups = siblings(dataset)
     if groups is None:
         assert len(set(prompts)) == len(prompts)

@@ -42,9 +42,12 @@ def siblings(dataset: Any) -> list[list[int]] | None:
     """Indices of the records that have a prompt in common, for each prompt; None if none have.
 
     Args:
-        dataset: token records with a length, as ``prepare_records`` returns them.
+        dataset: records with a length. Of others than token records (``prepare_records``) nothing is
+            known.
     """
     name = TOKENS[0]
+    if name not in dataset[0]:
+        return None
     columns = hasattr(dataset, "column_names")
     prompts = dataset[name] if columns else (dataset[i][name] for i in range(len(dataset)))
     groups: dict[tuple[int, ...], list[int]] = {}
