@@ -9,6 +9,7 @@ from topr_kernels.hf.forward import completion_hidden, completion_logits
 from topr_kernels.hf.heads import Head, find_head
 from topr_kernels.hf.packing import check_packing
 from topr_kernels.hf.padding import check_padding
+from topr_kernels.hf.sharing import prove_sharing
 from topr_kernels.hf.trainer import TOPRTrainer
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "completion_logits",
     "find_head",
     "prepare_records",
+    "prove_sharing",
     "score_behavior",
 ]

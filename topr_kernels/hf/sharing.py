@@ -302,6 +302,8 @@ def _problem_once(
 @torch.no_grad()
 def _measured(model: nn.Module, unwrapped: nn.Module, tokens: Tensor) -> str | None:
     """What the two passes of ``prove_sharing`` show."""
+    # Another shape would be another graph to compile.
+    model = getattr(model, "_orig_mod", model)
     alone = tokens[:_PROOF_TOKENS]
     fork = len(alone) // 2
     tree, own = _forked(alone.tolist(), fork)
