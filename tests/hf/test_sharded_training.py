@@ -44,7 +44,7 @@ def train(folder: Path, tied: bool, before: Any = None, **settings: Any) -> TOPR
     run.remove_callback(PrinterCallback)
     run.train()
     # Prompts of these records begin alike, and are run once.
-    assert all(0.1 < e["tokens_saved"] < 0.5 for e in run.state.log_history if "loss" in e)
+    assert all(0.1 < e["tokens_saved"] < 0.8 for e in run.state.log_history if "loss" in e)
     return run
 
 

@@ -116,7 +116,8 @@ def test_in_fp64_they_are_equal_to_twelve_digits(
     """Norms, rotations and softmax of most families compute in fp32 whatever they are given."""
     model = build(kind, attention)
     data = on_policy(model, siblings())
-    monkeypatch.setattr(torch, "float32", torch.float64)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     loss, expected = reference(model, data)
     found, grads = gradients(model.double(), shared(data))
