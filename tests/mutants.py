@@ -802,13 +802,6 @@ HF = [
         ("tests/hf/test_fields.py::test_a_field_that_would_be_ignored_is_refused",),
     ),
     Mutant(
-        "a-process-that-raises-alone",
-        "topr_kernels/hf/initial.py",
-        "    if problem is not None or result is None:\n",
-        "    if False:\n",
-        ("tests/hf/test_trainer_processes.py::test_all_processes_refuse_what_one_cannot_score",),
-    ),
-    Mutant(
         "packed-batches-checked-at-every-call",
         "topr_kernels/hf/packing.py",
         "    if attention not in passed:\n",
