@@ -173,7 +173,9 @@ def test_the_runner_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert next(csv.reader(f)) == list(COLUMNS)
     assert {r["suite"] for r in rows} == set(names)
     finished = [r["job"] for r in rows if r["metric"] == "finished"]
-    assert len(finished) == len(set(finished)) == 10
+    assert len(finished) == len(set(finished)) == 11
+    shared, padded = (values(rows, f"topr {n}", "tokens") for n in ("shared prompts", "padded"))
+    assert 0 < 2 * shared[0] < padded[0]
     for r in rows:
         assert r["commit"] and r["dirty"] in ("True", "False") and r["machine"].startswith("cpu")
         if r["metric"] == "total_ms" and r["suite"] == "throughput":
