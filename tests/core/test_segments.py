@@ -8,7 +8,7 @@ from typing import Any
 import golden
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import (
     PATHS,
@@ -59,6 +59,7 @@ def test_equals_the_reference(path: str, ratio: str, impl: str, given_: bool) ->
 
 @pytest.mark.parametrize(("ratio", "whole"), WHOLE)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_one_segment_is_the_sequence(path: str, ratio: str, whole: str, seed: int) -> None:
     batch = without_gaps(a_trajectory(seed))
@@ -75,6 +76,7 @@ def without_gaps(batch: LinearBatch) -> LinearBatch:
 
 @pytest.mark.parametrize("ratio", SEGMENT_RATIOS)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_one_token_per_segment_is_the_token_level(path: str, ratio: str, seed: int) -> None:
     batch = a_trajectory(seed)
@@ -86,6 +88,7 @@ def test_one_token_per_segment_is_the_token_level(path: str, ratio: str, seed: i
 
 @pytest.mark.parametrize("ratio", SEGMENT_RATIOS)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_packing_order_padding_and_splitting_change_nothing(
     path: str, ratio: str, seed: int
@@ -151,6 +154,7 @@ def test_gradcheck(path: str, ratio: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(ratio=st.sampled_from(LEVELS), seed=st.integers(0, 10**6), share=st.floats(0, 0.7))
 def test_a_masked_token_is_one_that_is_not_there(
     path: str, ratio: str, seed: int, share: float
