@@ -33,12 +33,15 @@ from torch import Tensor
 
 from topr_kernels.hf.fields import (
     TOKENS,
+    WEIGHT,
     behavior_of,
     check_meaning,
+    mask_of,
     plain,
     reward_of,
     token_ids,
     was_cut,
+    weight_of,
 )
 from topr_kernels.hf.packing import pack
 from topr_kernels.hf.prefix import common_prefix_length
@@ -53,25 +56,28 @@ class CompletionCollator:
     (C int, may be empty: such a sequence is not counted), ``behavior_log_prob`` (C float, the
     log-probability of each completion token under the policy that sampled it) and ``reward``
     (float, signed). Token ids are used as they are: tokenising a text again may give other ids.
-    ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
-    the question, of which there are several samples) and ``finish_reason`` ("length": cut off) or
-    ``truncated``. Numbers may be Python's, NumPy's or torch's; ids also floats that are whole. To weigh
-    a record, multiply its reward by the weight: with ``baseline=0`` its loss grows with it.
+    ``prepare_records`` makes such records from text and messages. Optional are ``completion_mask`` (C 0
+    or 1, 1 = written by the policy: results of tools and turns of others are not scored, and log mu
+    under 0 is not read), ``sample_weight`` (float >= 0, 1 where it is missing: multiplies the record's
+    loss), ``group`` (int or str: the question, of which there are several samples) and
+    ``finish_reason`` ("length": cut off) or ``truncated``. Numbers may be Python's, NumPy's or torch's;
+    ids also floats that are whole.
 
     The batch holds, for B records and T columns:
 
     - ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64, ``position_ids`` [B, T] int64;
-    - ``labels`` [B, T] int64, unshifted, -100 on prompt and padding. They come from the lengths of
-      the records, never from comparing ids with the pad id: where pad and EOS are the same token
-      the completion's EOS stays scored;
+    - ``labels`` [B, T] int64, unshifted, -100 on prompt, padding and what the policy did not
+      write. They come from lengths and masks of the records, never from comparing ids with the pad id:
+      where pad and EOS are the same token the completion's EOS stays scored;
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
+    - ``sequence_weight`` [B] fp32, if a record has a ``sample_weight``;
     - ``group``, if the records have it: [B] int64, or a list of B str;
     - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
 
     With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels`` and
-    ``behavior_log_prob`` as [1, N], position ids restarting at 0; ``reward`` [B] and ``group``; and for
-    attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and ``max_length_q``,
+    ``behavior_log_prob`` as [1, N], position ids restarting at 0; the entries per sequence as above; and
+    for attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and ``max_length_q``,
     ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would ignore the
     packing.
 
@@ -82,8 +88,8 @@ class CompletionCollator:
         packing: lay the sequences out in one row without padding, for models that keep them apart
             (see ``check_packing``).
         mask_truncated: do not score completions that were cut off: their ``finish_reason`` is
-            "length" or, if no record of the batch has one, they do not end with ``eos_token_id``.
-            Such a sequence is not counted, as if it were empty.
+            "length" or, if no record of the batch has one, the last token that the policy wrote is not
+            ``eos_token_id``. Such a sequence is not counted, as if it were empty.
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
 
     Raises:
@@ -115,16 +121,20 @@ class CompletionCollator:
         """Lays B records out as one batch; see the class for its fields."""
         read = [_read(record, f"record {i} of the batch") for i, record in enumerate(features)]
         prompts = [record.prompt for record in read]
-        completions = [record.completion for record in read]
-        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
-        scored = [not cut for cut in self._truncated(features, completions)]
+        sequences = [record.prompt + record.completion for record in read]
+        scored = [
+            [0] * len(r.mask) if cut else r.mask
+            for r, cut in zip(read, self._truncated(features, read), strict=True)
+        ]
         labels = [
-            [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
-            for p, c, keep in zip(prompts, completions, scored, strict=True)
+            [IGNORE_INDEX] * len(r.prompt)
+            + [x if keep else IGNORE_INDEX for x, keep in zip(r.completion, mask, strict=True)]
+            for r, mask in zip(read, scored, strict=True)
         ]
         behavior = [
-            [0.0] * len(r.prompt) + (r.behavior if keep else [0.0] * len(r.completion))
-            for r, keep in zip(read, scored, strict=True)
+            [0.0] * len(r.prompt)
+            + [x if keep else 0.0 for x, keep in zip(r.behavior, mask, strict=True)]
+            for r, mask in zip(read, scored, strict=True)
         ]
         batch: dict[str, Any]
         if self.packing:
@@ -138,17 +148,20 @@ class CompletionCollator:
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
-            kept = [len(c) for c, keep in zip(completions, scored, strict=True) if keep]
+            kept = [len(mask) - mask.index(1) for mask in scored if any(mask)]
             batch["logits_to_keep"] = max(kept, default=0) + 1
             batch["prefix_length"] = prefix
         batch["reward"] = torch.tensor([r.reward for r in read], dtype=torch.float32)
+        if any(record.get(WEIGHT) is not None for record in features):
+            weights = [r.weight for r in read]
+            batch["sequence_weight"] = torch.tensor(weights, dtype=torch.float32)
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
         return batch
 
     def _truncated(
-        self, features: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+        self, features: Sequence[Mapping[str, Any]], read: Sequence[_Read]
     ) -> list[bool]:
         told = [
             {"finish_reason": was_cut(record, f"record {i} of the batch")}
@@ -167,7 +180,8 @@ class CompletionCollator:
             )
         ids = self.eos_token_id
         ends = set(ids) if isinstance(ids, Sequence) else {ids}
-        return [not tokens or tokens[-1] not in ends for tokens in completions]
+        written = ([x for x, own in zip(r.completion, r.mask, strict=True) if own] for r in read)
+        return [not tokens or tokens[-1] not in ends for tokens in written]
 
 
 def pad_left(
@@ -214,13 +228,16 @@ class _Read(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
+    #: 1 for tokens that the policy wrote.
+    mask: list[int]
     behavior: list[float]
     reward: float
+    weight: float
 
 
 def check_token_ids(
     record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], list[int]]:
     """Checks that a record has token ids, and a prompt of at least one, and nothing that is ignored.
 
     Args:
@@ -230,11 +247,11 @@ def check_token_ids(
         remedy: what to do about a missing field.
 
     Returns:
-        The ids of prompt and completion.
+        The ids of prompt and completion, and a mask of the latter: 1 where the policy wrote it.
 
     Raises:
         ValueError: if a field is missing or the prompt is empty, an id is negative, or as
-            ``check_meaning``.
+            ``check_meaning`` and ``mask_of``.
         TypeError: if the ids are none.
     """
     for name in (*TOKENS, *more):
@@ -246,15 +263,18 @@ def check_token_ids(
             f"{where}: prompt_token_ids is empty, so nothing predicts the first token of the "
             "completion; give the prompt at least a BOS token"
         )
-    check_meaning(record, prompt, completion, where)
-    return prompt, completion
+    mask = mask_of(record, len(completion), where)
+    check_meaning(record, prompt, completion, mask, where)
+    return prompt, completion, [1] * len(completion) if mask is None else mask
 
 
 def _read(record: Mapping[str, Any], where: str) -> _Read:
     remedy = "Score the records first, and keep remove_unused_columns=False"
-    prompt, completion = check_token_ids(record, where, ("behavior_log_prob", "reward"), remedy)
-    behavior = behavior_of(record, len(completion), where)
-    return _Read(prompt, completion, behavior or [], reward_of(record, where))
+    needed = ("behavior_log_prob", "reward")
+    prompt, completion, mask = check_token_ids(record, where, needed, remedy)
+    behavior = behavior_of(record, len(completion), where, mask)
+    reward, weight = reward_of(record, where), weight_of(record, where)
+    return _Read(prompt, completion, mask, behavior or [], reward, weight)
 
 
 def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:

@@ -6,6 +6,7 @@ between prompt and completion lies is decided by ids and never by comparing text
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -59,8 +60,12 @@ def prepare_records(
     A completion was cut off if its ``finish_reason`` is "length" or ``truncated`` is True. Without
     ``behavior_log_prob`` the records can be scored, but not yet collated.
 
-    Fields that are known to mean something which training does not do (masks, labels, images, weights,
-    positions; log mu under another name) are refused unless they change nothing; unknown ones are kept.
+    ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without it
+    that is everywhere. ``sample_weight`` multiplies the record's loss.
+
+    Fields that are known to mean something which training does not do (masks and weights under another
+    name, labels, images, positions; log mu under another name) are refused unless they change nothing;
+    unknown ones are kept.
 
     Args:
         dataset: a list of mappings, a ``datasets.Dataset`` or ``IterableDataset`` in any format, or one
@@ -86,12 +91,14 @@ def prepare_records(
         TypeError: if ``dataset`` or a field of a record is of the wrong type.
         ValueError: if a record has no finite reward, no prompt or one without tokens, ids outside of the
             vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
-            numbers <= 0, a field that would be ignored, or more than ``max_length`` tokens; if messages
+            numbers <= 0, a ``completion_mask`` that is not as long or not of 0 and 1, a negative
+            ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if messages
             hold anything but one completion of the assistant, or a token lies across the border of
             prompt and completion; if EOS is needed and unknown. All name the record and the field.
 
     Warns:
-        UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's.
+        UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's;
+            once, if the policy wrote nothing of a completion: such a record is not counted.
     """
     if truncate is not None:
         check_choice("truncate", truncate, TRUNCATIONS)
@@ -195,6 +202,7 @@ class _Prepare:
         self._truncate = truncate
         self._vocabulary = vocabulary
         self._features = features
+        self._warned = False
 
     def reading(self, features: Any) -> _Prepare:
         """The same for records of a data set with these features."""
@@ -227,11 +235,28 @@ class _Prepare:
                 "the completion; give the prompt at least a BOS token"
             )
         fields.was_cut(record, where)
-        behavior = fields.behavior_of(record, len(completion), where)
-        fields.check_meaning(record, prompt, completion, where)
+        fields.weight_of(record, where)
+        mask = fields.mask_of(record, len(completion), where)
+        behavior = fields.behavior_of(record, len(completion), where, mask)
+        fields.check_meaning(record, prompt, completion, mask, where)
         prompt = self._fitted(prompt, len(completion), where)
         result |= dict(zip(fields.TOKENS, (prompt, completion), strict=True)) | {"reward": reward}
+        if mask is not None:
+            self._warn_of_nothing_written(mask, where)
+            result[fields.MASK] = mask
         return result if behavior is None else result | {"behavior_log_prob": behavior}
+
+    def _warn_of_nothing_written(self, mask: list[int], where: str) -> None:
+        # Once: a whole column may be zeros.
+        if mask and not any(mask) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{where}, field {fields.MASK!r}: is all zeros, so the policy wrote nothing of the "
+                "completion: the record is not counted, like one with an empty completion; leave it "
+                "out, or mark what the policy wrote with 1 (said of the first such record alone)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _given(self, record: Mapping[str, Any], where: str) -> Ids:
         for name in fields.TOKENS:
