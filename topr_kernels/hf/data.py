@@ -14,14 +14,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from topr_kernels.choices import TRUNCATIONS
 from topr_kernels.hf import fields
-from topr_kernels.hf.tokenise import Ids, Reader, check_answer, check_messages, tools_of
+from topr_kernels.hf.tokenise import Ids, Reader, check_messages, tools_of
+from topr_kernels.hf.turns import Turns, read_turns
 from topr_kernels.validation import check_choice
 
 #: Fields of text and messages, of which token ids are made; the others are kept.
 _READ = ("prompt", "completion", "tools", "documents", "chat_template_kwargs")
 _FORMATS = (
-    "expected prompt and completion as text, as messages (a list of {'role', 'content'} and one such "
-    "message of the assistant), or as prompt_token_ids and completion_token_ids"
+    "expected prompt and completion as text, as messages (two lists of {'role', 'content'}, the second "
+    "with the assistant's), or as prompt_token_ids and completion_token_ids"
 )
 _KINDS = "expected a list of mappings, or a Dataset or IterableDataset of datasets or torch"
 #: Features of a data set that does not tell them; equal to itself in other processes too.
@@ -48,7 +49,11 @@ def prepare_records(
       appended to the completion unless it ends with one, or was cut off: a decoder strips EOS, and
       without it the model would never learn to stop;
     - **messages**, as in TRL's conversational prompt-completion format: ``prompt`` a list of messages
-      and ``completion`` the assistant's message (or a list of that one). The prompt goes through the
+      and ``completion`` the assistant's message, or a list with several of its turns, and between them
+      what tools, users and others said, which is not scored (the record gets a ``completion_mask``).
+      What stands before each turn must begin with all that was seen and written before, token for
+      token: a template that rewrites earlier turns is refused, with the place. Where the template has
+      ``{% generation %}`` marks they say what of a turn the policy wrote. The prompt goes through the
       chat template with its generation prompt. The completion is the message's text as it is and the
       token with which the template ends it; what the template writes after that is cut, since a
       sampler would have stopped there. If the completion was cut off, nothing ends it. Where the
@@ -60,8 +65,8 @@ def prepare_records(
     A completion was cut off if its ``finish_reason`` is "length" or ``truncated`` is True. Without
     ``behavior_log_prob`` the records can be scored, but not yet collated.
 
-    ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without it
-    that is everywhere. ``sample_weight`` multiplies the record's loss.
+    ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without
+    it that is all of them. ``sample_weight`` multiplies the record's loss.
 
     Fields that are known to mean something which training does not do (masks and weights under another
     name, labels, images, positions; log mu under another name) are refused unless they change nothing;
@@ -92,9 +97,10 @@ def prepare_records(
         ValueError: if a record has no finite reward, no prompt or one without tokens, ids outside of the
             vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
             numbers <= 0, a ``completion_mask`` that is not as long or not of 0 and 1, a negative
-            ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if messages
-            hold anything but one completion of the assistant, or a token lies across the border of
-            prompt and completion; if EOS is needed and unknown. All name the record and the field.
+            ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if
+            messages of a completion are no turns of the assistant, or their template rewrites earlier
+            ones; if a token lies across the border of prompt and completion; if EOS is needed and
+            unknown. All name the record and the field.
 
     Warns:
         UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's;
@@ -220,14 +226,14 @@ class _Prepare:
         where = f"record {i}"
         if not isinstance(record, Mapping):
             raise TypeError(f"{where}: got a {type(record).__name__}; expected a mapping")
-        reward = fields.reward_of(record, where)
+        reward, told = fields.reward_of(record, where), None
         if any(record.get(name) is not None for name in fields.TOKENS):
             prompt, completion = self._given(record, where)
             # Rows of a data set that is mapped have the same columns, whatever they hold.
             read = () if self._features is None else _READ
             result = {n: x for n, x in record.items() if n not in read}
         else:
-            prompt, completion = self._tokenise(record, where)
+            prompt, completion, told = self._tokenise(record, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}
         if not prompt:
             raise ValueError(
@@ -236,7 +242,7 @@ class _Prepare:
             )
         fields.was_cut(record, where)
         fields.weight_of(record, where)
-        mask = fields.mask_of(record, len(completion), where)
+        mask = self._mask(record, completion, told, where)
         behavior = fields.behavior_of(record, len(completion), where, mask)
         fields.check_meaning(record, prompt, completion, mask, where)
         prompt = self._fitted(prompt, len(completion), where)
@@ -245,6 +251,29 @@ class _Prepare:
             self._warn_of_nothing_written(mask, where)
             result[fields.MASK] = mask
         return result if behavior is None else result | {"behavior_log_prob": behavior}
+
+    def _mask(
+        self, record: Mapping[str, Any], completion: list[int], told: list[int] | None, where: str
+    ) -> list[int] | None:
+        """Which tokens the policy wrote: as the record says, or as its messages told."""
+        mask = fields.mask_of(record, len(completion), where)
+        if None not in (mask, told) and mask != told:
+            raise ValueError(
+                f"{where}, field {fields.MASK!r}: says otherwise than the roles of the messages, of "
+                "which the assistant's are the policy's; drop it, or give it with token ids"
+            )
+        if mask is None and told is None and self._messages_elsewhere:
+            return [1] * len(completion)
+        return told if mask is None else mask
+
+    @property
+    def _messages_elsewhere(self) -> bool:
+        """Whether records of a data set may be messages: then all need a mask, columns being alike."""
+        feature = None if self._features in (None, _UNKNOWN) else self._features.get("completion")
+        return feature is not None and getattr(feature, "dtype", None) not in (
+            "string",
+            "large_string",
+        )
 
     def _warn_of_nothing_written(self, mask: list[int], where: str) -> None:
         # Once: a whole column may be zeros.
@@ -267,7 +296,10 @@ class _Prepare:
         )
         return prompt, completion
 
-    def _tokenise(self, record: Mapping[str, Any], where: str) -> Ids:
+    def _tokenise(
+        self, record: Mapping[str, Any], where: str
+    ) -> tuple[list[int], list[int], list[int] | None]:
+        """Ids of text or messages; of messages also which of the completion's the policy wrote."""
         prompt, completion = record.get("prompt"), record.get("completion")
         for name, value in (("prompt", prompt), ("completion", completion)):
             if value is None:
@@ -279,7 +311,7 @@ class _Prepare:
                     f"{where}, field 'tools': expected none with a prompt of text, which holds what the "
                     "model is to see of them; drop the field, or give messages"
                 )
-            return self._reader.text(prompt, completion, cut, where)
+            return *self._reader.text(prompt, completion, cut, where), None
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
             return self._messages(record, cut, where)
         name = "prompt" if not isinstance(prompt, str) else "completion"
@@ -288,7 +320,7 @@ class _Prepare:
             f"{type(prompt).__name__}; {_FORMATS}"
         )
 
-    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
         read = {name: record[name] for name in _READ if record.get(name) is not None}
         found = [self._read(reading, cut, where) for reading in _readings(read, self._features)]
         if any(ids != found[0] for ids in found):
@@ -299,7 +331,7 @@ class _Prepare:
             )
         return found[0]
 
-    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
         completion = record["completion"]
         given = [completion] if isinstance(completion, Mapping) else completion
         before = check_messages(record["prompt"], "prompt", _FORMATS, where)
@@ -311,7 +343,7 @@ class _Prepare:
         ):
             if value:
                 extra[name] = value
-        return self._reader.messages(before, check_answer(after, where), extra, cut, where)
+        return read_turns(self._reader, before, after, extra, cut, where)
 
     def _fitted(self, prompt: list[int], tokens: int, where: str) -> list[int]:
         most = self._max_length

@@ -162,7 +162,7 @@ def weight_of(record: Mapping[str, Any], where: str) -> float:
             f"{where}, field {WEIGHT!r}: got {weight!r:.40} of type {type(weight).__name__}; expected "
             "one number >= 0 for the whole record"
         )
-    if not (math.isfinite(weight) and weight >= 0):
+    if not (math.isfinite(weight) and float(weight) >= 0):
         raise ValueError(
             f"{where}, field {WEIGHT!r}: got {weight}; expected a finite number >= 0; the sign of a "
             "record is that of its reward"
