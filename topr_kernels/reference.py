@@ -75,6 +75,7 @@ def topr_loss(
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | None = None,
+    sequence_weight: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     shift: bool = True,
@@ -128,6 +129,8 @@ def topr_loss(
             assert token_log_ratio is not None
             objective = torch.stack([rho(t, a, b) for t in token_log_ratio]).sum()
             weight = torch.stack([clipped(t, a, b) for t in token_log_ratio]).mean()
+        if sequence_weight is not None:  # after the sign has been taken
+            advantage *= float(sequence_weight[s])
         if advantage != 0:  # a reward of 0 contributes nothing, whatever the ratio
             parts.append(advantage * objective / (length if reduction == "sequence_mean" else 1))
         log_ratios.append(log_ratio.detach())

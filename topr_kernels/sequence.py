@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topr_kernels.layout import sequence_index, sequence_offsets
 from topr_kernels.ops.options import Objective
-from topr_kernels.output import TOPROutput
+from topr_kernels.output import TOPROutput, weights_or_ones
 from topr_kernels.taper import taper
 
 
@@ -51,6 +51,47 @@ def effective_reward(objective: Objective) -> Tensor:
     In that dtype 0.7 - 0.7 is 0, and not a negative of 1e-8 that would take the other branch.
     """
     return objective.reward - torch.full_like(objective.reward, objective.baseline)
+
+
+def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:
+    """[B] what multiplies the objective of a sequence: reward less baseline, times its weight.
+
+    A weight that is negative, infinite or NaN turns it into NaN; the sign of the reward alone chooses
+    the limits.
+    """
+    reward, weight = effective_reward(objective).to(dtype), objective.sequence_weight
+    if weight is None:
+        return reward
+    sound = (weight >= 0) & (weight < torch.inf)
+    return reward * torch.where(sound, weight, torch.nan).to(dtype)
+
+
+def needs_behavior(objective: Objective) -> Tensor:
+    """[B] bool: whether the weight of a sequence depends on log mu; with equal limits it does not."""
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
+    negative = effective_reward(objective) < 0
+    return torch.where(negative, neg_min != neg_max, pos_min != pos_max)
+
+
+def of_tokens(x: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Repeats a value per sequence for its tokens: [B] -> [O, T], or [O, 1] where that broadcasts."""
+    if cu_seqlens is None:
+        return x.unsqueeze(1)
+    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    return x[sequence_index(offsets, labels.numel())].view(labels.shape)
+
+
+def without_unknown(
+    out: TOPROutput, objective: Objective, labels: Tensor, cu_seqlens: Tensor | None
+) -> TOPROutput:
+    """Log-ratios of sequences without log mu: NaN, and 0 for their tokens."""
+    known = objective.behavior_known
+    if known is None:
+        return out
+    token = out.token_log_ratio.view(labels.shape)
+    token = torch.where(of_tokens(known, labels, cu_seqlens), token, 0.0)
+    log_ratio = torch.where(known, out.log_ratio, torch.nan)
+    return out._replace(token_log_ratio=token, log_ratio=log_ratio)
 
 
 def loss_denominator(length: Tensor, sound: Tensor, objective: Objective) -> Tensor:
@@ -146,12 +187,13 @@ def sequence_stage(
 
     counted = length > 0
     denominator = loss_denominator(length, sound, objective).to(dtype)
-    share = -reward / tokens if objective.reduction == "sequence_mean" else -reward
+    amount = reward if objective.sequence_weight is None else signed_weight(objective, dtype)
+    share = -amount / tokens if objective.reduction == "sequence_mean" else -amount
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
-    silent = ~counted | ((reward == 0) & ~tapered.isnan())
+    silent = ~counted | ((amount == 0) & ~tapered.isnan())
     contribution = torch.where(silent, 0.0, share * tapered)
-    token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
+    token_silent = ~scored_flat | ((amount == 0)[sequence] & ~token_weight.isnan())
     d_log_prob = torch.where(token_silent, 0.0, share[sequence] * token_weight)
     loss = (contribution.double().sum() / denominator.double()).to(dtype)
     return SequenceStage(
@@ -216,11 +258,13 @@ def topr_from_log_prob(
         )
     )
     not_measured = torch.full_like(stage.loss, torch.nan, requires_grad=False)
-    return TOPROutput(
+    out = TOPROutput(
         stage.loss,
         log_prob.detach(),
         not_measured.expand(log_prob.shape),
         *stage[2:8],
         not_measured,
         not_measured,
+        weights_or_ones(objective.sequence_weight, stage.reward),
     )
+    return without_unknown(out, objective, scored, cu_seqlens)

@@ -19,6 +19,7 @@ from topr_kernels.choices import RATIOS, REDUCTIONS
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import PRESETS, Limits
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.sequence import needs_behavior, of_tokens
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -373,6 +374,8 @@ class SequenceArguments(NamedTuple):
     ratio: str
     baseline: float
     reduction: str
+    sequence_weight: Tensor | None = None
+    behavior_known: Tensor | None = None
 
 
 def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
@@ -381,29 +384,22 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     Args:
         tokens: checked; labels [O, T], or a mask in their place.
         given: behavior_log_prob [O, T] (packed: [N] or [1, N]) per token, or [B] per sequence;
-            reward [B]; normalizer a number > 0, a 0-dim tensor or None.
+            reward, sequence_weight and behavior_known [B]; normalizer a number > 0, a 0-dim tensor or
+            None.
 
     Returns:
         Objective; behavior_log_prob [O, T] or [B].
     """
     labels, cu_seqlens, _ = tokens
-    behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction = given
+    behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction = given[:7]
     check_choice("ratio", ratio, RATIOS)
     check_choice("reduction", reduction, REDUCTIONS)
     device = labels.device
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    reward = check_tensor(
-        "reward",
-        reward,
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        device,
-        "cast it with .float()",
-    )
-    if reward.shape != (sequences,):
-        raise ValueError(
-            f"reward: expected one per sequence, shape ({sequences},), got {tuple(reward.shape)}"
-        )
-    check_frozen("reward", reward)
+    reward = _per_sequence("reward", reward, sequences, device)
+    weight = given.sequence_weight
+    if weight is not None:
+        weight = _per_sequence("sequence_weight", weight, sequences, device)
     behavior = check_tensor(
         "behavior_log_prob",
         behavior_log_prob,
@@ -428,7 +424,38 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     normalizer = _normalizer(normalizer, reduction, device)
     log_limits = check_limits(limits).log()
     baseline = check_number("baseline", baseline)
-    return Objective(behavior, reward, normalizer, *log_limits, ratio, baseline, reduction)
+    options = ratio, baseline, reduction
+    objective = Objective(behavior, reward, normalizer, *log_limits, *options, weight)
+    return objective if given.behavior_known is None else _filled(tokens, objective, given)
+
+
+def _filled(tokens: Tokens, objective: Objective, given: SequenceArguments) -> Objective:
+    """The objective with something in the place of a log mu that is not known."""
+    labels, cu_seqlens, _ = tokens
+    known = check_tensor("behavior_known", given.behavior_known, (torch.bool,), labels.device)
+    if known.shape != objective.reward.shape:
+        raise ValueError(
+            f"behavior_known: expected one per sequence, shape {tuple(objective.reward.shape)}, got "
+            f"{tuple(known.shape)}"
+        )
+    # Without it the objective is that of mu = 1, up to a constant; a weight that needs it is NaN.
+    fill = torch.where(needs_behavior(objective), torch.nan, 0.0)
+    behavior, kept = objective.behavior_log_prob, known
+    if behavior.dim() == 2:
+        fill, kept = (of_tokens(x, labels, cu_seqlens) for x in (fill, known))
+    behavior = torch.where(kept, behavior, fill.to(behavior.dtype))
+    return objective._replace(behavior_log_prob=behavior, behavior_known=known)
+
+
+def _per_sequence(name: str, x: object, sequences: int, device: torch.device) -> Tensor:
+    """Checks a floating constant of the objective, one number per sequence."""
+    x = check_tensor(name, x, LOGITS_DTYPES, device, "cast it with .float()")
+    if x.shape != (sequences,):
+        raise ValueError(
+            f"{name}: expected one per sequence, shape ({sequences},), got {tuple(x.shape)}"
+        )
+    check_frozen(name, x)
+    return x
 
 
 def _normalizer(normalizer: object, reduction: str, device: torch.device) -> Tensor | None:
@@ -473,19 +500,23 @@ def values_readable(x: Tensor, debug: bool) -> bool:
 
 
 def check_values(
-    tokens: Tokens, vocab: int, reward: Tensor | None = None, normalizer: object = None
+    tokens: Tokens, vocab: int, objective: Objective | None = None, normalizer: object = None
 ) -> None:
     """Raises on values that are not sound; reads them on the host."""
     check_label_values(tokens.labels, vocab)
-    check_sequence_values(tokens.labels != IGNORE_INDEX, tokens.cu_seqlens, reward, normalizer)
+    check_sequence_values(tokens.labels != IGNORE_INDEX, tokens.cu_seqlens, objective, normalizer)
 
 
 def check_sequence_values(
-    scored: Tensor, cu_seqlens: Tensor | None, reward: Tensor | None, normalizer: object
+    scored: Tensor, cu_seqlens: Tensor | None, objective: Objective | None, normalizer: object
 ) -> None:
     """Raises on values of sequences that are not sound; reads them on the host."""
-    if reward is not None:
-        check_reward_values(reward)
+    if objective is not None:
+        check_reward_values(objective.reward)
+        if objective.sequence_weight is not None:
+            check_weight_values(objective.sequence_weight)
+        if objective.behavior_known is not None:
+            check_known_values(objective)
     if isinstance(normalizer, Tensor):
         check_normalizer_value(normalizer, bool(scored.any()))
     if cu_seqlens is not None:
@@ -528,4 +559,29 @@ def check_reward_values(reward: Tensor) -> None:
         raise ValueError(
             f"reward: expected finite numbers, got {float(reward[i])} for sequence {i}; drop the "
             "sequence or give it a reward"
+        )
+
+
+def check_weight_values(weight: Tensor) -> None:
+    """Raises when a weight of a sequence is NaN, infinite or negative."""
+    bad = ~(weight.isfinite() & (weight >= 0))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"sequence_weight: expected finite numbers >= 0, got {float(weight[i])} for sequence {i}; a "
+            "sign belongs to the reward, 0 leaves a sequence out"
+        )
+
+
+def check_known_values(objective: Objective) -> None:
+    """Raises when the log mu of a sequence is not known whose weight depends on it."""
+    known = objective.behavior_known
+    assert known is not None
+    bad = ~known & needs_behavior(objective)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])}, whose "
+            "weight depends on pi/mu; score its log mu, leave it out, or choose limits that are equal "
+            "for its sign (TOPR's of positives are)"
         )

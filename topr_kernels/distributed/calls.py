@@ -19,8 +19,8 @@ from topr_kernels.linear.tile import Shard
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens
-from topr_kernels.output import LogProbOutput, TOPROutput
-from topr_kernels.sequence import topr_from_log_prob
+from topr_kernels.output import LogProbOutput, TOPROutput, weights_or_ones
+from topr_kernels.sequence import topr_from_log_prob, without_unknown
 from topr_kernels.validation import LinearArguments, LogitsArguments, SequenceArguments
 
 
@@ -73,11 +73,13 @@ def linear_topr_loss(
     impl = _registered(checked.impl, agreed.shard, groups)
     x, weights, _, transforms, wanted = inputs
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
+        *(x, *weights[:2], *tokens[:2], *objective[:11], weights.compute_dtype, *transforms),
         *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
+    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, token, row_entropy, token_log_ratio, *rest)
+    result = without_unknown(result, objective, *tokens[:2])
     if tokens.shift != given.tokens.shift:
         summed = objective.behavior_log_prob.dim() == 1
         result = pieces.loss_at_labels(result, given.entropy, summed, groups.sequence_group)
@@ -191,7 +193,8 @@ def _statement(
             "reduction": objective.reduction,
             "dtype of behavior_log_prob": behavior.dtype,
         }
-        tensors = {"reward": objective.reward, "normalizer": objective.normalizer}
+        names = ("reward", "normalizer", "sequence_weight", "behavior_known")
+        tensors = {name: getattr(objective, name) for name in names}
     whole = {"labels": labels, "cu_seqlens": cu_seqlens, **tensors}
     vocabulary = agreement.Facts({**shared, "shape": tuple(shape)}, whole, behavior)
     return agreement.Statement(
@@ -281,7 +284,7 @@ class _TokenCall(NamedTuple):
         inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
             assert checked.objective is not None
-            rest = checked.objective.reward, self.sequences.normalizer
+            rest = checked.objective, self.sequences.normalizer
             validation.check_sequence_values(inputs.mask, inputs.cu_seqlens, *rest)
 
 
@@ -294,7 +297,7 @@ def _check_values(
     if objective is None or sequences is None:
         validation.check_values(tokens, vocab)
     else:
-        validation.check_values(tokens, vocab, objective.reward, sequences.normalizer)
+        validation.check_values(tokens, vocab, objective, sequences.normalizer)
 
 
 # ---- what runs -------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from topr_kernels.hf.packing import check_packing_once, is_packed
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
+#: Entries of a batch that are options of the loss.
+OPTIONAL = ("sequence_weight", "behavior_known")
 #: What models call the weight of their routers' balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -60,7 +62,8 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
             least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
-            or a mask to count them from.
+            or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B] where there are
+            such.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
@@ -107,6 +110,7 @@ def causal_lm_topr_loss(
         "entropy": entropy,
         "impl": impl,
     }
+    options |= {n: batch[n] for n in OPTIONAL if batch.get(n) is not None}
     reward = batch["reward"]
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:

@@ -25,6 +25,8 @@ _NOT_MODEL_INPUTS = frozenset(
         "labels",
         "behavior_log_prob",
         "reward",
+        "sequence_weight",
+        "behavior_known",
         "group",
         "logits_to_keep",
         "prefix_length",

@@ -58,8 +58,9 @@ class TOPRTrainer(Trainer):
     logits.
 
     A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
-    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
-    to the model's forward, see ``completion_logits``.
+    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; it may return
+    ``sequence_weight`` and ``behavior_known``, see ``causal_lm_topr_loss``. Further entries go to the
+    model's forward, see ``completion_logits``.
 
     With ``fused_head`` the model's own logits of a few rows of the first batch are compared with those
     computed from its head, since a model may transform its logits in unknown ways (see ``find_head``).

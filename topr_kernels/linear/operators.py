@@ -21,6 +21,7 @@ from topr_kernels.sequence import (
     effective_reward,
     loss_denominator,
     sequence_stage,
+    signed_weight,
 )
 
 
@@ -139,8 +140,9 @@ def _topr_fwd(
 
 def _branches(objective: Objective) -> Tensor:
     """[B]: 0 without a gradient, -1 on the negative branch, 1 on the positive one (NaN too)."""
-    reward = effective_reward(objective)
-    return torch.where(reward == 0, 0, torch.where(reward < 0, -1, 1))
+    negative = effective_reward(objective) < 0
+    nothing = signed_weight(objective, torch.float64) == 0
+    return torch.where(nothing, 0, torch.where(negative, -1, 1))
 
 
 def _known_in_advance(objective: Objective, branch: int) -> bool:
@@ -239,9 +241,7 @@ class _Work:
             torch.ones_like(log_prob, dtype=torch.bool),
             offsets,
             rows.sound,
-            self.objective._replace(
-                behavior_log_prob=mu, reward=self.objective.reward[sequence], normalizer=None
-            ),
+            self.objective.of_sequences(sequence)._replace(behavior_log_prob=mu, normalizer=None),
             length=rows.length[sequence],
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)

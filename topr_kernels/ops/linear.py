@@ -150,6 +150,7 @@ def linear_topr_fwd(
     ratio: str,
     baseline: float,
     reduction: str,
+    sequence_weight: Tensor | None,
     compute_dtype: torch.dtype,
     logit_scale: float,
     softcap: float | None,
@@ -193,6 +194,7 @@ def linear_topr_fwd(
         *(behavior_log_prob, reward, normalizer),
         *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
         *(ratio, baseline, reduction),
+        sequence_weight=sequence_weight,
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -218,7 +220,7 @@ def _topr_fwd_fake(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *_, grad_hidden, grad_weight, grad_bias, _ = args
-    dtype = accumulate_dtype(args[8])
+    dtype = accumulate_dtype(args[9])
 
     def new(*shape: Any, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(*shape, dtype=dtype)
@@ -269,10 +271,9 @@ def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(sound, row_coefficient, *map(savable, inputs[:3]))
     # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
     # inference mode cannot be saved.
-    ctx.constants = tuple(None if x is None else x.clone() for x in inputs[3:8])
+    ctx.constants = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs[3:])
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
-    ctx.settings = inputs[8:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -281,7 +282,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     wanted = ctx.needs_input_grad[:3]
     if d_loss is None or not any(wanted):
-        return (None,) * 27
+        return (None,) * 28
     # torch 2.10 traces a backward without saying so; what it traces is a subclass that has no values.
     compiling = torch.compiler.is_compiling() or type(d_loss) is not Tensor
     if torch.is_grad_enabled() and not compiling:
@@ -293,7 +294,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = ctx.gradients
     if gradients is None:
         # A retained graph: what the first backward handed over must be computed again.
-        gradients = linear_topr_fwd(*inputs, *ctx.constants, *ctx.settings)[-3:]
+        gradients = linear_topr_fwd(*inputs, *ctx.constants)[-3:]
     elif not compiling:
         ctx.gradients = None
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
@@ -317,7 +318,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             # In its own memory: a head's gradient may be the largest tensor of the step.
             result.append(gradient.mul_(factor))
-    return (*result, *(None,) * 24)
+    return (*result, *(None,) * 25)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

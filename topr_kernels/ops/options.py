@@ -44,6 +44,22 @@ class Objective(NamedTuple):
     ratio: str
     baseline: float  # subtracted from the rewards
     reduction: str
+    # What the kernels with a sequence stage of their own do not know, see ``in_kernels``.
+    sequence_weight: Tensor | None = None  # [B], multiplies n_s
+    # [B] bool, whose log mu is known; where it is not, what stands for it has been filled in.
+    behavior_known: Tensor | None = None
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether the first ten fields say all: what kernels with a sequence stage compute."""
+        return self.sequence_weight is None
+
+    def of_sequences(self, index: Tensor) -> Objective:
+        """The same, rewards and weights of some sequences."""
+        weight = self.sequence_weight
+        return self._replace(
+            reward=self.reward[index], sequence_weight=None if weight is None else weight[index]
+        )
 
     @property
     def log_limits(self) -> tuple[float, float, float, float]:
