@@ -16,7 +16,7 @@ from test_trainer import rows as plain_rows
 from test_trainer import trainer
 from tiny import random_model, tiny_tokenizer
 
-from topr_kernels import reference
+from topr_kernels import SFT, TOPR, reference
 from topr_kernels.hf import (
     CompletionCollator,
     causal_lm_topr_loss,
@@ -54,9 +54,12 @@ def plain_loss(model: Any, data: list[Row]) -> torch.Tensor:
         labels[0, : len(prompt)] = -100
         labels[0, len(prompt) :][mask == 0] = -100
         mu = torch.zeros(ids.shape)
-        mu[0, len(prompt) :] = torch.tensor(r["behavior_log_prob"]).nan_to_num(0)
+        # Without log mu the objective is that of mu = 1: another constant, the same gradient.
+        if r["behavior_log_prob"] is not None:
+            mu[0, len(prompt) :] = torch.tensor(r["behavior_log_prob"]).nan_to_num(0)
         logits = model(input_ids=ids).logits
-        losses.append(reference.topr_loss(logits, labels, mu, torch.tensor([r["reward"]])).loss)
+        loss = reference.topr_loss(logits, labels, mu, torch.tensor([r["reward"]])).loss
+        losses.append(loss * r.get("sample_weight", 1))
     return torch.stack(losses).mean()
 
 
@@ -178,7 +181,7 @@ def test_log_mu_is_scored_of_what_the_policy_wrote(layout: Row):
 
 
 def test_the_trainer_takes_masks_and_counts_what_was_written(tmp_path: Path):
-    data = rows()
+    data = [{**r, "sample_weight": 0.5 * i} for i, r in enumerate(rows())]
     run = trainer(tmp_path, data, per_device_train_batch_size=8)
     expected = plain_loss(random_model(), data)
     run.train()
@@ -190,3 +193,57 @@ def test_the_trainer_takes_masks_and_counts_what_was_written(tmp_path: Path):
     figures = initial.evaluate()
     for sign in ("positive", "negative"):
         assert figures[f"eval_log_ratio_{sign}_max"] == pytest.approx(0, abs=1e-5)
+
+
+# --- records without log mu ----------------------------------------------------------------------
+
+
+def without_mu(sign: float) -> list[Row]:
+    """Records of which those of a sign have no log mu."""
+    return [{**r, "behavior_log_prob": None} if r["reward"] == sign else r for r in rows()]
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}])
+def test_log_mu_may_be_missing_where_no_limit_reads_it(layout: Row):
+    model, collate = random_model(), CompletionCollator(0, limits=TOPR, **layout)
+    expected, whole = plain_loss(model, without_mu(1.0)), plain_loss(model, rows())
+    batch = collate(prepared(without_mu(1.0)))
+    assert batch["behavior_known"].tolist() == [r["reward"] == -1 for r in rows()]
+    out = causal_lm_topr_loss(model, batch)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+    head = model.lm_head.weight
+    found, wanted = (torch.autograd.grad(loss, head)[0] for loss in (out.loss, whole))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    message = (
+        r"record 1 of the batch has no 'behavior_log_prob'.*reward of -1 .* is a negative.*Score"
+    )
+    with pytest.raises(ValueError, match=message):
+        collate(prepared(without_mu(-1.0)))
+    with pytest.raises(
+        ValueError, match=r"record 0 of the batch has no .*CompletionCollator\(limits"
+    ):
+        CompletionCollator(0, **layout)(without_mu(1.0))
+    assert not CompletionCollator(0, limits=SFT)(without_mu(-1.0))["behavior_known"].all()
+    # A baseline makes positives of negatives.
+    assert CompletionCollator(0, limits=TOPR, baseline=-2.0)(without_mu(-1.0))
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+@pytest.mark.filterwarnings("ignore:100% of the negatives")
+def test_the_trainer_names_a_negative_without_log_mu(tmp_path: Path, kind: str):
+    datasets = pytest.importorskip("datasets")
+
+    def given(data: list[Row]) -> Any:
+        made = datasets.Dataset.from_list(data)
+        return {"list": data, "dataset": made, "stream": made.to_iterable_dataset()}[kind]
+
+    run = trainer(tmp_path, given(without_mu(1.0)), per_device_train_batch_size=8)
+    run.train()
+    log = run.state.log_history[0]
+    expected = plain_loss(random_model(), without_mu(1.0)).item()
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    assert not any(math.isnan(x) for x in log.values())
+    bare = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in rows()]
+    with pytest.raises(ValueError, match=r"record 1 .*has no '?behavior_log_prob.* is a negative"):
+        trainer(tmp_path, given(bare), per_device_train_batch_size=8).train()
+    trainer(tmp_path, given(bare), per_device_train_batch_size=8, limits="sft").train()

@@ -187,7 +187,7 @@ def test_late_records_bring_their_log_mu(tmp_path: Path):
     run = make(tmp_path)
     run.train()
     assert math.isfinite(run.evaluate(rows(4, seed=3))["eval_loss"])
-    with pytest.raises(ValueError, match="record 0 has no behavior_log_prob"):
+    with pytest.raises(ValueError, match="record 1 has no behavior_log_prob"):
         run.evaluate(TEXT)
     named = {"easy": rows(4), "hard": rows(4, seed=1)}
     assert {"eval_easy_loss", "eval_hard_loss"} <= set(run.evaluate(named))

@@ -38,7 +38,9 @@ from topr_kernels.hf.fields import (
     check_meaning,
     mask_of,
     plain,
+    reads_behavior,
     reward_of,
+    sign_of,
     token_ids,
     was_cut,
     weight_of,
@@ -72,6 +74,7 @@ class CompletionCollator:
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
     - ``sequence_weight`` [B] fp32, if a record has a ``sample_weight``;
+    - ``behavior_known`` [B] bool, if a record has no ``behavior_log_prob``;
     - ``group``, if the records have it: [B] int64, or a list of B str;
     - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
 
@@ -91,6 +94,10 @@ class CompletionCollator:
             "length" or, if no record of the batch has one, the last token that the policy wrote is not
             ``eos_token_id``. Such a sequence is not counted, as if it were empty.
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
+        limits: of the loss, with its ``baseline``: where those of a record's sign are equal (positives
+            in TOPR, all in SFT), its weight does not depend on mu and ``behavior_log_prob`` may be
+            missing. None, or a taper of one's own: every record must have it.
+        baseline: of the loss.
 
     Raises:
         ValueError: if both ``packing`` and ``share_prefix`` are set. On a call: if a record lacks a
@@ -108,6 +115,8 @@ class CompletionCollator:
     packing: bool = False
     mask_truncated: bool = False
     eos_token_id: int | Sequence[int] | None = None
+    limits: Any = None
+    baseline: float = 0.0
 
     def __post_init__(self) -> None:
         if self.packing and self.share_prefix:
@@ -119,7 +128,10 @@ class CompletionCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
-        read = [_read(record, f"record {i} of the batch") for i, record in enumerate(features)]
+        read = [
+            _read(record, f"record {i} of the batch", self.limits, self.baseline)
+            for i, record in enumerate(features)
+        ]
         prompts = [record.prompt for record in read]
         sequences = [record.prompt + record.completion for record in read]
         scored = [
@@ -133,7 +145,7 @@ class CompletionCollator:
         ]
         behavior = [
             [0.0] * len(r.prompt)
-            + [x if keep else 0.0 for x, keep in zip(r.behavior, mask, strict=True)]
+            + [x if keep else 0.0 for x, keep in zip(r.behavior or mask, mask, strict=True)]
             for r, mask in zip(read, scored, strict=True)
         ]
         batch: dict[str, Any]
@@ -155,6 +167,9 @@ class CompletionCollator:
         if any(record.get(WEIGHT) is not None for record in features):
             weights = [r.weight for r in read]
             batch["sequence_weight"] = torch.tensor(weights, dtype=torch.float32)
+        known = [r.behavior is not None for r in read]
+        if not all(known):
+            batch["behavior_known"] = torch.tensor(known)
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
@@ -230,7 +245,8 @@ class _Read(NamedTuple):
     completion: list[int]
     #: 1 for tokens that the policy wrote.
     mask: list[int]
-    behavior: list[float]
+    #: None where it is missing and may be.
+    behavior: list[float] | None
     reward: float
     weight: float
 
@@ -268,13 +284,21 @@ def check_token_ids(
     return prompt, completion, [1] * len(completion) if mask is None else mask
 
 
-def _read(record: Mapping[str, Any], where: str) -> _Read:
+def _read(record: Mapping[str, Any], where: str, limits: Any, baseline: float) -> _Read:
+    reward = None if record.get("reward") is None else reward_of(record, where)
     remedy = "Score the records first, and keep remove_unused_columns=False"
-    needed = ("behavior_log_prob", "reward")
+    if limits is None:
+        remedy += "; where the loss reads none, CompletionCollator(limits=...) does without it"
+    elif reward is not None:
+        remedy = f"With {limits} it is read ({sign_of(reward, baseline)}). {remedy}"
+    needed = ["reward"]
+    if reward is None or reads_behavior(reward, limits, baseline):
+        needed.insert(0, "behavior_log_prob")
     prompt, completion, mask = check_token_ids(record, where, needed, remedy)
     behavior = behavior_of(record, len(completion), where, mask)
-    reward, weight = reward_of(record, where), weight_of(record, where)
-    return _Read(prompt, completion, mask, behavior or [], reward, weight)
+    return _Read(
+        prompt, completion, mask, behavior, reward_of(record, where), weight_of(record, where)
+    )
 
 
 def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:

@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.limits import Limits
 
 TOKENS = ("prompt_token_ids", "completion_token_ids")
 #: One 0 or 1 per token of the completion, 1 where the policy wrote it.
@@ -220,6 +221,22 @@ def behavior_of(
                 "record, or leave it out"
             )
     return [float(x) for x in found]
+
+
+def reads_behavior(reward: float, limits: Any, baseline: float) -> bool:
+    """Whether a record's weight depends on log mu: not where the limits of its sign are equal."""
+    # Of a taper of one's own nothing is known.
+    if not isinstance(limits, Limits):
+        return True
+    if reward - baseline < 0:
+        return limits.neg_min != limits.neg_max
+    return limits.pos_min != limits.pos_max
+
+
+def sign_of(reward: float, baseline: float) -> str:
+    """The branch of the loss that a reward takes, in words."""
+    kind = "negative" if reward - baseline < 0 else "positive"
+    return f"a reward of {reward:g} with baseline={baseline:g} is a {kind}"
 
 
 def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
