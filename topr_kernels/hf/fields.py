@@ -313,6 +313,15 @@ def check_meaning(
             raise ValueError(f"{where}, field {name!r}: {problem}")
 
 
+def name_here(name: str) -> str | None:
+    """What a field of another name is called here; None if it is nothing that is known."""
+    if _LOG_PROB.match(name):
+        return "behavior_log_prob"
+    if _MASK.search(name) or name in _LABELS:
+        return MASK
+    return WEIGHT if _WEIGHT.search(name) else None
+
+
 def _has_other_turns(completion: Any) -> bool:
     """Whether a completion is messages, some of them not the assistant's."""
     if not isinstance(completion, (list, tuple)):

@@ -329,7 +329,8 @@ def _after(start: list[int], whole: list[int], makes: str, where: str) -> list[i
 
 def _texts(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What a message says and the tools it calls, each in the forms that count as written."""
-    found = [(x.strip(),) for key, x in message.items() if key != "role" and isinstance(x, str)]
+    texts = (x for key, x in message.items() if key != "role" and isinstance(x, str))
+    found: list[tuple[str, ...]] = [(x.strip(),) for x in texts]
     content = message.get("content")
     for part in content if isinstance(content, list) else []:
         found += [(x.strip(),) for key, x in part.items() if key != "type" and isinstance(x, str)]
