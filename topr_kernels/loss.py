@@ -16,6 +16,7 @@ from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.segments import with_units
 from topr_kernels.sequence import topr_from_log_prob, without_unknown
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
@@ -36,6 +37,7 @@ def topr_loss(
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
     behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -61,8 +63,10 @@ def topr_loss(
         reward: [B] floating, signed.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
         limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT.
-        ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO)
-            or "token" (each token clipped alone; needs per-token ``behavior_log_prob``).
+        ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO),
+            "token" (each token clipped alone), "segment" (O_s = sum_k rho of the product over segment
+            k) or "segment_geometric" (sum_k |k| rho of its |k|-th root). The last three need
+            ``behavior_log_prob`` per token.
         baseline: subtracted from every reward; the difference also decides the sign.
         reduction: "sequence_mean" (the paper: n_s = 1 / (B |y_s|), B the non-empty sequences),
             "token_mean" (1 / total tokens) or "sum".
@@ -74,6 +78,9 @@ def topr_loss(
         behavior_known: [B] bool, False for a sequence without log mu (records of a teacher, of people);
             its ``behavior_log_prob`` is then not read. Served where the limits of its sign are equal
             (positives under TOPR, SFT), since its weight is that limit whatever mu was.
+        segments: integers, shaped and aligned like log mu per token, for the ratios per segment: runs of
+            scored tokens of equal value. None: a token that is not scored ends a segment, nothing
+            else does (the turns of a trajectory).
         temperature: logits are divided by it, after ``softcap``.
         softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
         entropy: also compute the entropy of every scored row.
@@ -103,6 +110,7 @@ def topr_loss(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
         behavior_known=behavior_known,
+        segments=segments,
     )
     if process_group is not None or sequence_group is not None:
         return calls.topr_loss(Groups(process_group, sequence_group), given, sequences, inplace)
@@ -142,6 +150,7 @@ def linear_topr_loss(
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
     behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -180,6 +189,7 @@ def linear_topr_loss(
         normalizer: as in :func:`topr_loss`.
         sequence_weight: as in :func:`topr_loss`.
         behavior_known: as in :func:`topr_loss`.
+        segments: as in :func:`topr_loss`.
         temperature: as in :func:`topr_loss`.
         softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``).
         entropy: as in :func:`topr_loss`.
@@ -227,6 +237,7 @@ def linear_topr_loss(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
         behavior_known=behavior_known,
+        segments=segments,
     )
     if process_group is not None or sequence_group is not None:
         groups = Groups(process_group, sequence_group)
@@ -238,8 +249,9 @@ def linear_topr_loss(
     name = kernels.resolve(impl, x, kernels.LINEAR)
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective, normalizer)
+    objective = with_units(objective, tokens)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective[:11], weights.compute_dtype, *transforms),
+        *(x, *weights[:2], *tokens[:2], *objective.operands, weights.compute_dtype, *transforms),
         *(entropy, shift, wanted.grad_tolerance, workspace, *wanted[1:], name),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
@@ -262,6 +274,7 @@ def topr_loss_from_log_prob(
     normalizer: float | Tensor | None = None,
     sequence_weight: Tensor | None = None,
     behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     sequence_group: Any = None,
     debug: bool = False,
 ) -> TOPROutput:
@@ -285,6 +298,7 @@ def topr_loss_from_log_prob(
         normalizer: as in :func:`topr_loss`.
         sequence_weight: as in :func:`topr_loss`.
         behavior_known: as in :func:`topr_loss`.
+        segments: as in :func:`topr_loss`.
         sequence_group: of ``torch.distributed``, over whose processes the tokens of each sequence are
             spread: the tensors per token are this process's part, ``reward`` and a log mu per sequence
             the same on each. Log-ratios are summed over the group before any weight. Results per
@@ -303,13 +317,16 @@ def topr_loss_from_log_prob(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
         sequence_weight=sequence_weight,
         behavior_known=behavior_known,
+        segments=segments,
     )
     if sequence_group is not None:
         return calls.topr_loss_from_log_prob(sequence_group, given, sequences)
     x, scored, offsets, _ = validation.check_token_log_prob(given)
-    objective = validation.check_objective(Tokens(scored, offsets, False), sequences)
+    tokens = Tokens(scored, offsets, False)
+    objective = validation.check_objective(tokens, sequences)
     if validation.values_readable(x, debug):
         validation.check_sequence_values(scored, offsets, objective, normalizer)
+    objective = with_units(objective, tokens)
     return topr_from_log_prob(x, scored, offsets, objective).shaped(log_prob.shape)
 
 
@@ -319,6 +336,7 @@ def _staged(given: validation.LogitsArguments, objective: Objective) -> TOPROutp
     options = transforms.temperature, transforms.softcap, entropy, tokens.shift, impl
     log_prob, _, _, row_entropy = ops.log_prob_fwd(x, *tokens[:2], *options)
     scored = scored_labels(*tokens) != IGNORE_INDEX
+    objective = with_units(objective, tokens)
     out = topr_from_log_prob(log_prob, scored, tokens.cu_seqlens, objective)
     return out._replace(entropy=row_entropy)
 
@@ -326,7 +344,8 @@ def _staged(given: validation.LogitsArguments, objective: Objective) -> TOPROutp
 def _check_inplace(logits: Tensor, objective: Objective) -> None:
     if not objective.in_kernels:
         raise ValueError(
-            "inplace: got True with sequence_weight, where it is not served; pass inplace=False"
+            "inplace: got True with sequence_weight or a ratio per segment, where it is not served; "
+            "pass inplace=False"
         )
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -345,7 +364,7 @@ def _check_inplace(logits: Tensor, objective: Objective) -> None:
 
 
 #: Keywords of a call, not of a module.
-_PER_CALL = {"cu_seqlens", "normalizer", "sequence_weight", "behavior_known"}
+_PER_CALL = {"cu_seqlens", "normalizer", "sequence_weight", "behavior_known", "segments"}
 
 
 class TOPRLoss(nn.Module):
@@ -384,6 +403,7 @@ class TOPRLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         sequence_weight: Tensor | None = None,
         behavior_known: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> TOPROutput:
         """Calls :func:`topr_loss` with the options of the module."""
         return topr_loss(
@@ -395,6 +415,7 @@ class TOPRLoss(nn.Module):
             normalizer=normalizer,
             sequence_weight=sequence_weight,
             behavior_known=behavior_known,
+            segments=segments,
             **self.options,
         )
 

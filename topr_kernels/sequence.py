@@ -154,7 +154,8 @@ def sequence_stage(
             sum_pieces(log_ratio64)
         token_log_ratio = difference.to(dtype)
     else:
-        log_ratio64 = segment_sum(torch.where(scored, log_prob, 0.0).reshape(-1), offsets)
+        difference = torch.where(scored, log_prob, 0.0).reshape(-1)
+        log_ratio64 = segment_sum(difference, offsets)
         if sum_pieces is not None:
             sum_pieces(log_ratio64)
         # A sequence without a scored token has nothing to subtract from.
@@ -163,23 +164,24 @@ def sequence_stage(
 
     reward = effective_reward(objective).to(dtype)
     negative = reward < 0  # NaN takes the positive branch and poisons it below
-    pos_min, pos_max, neg_min, neg_max = objective.log_limits
-    log_min = torch.full_like(reward, pos_min).masked_fill(negative, neg_min)
-    log_max = torch.full_like(reward, pos_max).masked_fill(negative, neg_max)
-
     sequence = sequence_index(offsets, scored_flat.numel())
     tokens = length.clamp(min=1).to(dtype)
     if ratio == "token":
-        value, token_weight = taper(token_log_ratio, log_min[sequence], log_max[sequence])
+        value, token_weight = _tapered(objective, token_log_ratio, negative[sequence])
         token_weight = torch.where(scored_flat, token_weight, 0.0)
         values = (torch.where(scored_flat, value, 0.0), token_weight)
         sums = torch.stack([segment_sum(x, offsets) for x in values])
         if sum_pieces is not None:
             sum_pieces(sums)
         tapered, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
+    elif objective.units is not None:
+        tapered, total, token_weight = _tapered_units(
+            objective, difference, scored_flat, reward, sum_pieces
+        )
+        weight = (total / tokens).to(dtype)
     else:
         scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
-        value, weight = taper((log_ratio64 / scale).to(dtype), log_min, log_max)
+        value, weight = _tapered(objective, (log_ratio64 / scale).to(dtype), negative)
         tapered = (value.double() * scale).to(dtype)
         token_weight = weight[sequence]
     log_ratio = log_ratio64.to(dtype)
@@ -208,6 +210,50 @@ def sequence_stage(
         length=length,
         d_log_prob=d_log_prob.view_as(log_prob),
     )
+
+
+def _tapered(objective: Objective, log_ratio: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Objective and weight of some log-ratios, given which of them are of negative sequences."""
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
+    log_min = torch.full_like(log_ratio, pos_min).masked_fill(negative, neg_min)
+    log_max = torch.full_like(log_ratio, pos_max).masked_fill(negative, neg_max)
+    return taper(log_ratio, log_min, log_max)
+
+
+def _tapered_units(
+    objective: Objective,
+    difference: Tensor,
+    scored: Tensor,
+    reward: Tensor,
+    sum_pieces: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The taper of every unit of the sequences, summed over them.
+
+    Args:
+        objective: with units.
+        difference: [N] log pi - log mu, 0 where not scored.
+        scored: [N] bool.
+        reward: [B] in the dtype of the results.
+        sum_pieces: as in :func:`sequence_stage`.
+
+    Returns:
+        (objective [B], weight summed over the tokens [B] fp64, weight of the unit of each token [N]).
+    """
+    units = objective.units
+    assert units is not None
+    dtype, owner = reward.dtype, units.owner
+    sums = torch.stack([segment_sum(x, units.offsets) for x in (difference, scored)])
+    if sum_pieces is not None:
+        sum_pieces(sums)
+    log_ratio, size = sums
+    scale = size.clamp(min=1) if objective.ratio == "geometric" else torch.ones_like(size)
+    value, weight = _tapered(objective, (log_ratio / scale).to(dtype), (reward < 0)[owner])
+    # Units lie in the order of their sequences.
+    number = torch.arange(len(reward) + 1, device=owner.device)
+    of_sequences = torch.searchsorted(owner, number)
+    values = value.double() * scale, weight.double() * size
+    tapered, total = (segment_sum(torch.where(size > 0, x, 0.0), of_sequences) for x in values)
+    return tapered.to(dtype), total, weight[sequence_index(units.offsets, scored.numel())]
 
 
 class SequenceLoss(torch.autograd.Function):

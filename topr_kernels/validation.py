@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.choices import RATIOS, REDUCTIONS
+from topr_kernels.choices import RATIOS, REDUCTIONS, SEGMENT_RATIOS, SUMMED_RATIOS
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.limits import PRESETS, Limits
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 from topr_kernels.sequence import needs_behavior, of_tokens
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -376,6 +377,7 @@ class SequenceArguments(NamedTuple):
     reduction: str
     sequence_weight: Tensor | None = None
     behavior_known: Tensor | None = None
+    segments: Tensor | None = None
 
 
 def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
@@ -416,17 +418,42 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
             f"behavior_log_prob: expected shape {tuple(per_token[-1])} (per token, aligned with "
             f"labels) or ({sequences},) (summed per sequence), got {tuple(behavior.shape)}"
         )
-    elif ratio == "token":
+    elif ratio not in SUMMED_RATIOS:
         raise ValueError(
-            f"behavior_log_prob: ratio='token' needs it per token, shape {tuple(per_token[-1])}, got "
+            f"behavior_log_prob: ratio={ratio!r} needs it per token, shape {tuple(per_token[-1])}, got "
             f"one sum per sequence {tuple(behavior.shape)}; pass token log-probs or another ratio"
         )
+    segments = _segments(tokens, given)
     normalizer = _normalizer(normalizer, reduction, device)
     log_limits = check_limits(limits).log()
     baseline = check_number("baseline", baseline)
-    options = ratio, baseline, reduction
+    options = SEGMENT_RATIOS.get(ratio, ratio), baseline, reduction
     objective = Objective(behavior, reward, normalizer, *log_limits, *options, weight)
+    if segments is not None:
+        objective = objective._replace(segments=segments)
     return objective if given.behavior_known is None else _filled(tokens, objective, given)
+
+
+def _segments(tokens: Tokens, given: SequenceArguments) -> Tensor | None:
+    """Values of the tokens by which segments are told apart, [O, T]; None for another ratio."""
+    labels, segments, ratio = tokens.labels, given.segments, given.ratio
+    if ratio not in SEGMENT_RATIOS:
+        if segments is not None:
+            raise ValueError(
+                f"segments: got some with ratio={ratio!r}, which does not read them; pass ratio="
+                f"{' or '.join(map(repr, SEGMENT_RATIOS))}, or drop them"
+            )
+        return None
+    if segments is None:
+        return torch.zeros_like(labels, dtype=torch.int64)
+    segments = check_tensor("segments", segments, INTEGERS, labels.device, "number them")
+    shapes = [labels.shape] if tokens.cu_seqlens is None else [labels.shape, labels.shape[1:]]
+    if segments.shape not in shapes:
+        raise ValueError(
+            f"segments: expected one per token, shape {tuple(shapes[-1])} like behavior_log_prob, got "
+            f"{tuple(segments.shape)}"
+        )
+    return segments.reshape(labels.shape)
 
 
 def _filled(tokens: Tokens, objective: Objective, given: SequenceArguments) -> Objective:

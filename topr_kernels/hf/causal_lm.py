@@ -26,7 +26,7 @@ from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
 #: Entries of a batch that are options of the loss.
-OPTIONAL = ("sequence_weight", "behavior_known")
+OPTIONAL = ("sequence_weight", "behavior_known", "segments")
 #: What models call the weight of their routers' balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -110,7 +110,7 @@ def causal_lm_topr_loss(
         "entropy": entropy,
         "impl": impl,
     }
-    options |= {n: batch[n] for n in OPTIONAL if batch.get(n) is not None}
+    options |= {n: _kept(batch[n], keep) for n in OPTIONAL if batch.get(n) is not None}
     reward = batch["reward"]
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:

@@ -27,6 +27,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "reward",
         "sequence_weight",
         "behavior_known",
+        "segments",
         "group",
         "logits_to_keep",
         "prefix_length",

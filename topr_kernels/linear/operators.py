@@ -15,7 +15,7 @@ from topr_kernels.linear.plan import ScoredRows, Tile, plan_tiles, scored_rows
 from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.linear.workspace import Workspace
 from topr_kernels.ops import linear as ops
-from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Units, Wanted
 from topr_kernels.sequence import (
     SequenceStage,
     effective_reward,
@@ -113,7 +113,8 @@ def _topr_fwd(
 ) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):
         branch = _branches(objective)
-        rows, (lengths, branches) = scored_rows(tokens, branch)
+        # Of sequences, or of what has a ratio in their place; so is all that the tiles are planned by.
+        rows, (lengths, branches) = scored_rows(tokens, branch, units=objective.units)
         if kernels.sum_pieces is not None:
             # Of the whole sequences; ``lengths`` are those of the pieces here.
             counts = torch.cat([rows.length, (~rows.sound).to(torch.int64)[None]])
@@ -228,10 +229,13 @@ class _Work:
 
         Args:
             index: [n] which rows.
-            segments: their (sequence, rows); a sequence whose weight depends on its ratio is whole.
+            segments: their (sequence or unit, rows); one whose weight depends on its ratio is whole.
         """
         rows, mu, device = self.rows, self.objective.behavior_log_prob, index.device
         sequence = torch.tensor([s for s, _ in segments]).to(device)
+        units = self.objective.units
+        if units is not None:
+            sequence = units.owner[sequence]
         offsets = torch.tensor([0, *(n for _, n in segments)]).cumsum(0).to(device)
         position = rows.position[index]
         log_prob = self.out.log_prob.view(-1)[position].unsqueeze(0)
@@ -241,7 +245,11 @@ class _Work:
             torch.ones_like(log_prob, dtype=torch.bool),
             offsets,
             rows.sound,
-            self.objective.of_sequences(sequence)._replace(behavior_log_prob=mu, normalizer=None),
+            self.objective.of_sequences(sequence)._replace(
+                behavior_log_prob=mu,
+                normalizer=None,
+                units=units and Units(offsets, torch.arange(len(segments), device=device)),
+            ),
             length=rows.length[sequence],
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels.ops import accumulate_dtype, savable
-from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Units, Wanted
 
 
 class Kernels(NamedTuple):
@@ -151,6 +151,8 @@ def linear_topr_fwd(
     baseline: float,
     reduction: str,
     sequence_weight: Tensor | None,
+    unit_offsets: Tensor | None,
+    unit_owner: Tensor | None,
     compute_dtype: torch.dtype,
     logit_scale: float,
     softcap: float | None,
@@ -195,6 +197,9 @@ def linear_topr_fwd(
         *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
         *(ratio, baseline, reduction),
         sequence_weight=sequence_weight,
+        units=None
+        if unit_offsets is None or unit_owner is None
+        else Units(unit_offsets, unit_owner),
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -220,7 +225,7 @@ def _topr_fwd_fake(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *_, grad_hidden, grad_weight, grad_bias, _ = args
-    dtype = accumulate_dtype(args[9])
+    dtype = accumulate_dtype(args[11])
 
     def new(*shape: Any, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(*shape, dtype=dtype)
@@ -282,7 +287,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     wanted = ctx.needs_input_grad[:3]
     if d_loss is None or not any(wanted):
-        return (None,) * 28
+        return (None,) * 30
     # torch 2.10 traces a backward without saying so; what it traces is a subclass that has no values.
     compiling = torch.compiler.is_compiling() or type(d_loss) is not Tensor
     if torch.is_grad_enabled() and not compiling:
@@ -318,7 +323,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             # In its own memory: a head's gradient may be the largest tensor of the step.
             result.append(gradient.mul_(factor))
-    return (*result, *(None,) * 25)
+    return (*result, *(None,) * 27)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -6,7 +6,7 @@ packed O = 1; B sequences; V vocabulary; D hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ class Transforms(NamedTuple):
     temperature: float  # divides them
 
 
+class Units(NamedTuple):
+    """Parts of the sequences that have a ratio each, in the order of their tokens; S of them."""
+
+    offsets: Tensor  # [S + 1] int64 in the flattened label positions
+    owner: Tensor  # [S] int64 sequence
+
+
 class Objective(NamedTuple):
     """The TOPR objective of a batch: what is known of its sequences, how they are weighted and summed.
 
@@ -46,13 +53,20 @@ class Objective(NamedTuple):
     reduction: str
     # What the kernels with a sequence stage of their own do not know, see ``in_kernels``.
     sequence_weight: Tensor | None = None  # [B], multiplies n_s
+    units: Units | None = None  # what has a ratio in the place of a sequence
     # [B] bool, whose log mu is known; where it is not, what stands for it has been filled in.
     behavior_known: Tensor | None = None
+    segments: Tensor | None = None  # [O, T] integers, from which the units are found
 
     @property
     def in_kernels(self) -> bool:
         """Whether the first ten fields say all: what kernels with a sequence stage compute."""
-        return self.sequence_weight is None
+        return self.sequence_weight is None and self.segments is None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What the operators take of it that compute their sequence stage in torch, in their order."""
+        return (*self[:11], *(self.units or (None, None)))
 
     def of_sequences(self, index: Tensor) -> Objective:
         """The same, rewards and weights of some sequences."""
