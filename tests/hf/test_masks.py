@@ -44,7 +44,7 @@ def prepared(data: list[Row]) -> list[Row]:
     return prepare_records(data, tiny_tokenizer())
 
 
-def plain_loss(model: Any, data: list[Row]) -> torch.Tensor:
+def plain_loss(model: Any, data: list[Row], **options: Any) -> torch.Tensor:
     """The paper's loss of one full forward pass a record, labels of -100 where nothing is scored."""
     losses = []
     for r in data:
@@ -58,7 +58,12 @@ def plain_loss(model: Any, data: list[Row]) -> torch.Tensor:
         if r["behavior_log_prob"] is not None:
             mu[0, len(prompt) :] = torch.tensor(r["behavior_log_prob"]).nan_to_num(0)
         logits = model(input_ids=ids).logits
-        loss = reference.topr_loss(logits, labels, mu, torch.tensor([r["reward"]])).loss
+        segments = torch.zeros_like(labels)
+        if "segments" in r:
+            segments[0, len(prompt) :] = torch.tensor(r["segments"])
+        reward = torch.tensor([r["reward"]])
+        options["segments"] = segments
+        loss = reference.topr_loss(logits, labels, mu, reward, **options).loss
         losses.append(loss * r.get("sample_weight", 1))
     return torch.stack(losses).mean()
 
@@ -193,6 +198,64 @@ def test_the_trainer_takes_masks_and_counts_what_was_written(tmp_path: Path):
     figures = initial.evaluate()
     for sign in ("positive", "negative"):
         assert figures[f"eval_log_ratio_{sign}_max"] == pytest.approx(0, abs=1e-5)
+
+
+# --- segments ------------------------------------------------------------------------------------
+
+
+def near(data: list[Row], model: Any) -> list[Row]:
+    """With log mu so near the model's that ratios tell segments apart."""
+    bare = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in data]
+    scored = score_behavior(model, bare, CompletionCollator(0), batch_size=8, progress=False)
+    return [
+        {**r, "behavior_log_prob": [x + 0.5 + 0.3 * (-1) ** k for k, x in enumerate(mu)]}
+        for r, mu in zip(bare, scored, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ratio", ["segment", "segment_geometric"])
+@pytest.mark.parametrize("layout", [{}, {"packing": True}])
+def test_segments_are_the_runs_of_a_mask_or_those_of_the_record(ratio: str, layout: Row):
+    model, collate = random_model(), CompletionCollator(0, **layout)
+    data = near(rows(), model)
+    own = [{**r, "segments": list(range(len(r["completion_token_ids"])))} for r in data]
+    found = []
+    for records in (data, own, [*own[:4], *data[4:]]):
+        out = causal_lm_topr_loss(model, collate(prepared(records)), ratio=ratio)
+        expected = plain_loss(model, records, ratio=ratio)
+        torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+        found.append(out.loss.item())
+    level = {"segment": "sequence", "segment_geometric": "geometric"}[ratio]
+    found.append(causal_lm_topr_loss(model, collate(prepared(data)), ratio=level).loss.item())
+    assert len({round(x, 4) for x in found}) == 3
+
+
+def test_the_trainer_takes_segments(tmp_path: Path):
+    data = [{**r, "segments": list(range(len(r["completion_token_ids"])))}
+            for r in near(rows(), random_model())]  # fmt: skip
+    run = trainer(tmp_path, data, per_device_train_batch_size=8, ratio="segment")
+    run.train()
+    expected = plain_loss(random_model(), data, ratio="segment").item()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    # Where nothing reads them they are not dropped without a word.
+    with pytest.raises(ValueError, match="segments: got some with ratio='sequence'"):
+        trainer(tmp_path, data, per_device_train_batch_size=8).train()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ([0, 1], ValueError, "has 2 entries, but the completion has 3 tokens"),
+        ([0, 0.5, 1], TypeError, "expected one integer per token"),
+        ("intro", TypeError, "drop the field if it means something else"),
+    ],
+)
+def test_segments_that_are_none_are_named(value: Any, error: Any, message: str):
+    (record,) = plain_rows(1, lengths=[3])
+    with pytest.raises(error, match=rf"record 0, field 'segments': .*{message}"):
+        prepared([{**record, "segments": value}])
+    with pytest.raises(error, match=rf"record 0 of the batch, field 'segments': .*{message}"):
+        CompletionCollator(0)([{**record, "segments": value}])
 
 
 # --- records without log mu ----------------------------------------------------------------------

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels.hf.fields import (
+    SEGMENTS,
     TOKENS,
     WEIGHT,
     behavior_of,
@@ -40,6 +41,7 @@ from topr_kernels.hf.fields import (
     plain,
     reads_behavior,
     reward_of,
+    segments_of,
     sign_of,
     token_ids,
     was_cut,
@@ -61,9 +63,10 @@ class CompletionCollator:
     ``prepare_records`` makes such records from text and messages. Optional are ``completion_mask`` (C 0
     or 1, 1 = written by the policy: results of tools and turns of others are not scored, and log mu
     under 0 is not read), ``sample_weight`` (float >= 0, 1 where it is missing: multiplies the record's
-    loss), ``group`` (int or str: the question, of which there are several samples) and
-    ``finish_reason`` ("length": cut off) or ``truncated``. Numbers may be Python's, NumPy's or torch's;
-    ids also floats that are whole.
+    loss), ``segments`` (C int, for the ratios per segment: tokens of equal ones in a row are a segment;
+    without them a run of written tokens is one), ``group`` (int or str: the question, of which there
+    are several samples) and ``finish_reason`` ("length": cut off) or ``truncated``. Numbers may be
+    Python's, NumPy's or torch's; ids also floats that are whole.
 
     The batch holds, for B records and T columns:
 
@@ -73,16 +76,17 @@ class CompletionCollator:
       where pad and EOS are the same token the completion's EOS stays scored;
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
+    - ``segments`` [B, T] int64, aligned with the labels, if a record has some;
     - ``sequence_weight`` [B] fp32, if a record has a ``sample_weight``;
     - ``behavior_known`` [B] bool, if a record has no ``behavior_log_prob``;
     - ``group``, if the records have it: [B] int64, or a list of B str;
     - ``logits_to_keep`` int, K + 1; ``prefix_length`` int, columns of the common prefix.
 
-    With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels`` and
-    ``behavior_log_prob`` as [1, N], position ids restarting at 0; the entries per sequence as above; and
-    for attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and ``max_length_q``,
-    ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would ignore the
-    packing.
+    With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels``,
+    ``behavior_log_prob`` and ``segments`` as [1, N], position ids restarting at 0; the entries per
+    sequence as above; and for attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and
+    ``max_length_q``, ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would
+    ignore the packing.
 
     Args:
         pad_token_id: id that fills the padding; any id of the vocabulary will do.
@@ -143,6 +147,8 @@ class CompletionCollator:
             + [x if keep else IGNORE_INDEX for x, keep in zip(r.completion, mask, strict=True)]
             for r, mask in zip(read, scored, strict=True)
         ]
+        segments = [[0] * len(r.prompt) + (r.segments or [0] * len(r.completion)) for r in read]
+        has_segments = any(r.segments is not None for r in read)
         behavior = [
             [0.0] * len(r.prompt)
             + [x if keep else 0.0 for x, keep in zip(r.behavior or mask, mask, strict=True)]
@@ -154,12 +160,16 @@ class CompletionCollator:
             batch["labels"] = torch.tensor([[x for row in labels for x in row]], dtype=torch.int64)
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
+            if has_segments:
+                batch[SEGMENTS] = torch.tensor([[x for row in segments for x in row]])
         else:
             prefix = common_prefix_length(prompts) if self.share_prefix else 0
             batch = dict(pad_left(sequences, self.pad_token_id, prefix))
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
+            if has_segments:
+                batch[SEGMENTS] = _right_align(segments, width, 0, torch.int64)
             kept = [len(mask) - mask.index(1) for mask in scored if any(mask)]
             batch["logits_to_keep"] = max(kept, default=0) + 1
             batch["prefix_length"] = prefix
@@ -245,6 +255,7 @@ class _Read(NamedTuple):
     completion: list[int]
     #: 1 for tokens that the policy wrote.
     mask: list[int]
+    segments: list[int] | None
     #: None where it is missing and may be.
     behavior: list[float] | None
     reward: float
@@ -297,7 +308,13 @@ def _read(record: Mapping[str, Any], where: str, limits: Any, baseline: float) -
     prompt, completion, mask = check_token_ids(record, where, needed, remedy)
     behavior = behavior_of(record, len(completion), where, mask)
     return _Read(
-        prompt, completion, mask, behavior, reward_of(record, where), weight_of(record, where)
+        prompt,
+        completion,
+        mask,
+        segments_of(record, len(completion), where),
+        behavior,
+        reward_of(record, where),
+        weight_of(record, where),
     )
 
 

@@ -66,7 +66,8 @@ def prepare_records(
     ``behavior_log_prob`` the records can be scored, but not yet collated.
 
     ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without
-    it that is all of them. ``sample_weight`` multiplies the record's loss.
+    it that is all of them. ``sample_weight`` multiplies the record's loss; ``segments``, one integer per
+    token of the completion, are for the ratios per segment.
 
     Fields that are known to mean something which training does not do (masks and weights under another
     name, labels, images, positions; log mu under another name) are refused unless they change nothing;
@@ -242,6 +243,7 @@ class _Prepare:
             )
         fields.was_cut(record, where)
         fields.weight_of(record, where)
+        fields.segments_of(record, len(completion), where)
         mask = self._mask(record, completion, told, where)
         behavior = fields.behavior_of(record, len(completion), where, mask)
         fields.check_meaning(record, prompt, completion, mask, where)

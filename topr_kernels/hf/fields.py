@@ -18,6 +18,8 @@ from topr_kernels.limits import Limits
 TOKENS = ("prompt_token_ids", "completion_token_ids")
 #: One 0 or 1 per token of the completion, 1 where the policy wrote it.
 MASK = "completion_mask"
+#: One integer per token of the completion: runs of equal ones are a segment.
+SEGMENTS = "segments"
 #: One number >= 0, by which the loss of the record is multiplied.
 WEIGHT = "sample_weight"
 
@@ -146,6 +148,33 @@ def mask_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | N
                 f"the policy wrote and 0 for another; the weight of a record goes under {WEIGHT}"
             )
     return [int(x) for x in found]
+
+
+def segments_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | None:
+    """The segment of each of a completion's tokens, an integer; None where the record has none.
+
+    Raises:
+        TypeError: if they are no flat sequence of whole numbers.
+        ValueError: if there are more or fewer than tokens.
+    """
+    values = plain(record.get(SEGMENTS))
+    if values is None:
+        return None
+    found = None
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        found = [plain(x) for x in values]
+        found = [int(x) if isinstance(x, float) and x.is_integer() else x for x in found]
+    if found is None or not set(map(type, found)) <= {int}:
+        raise TypeError(
+            f"{where}, field {SEGMENTS!r}: got {values!r:.40}; expected one integer per token of the "
+            "completion, equal ones in a row being a segment; drop the field if it means something else"
+        )
+    if len(found) != tokens:
+        raise ValueError(
+            f"{where}, field {SEGMENTS!r}: has {len(found)} entries, but the completion has {tokens} "
+            "tokens; expected one integer for each of them and none for the prompt"
+        )
+    return found
 
 
 def weight_of(record: Mapping[str, Any], where: str) -> float:

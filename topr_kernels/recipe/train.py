@@ -35,7 +35,7 @@ class TrainSettings:
 
     Args:
         limits: preset name or ``Limits``.
-        ratio: "sequence", "geometric" or "token".
+        ratio: "sequence", "geometric" or "token"; of trajectories also "segment" or "segment_geometric".
         baseline: subtracted from every reward.
         learning_rate: of AdamW; constant, without weight decay, gradient norm clipped at 1.
         batch_size: sequences per optimizer step.
