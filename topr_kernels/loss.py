@@ -11,7 +11,7 @@ from topr_kernels import choices, kernels, validation
 from topr_kernels.distributed import calls
 from topr_kernels.distributed.agreement import Groups
 from topr_kernels.layout import IGNORE_INDEX, scored_labels
-from topr_kernels.limits import TOPR, Limits
+from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
@@ -30,7 +30,7 @@ def topr_loss(
     reward: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
@@ -62,7 +62,12 @@ def topr_loss(
             taken per token. A sum is best kept in fp64.
         reward: [B] floating, signed.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
-        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT.
+        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT. Or a taper of
+            one's own, ``(log_ratio, positive) -> (objective, weight)``, see ``limits.Taper``: the value
+            of the loss is what it says, the gradient of each scored token is its weight
+            (``testing.check_taper`` compares them). At "geometric" it gets the mean log-ratio, and its
+            objective is multiplied by |y|. Every implementation then computes rows and gradient in its
+            kernels, and the sequence stage in torch.
         ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO),
             "token" (each token clipped alone), "segment" (O_s = sum_k rho of the product over segment
             k) or "segment_geometric" (sum_k |k| rho of its |k|-th root). The last three need
@@ -143,7 +148,7 @@ def linear_topr_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
@@ -250,9 +255,11 @@ def linear_topr_loss(
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective, normalizer)
     objective = with_units(objective, tokens)
+    lent = linear_ops.lend(objective.taper)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective.operands, weights.compute_dtype, *transforms),
-        *(entropy, shift, wanted.grad_tolerance, workspace, *wanted[1:], name),
+        *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
+        *(weights.compute_dtype, *transforms, entropy, shift),
+        *(wanted.grad_tolerance, workspace, *wanted[1:], name),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
     rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
@@ -267,7 +274,7 @@ def topr_loss_from_log_prob(
     reward: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
@@ -344,8 +351,8 @@ def _staged(given: validation.LogitsArguments, objective: Objective) -> TOPROutp
 def _check_inplace(logits: Tensor, objective: Objective) -> None:
     if not objective.in_kernels:
         raise ValueError(
-            "inplace: got True with sequence_weight or a ratio per segment, where it is not served; "
-            "pass inplace=False"
+            "inplace: got True with sequence_weight, a ratio per segment or a callable in limits, where "
+            "it is not served; pass inplace=False"
         )
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -374,7 +381,7 @@ class TOPRLoss(nn.Module):
         **options: every keyword of :func:`topr_loss` but those of its ``forward``.
 
     Raises:
-        TypeError: on an unknown option, or limits that are not ``Limits``.
+        TypeError: on an unknown option, or limits that are neither ``Limits`` nor callable.
         ValueError: on an unknown ratio or reduction.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from topr_kernels.layout import sequence_index, sequence_offsets
 from topr_kernels.ops.options import Objective
 from topr_kernels.output import TOPROutput, weights_or_ones
-from topr_kernels.taper import taper
+from topr_kernels.taper import taper, taper_by
 
 
 class SequenceStage(NamedTuple):
@@ -68,6 +68,8 @@ def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:
 
 def needs_behavior(objective: Objective) -> Tensor:
     """[B] bool: whether the weight of a sequence depends on log mu; with equal limits it does not."""
+    if objective.taper is not None:
+        return torch.ones_like(objective.reward, dtype=torch.bool)
     pos_min, pos_max, neg_min, neg_max = objective.log_limits
     negative = effective_reward(objective) < 0
     return torch.where(negative, neg_min != neg_max, pos_min != pos_max)
@@ -214,6 +216,8 @@ def sequence_stage(
 
 def _tapered(objective: Objective, log_ratio: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """Objective and weight of some log-ratios, given which of them are of negative sequences."""
+    if objective.taper is not None:
+        return taper_by(objective.taper, log_ratio, ~negative)
     pos_min, pos_max, neg_min, neg_max = objective.log_limits
     log_min = torch.full_like(log_ratio, pos_min).masked_fill(negative, neg_min)
     log_max = torch.full_like(log_ratio, pos_max).masked_fill(negative, neg_max)

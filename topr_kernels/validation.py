@@ -17,7 +17,7 @@ from torch import Tensor
 
 from topr_kernels.choices import RATIOS, REDUCTIONS, SEGMENT_RATIOS, SUMMED_RATIOS
 from topr_kernels.layout import IGNORE_INDEX
-from topr_kernels.limits import PRESETS, Limits
+from topr_kernels.limits import IS, PRESETS, Limits, Taper
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
 from topr_kernels.sequence import needs_behavior, of_tokens
 
@@ -73,15 +73,16 @@ def check_transforms(
     return Transforms(logit_scale, softcap, temperature)
 
 
-def check_limits(limits: object) -> Limits:
-    """Checks that ``limits`` is a Limits object."""
-    if not isinstance(limits, Limits):
-        names = ", ".join(PRESETS)
-        raise TypeError(
-            f"limits: expected a topr_kernels.Limits, got {type(limits).__name__} ({limits!r}); use a "
-            f"preset (topr_kernels.TOPR, ...; PRESETS has them by name: {names}) or Limits(...)"
-        )
-    return limits
+def check_limits(limits: object) -> Limits | Taper:
+    """Checks that ``limits`` is a Limits object, or a callable; a class is none."""
+    if isinstance(limits, Limits) or (callable(limits) and not isinstance(limits, type)):
+        return limits
+    names = ", ".join(PRESETS)
+    raise TypeError(
+        f"limits: expected a topr_kernels.Limits, got {type(limits).__name__} ({limits!r}); use a "
+        f"preset (topr_kernels.TOPR, ...; PRESETS has them by name: {names}), Limits(...) or a callable "
+        "(log_ratio, positive) -> (objective, weight)"
+    )
 
 
 def check_rows(
@@ -371,7 +372,7 @@ class SequenceArguments(NamedTuple):
     behavior_log_prob: Tensor
     reward: Tensor
     normalizer: float | Tensor | None
-    limits: Limits
+    limits: Limits | Taper
     ratio: str
     baseline: float
     reduction: str
@@ -425,12 +426,14 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
         )
     segments = _segments(tokens, given)
     normalizer = _normalizer(normalizer, reduction, device)
-    log_limits = check_limits(limits).log()
+    limits = check_limits(limits)
+    taper = None if isinstance(limits, Limits) else limits
+    log_limits = (limits if isinstance(limits, Limits) else IS).log()
     baseline = check_number("baseline", baseline)
     options = SEGMENT_RATIOS.get(ratio, ratio), baseline, reduction
     objective = Objective(behavior, reward, normalizer, *log_limits, *options, weight)
-    if segments is not None:
-        objective = objective._replace(segments=segments)
+    if segments is not None or taper is not None:
+        objective = objective._replace(segments=segments, taper=taper)
     return objective if given.behavior_known is None else _filled(tokens, objective, given)
 
 

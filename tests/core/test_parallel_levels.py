@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from levels import PATHS, VOCAB, a_trajectory, some_segments
 from processes import case, launch
+from test_own_taper import band
 from test_parallel import BOTH, close, start
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,6 +33,8 @@ def level_options() -> list[dict[str, Any]]:
         {"ratio": "segment", "limits": BOTH, "segments": segments},
         {"ratio": "segment_geometric", "limits": BOTH, "reduction": "token_mean"},
         {"ratio": "segment", "limits": BOTH, "sequence_weight": weight},
+        {"ratio": "sequence", "limits": band},
+        {"ratio": "segment_geometric", "limits": band},
         {"ratio": "geometric", "sequence_weight": weight, "behavior_known": known},
         {"ratio": "segment_geometric", "segments": segments, "behavior_known": known},
     ]
@@ -112,6 +115,7 @@ def shards_worker() -> None:
             compare((out, d_hidden), expected)
     for wrong, what in (
         ({"ratio": ("segment", "sequence")[rank]}, "ratio per segment"),
+        ({"limits": (band, BOTH)[rank]}, "limits"),
         ({"sequence_weight": torch.full((5,), 1.0 + rank)}, "sequence_weight"),
         ({"ratio": "segment", "segments": some_segments(batch, rank)}, "segments"),
     ):

@@ -75,9 +75,11 @@ def linear_topr_loss(
     workspace = _workspace(given, inputs, agreed.shard)
     impl = _registered(checked.impl, agreed.shard, groups)
     x, weights, _, transforms, wanted = inputs
+    lent = linear_ops.lend(objective.taper)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective.operands, weights.compute_dtype, *transforms),
-        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, *wanted[1:], impl),
+        *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
+        *(weights.compute_dtype, *transforms, given.entropy, tokens.shift),
+        *(wanted.grad_tolerance, workspace, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
     rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
@@ -189,10 +191,12 @@ def _statement(
     behavior = summed = None
     objective = checked.objective
     if objective is not None:
-        behavior = objective.behavior_log_prob
+        behavior, own = objective.behavior_log_prob, objective.taper
         summed = checked.summed().behavior_log_prob if checked.forms & PER_SEQUENCE else None
         shared |= {
-            "limits": objective.log_limits,
+            "limits": objective.log_limits
+            if own is None
+            else getattr(own, "__qualname__", type(own)),
             "ratio": objective.ratio,
             "ratio per segment": objective.segments is not None,
             "baseline": objective.baseline,

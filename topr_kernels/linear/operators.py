@@ -148,6 +148,8 @@ def _branches(objective: Objective) -> Tensor:
 
 def _known_in_advance(objective: Objective, branch: int) -> bool:
     """Whether a row's coefficient needs nothing of its sequence but the length."""
+    if objective.taper is not None:
+        return objective.ratio == "token"
     low, high = objective.log_limits[2:] if branch < 0 else objective.log_limits[:2]
     return objective.ratio == "token" or low == high
 

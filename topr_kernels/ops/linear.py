@@ -11,6 +11,8 @@ d_hidden without the coefficients of its rows. The backward multiplies the upstr
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +52,35 @@ def is_registered(impl: str) -> bool:
 def unregister(impl: str) -> None:
     """Forgets an implementation, if it is there."""
     _KERNELS.pop(impl, None)
+
+
+class Lent:
+    """A taper of the caller's, by a number that a schema takes; forgotten with this object."""
+
+    def __init__(self, taper: Taper) -> None:
+        self.taper, self.number = taper, next(_COUNT)
+        _LENT[self.number] = self
+
+
+Taper = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_LENT: weakref.WeakValueDictionary[int, Lent] = weakref.WeakValueDictionary()
+_COUNT = itertools.count(1)
+
+
+def lend(taper: Taper | None) -> Lent | None:
+    """Makes a taper callable from :func:`linear_topr_fwd`, as long as its result or a graph lives.
+
+    Raises:
+        ValueError: in a compiled graph, which cannot hold it.
+    """
+    if taper is None:
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "limits: a callable in linear_topr_loss cannot be part of a compiled graph; call it outside "
+            "(torch.compiler.disable), or use topr_loss"
+        )
+    return Lent(taper)
 
 
 @torch.library.custom_op("topr_kernels::linear_log_prob_fwd", mutates_args=())
@@ -153,6 +184,7 @@ def linear_topr_fwd(
     sequence_weight: Tensor | None,
     unit_offsets: Tensor | None,
     unit_owner: Tensor | None,
+    taper: int | None,
     compute_dtype: torch.dtype,
     logit_scale: float,
     softcap: float | None,
@@ -200,6 +232,7 @@ def linear_topr_fwd(
         units=None
         if unit_offsets is None or unit_owner is None
         else Units(unit_offsets, unit_owner),
+        taper=None if taper is None else _LENT[taper].taper,
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -225,7 +258,7 @@ def _topr_fwd_fake(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *_, grad_hidden, grad_weight, grad_bias, _ = args
-    dtype = accumulate_dtype(args[11])
+    dtype = accumulate_dtype(args[12])
 
     def new(*shape: Any, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(*shape, dtype=dtype)
@@ -277,6 +310,8 @@ def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
     # inference mode cannot be saved.
     ctx.constants = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs[3:])
+    # As long as the graph lives the taper can be called again.
+    ctx.lent = None if inputs[18] is None else _LENT[inputs[18]]
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
     ctx.mark_non_differentiable(*output[1:])
@@ -287,7 +322,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     wanted = ctx.needs_input_grad[:3]
     if d_loss is None or not any(wanted):
-        return (None,) * 30
+        return (None,) * 31
     # torch 2.10 traces a backward without saying so; what it traces is a subclass that has no values.
     compiling = torch.compiler.is_compiling() or type(d_loss) is not Tensor
     if torch.is_grad_enabled() and not compiling:
@@ -323,7 +358,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             # In its own memory: a head's gradient may be the largest tensor of the step.
             result.append(gradient.mul_(factor))
-    return (*result, *(None,) * 27)
+    return (*result, *(None,) * 28)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -6,6 +6,7 @@ packed O = 1; B sequences; V vocabulary; D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,13 @@ class Objective(NamedTuple):
     # [B] bool, whose log mu is known; where it is not, what stands for it has been filled in.
     behavior_known: Tensor | None = None
     segments: Tensor | None = None  # [O, T] integers, from which the units are found
+    # (log_ratio, positive) -> (objective, weight) in the place of the limits, see ``limits.Taper``
+    taper: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def in_kernels(self) -> bool:
         """Whether the first ten fields say all: what kernels with a sequence stage compute."""
-        return self.sequence_weight is None and self.segments is None
+        return self.sequence_weight is None and self.segments is None and self.taper is None
 
     @property
     def operands(self) -> tuple[Any, ...]:
