@@ -332,7 +332,7 @@ def topr_loss_from_log_prob(
     tokens = Tokens(scored, offsets, False)
     objective = validation.check_objective(tokens, sequences)
     if validation.values_readable(x, debug):
-        validation.check_sequence_values(scored, offsets, objective, normalizer)
+        validation.check_sequence_values(tokens, objective, normalizer)
     objective = with_units(objective, tokens)
     return topr_from_log_prob(x, scored, offsets, objective).shaped(log_prob.shape)
 

@@ -50,7 +50,10 @@ def effective_reward(objective: Objective) -> Tensor:
 
     In that dtype 0.7 - 0.7 is 0, and not a negative of 1e-8 that would take the other branch.
     """
-    return objective.reward - torch.full_like(objective.reward, objective.baseline)
+    reward, baseline = objective.reward, objective.baseline
+    if reward.dtype in (torch.float32, torch.float64):
+        return reward - baseline  # where a number is rounded to the dtype of the tensor
+    return reward - torch.full_like(reward, baseline)
 
 
 def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:

@@ -534,13 +534,18 @@ def check_values(
 ) -> None:
     """Raises on values that are not sound; reads them on the host."""
     check_label_values(tokens.labels, vocab)
-    check_sequence_values(tokens.labels != IGNORE_INDEX, tokens.cu_seqlens, objective, normalizer)
+    check_sequence_values(tokens, objective, normalizer)
 
 
-def check_sequence_values(
-    scored: Tensor, cu_seqlens: Tensor | None, objective: Objective | None, normalizer: object
-) -> None:
-    """Raises on values of sequences that are not sound; reads them on the host."""
+def check_sequence_values(tokens: Tokens, objective: Objective | None, normalizer: object) -> None:
+    """Raises on values of sequences that are not sound; reads them on the host.
+
+    Args:
+        tokens: labels [O, T], or a mask in their place.
+        objective: checked, or None.
+        normalizer: as it came.
+    """
+    labels, cu_seqlens, _ = tokens
     if objective is not None:
         check_reward_values(objective.reward)
         if objective.sequence_weight is not None:
@@ -548,9 +553,10 @@ def check_sequence_values(
         if objective.behavior_known is not None:
             check_known_values(objective)
     if isinstance(normalizer, Tensor):
+        scored = labels if labels.dtype == torch.bool else labels != IGNORE_INDEX
         check_normalizer_value(normalizer, bool(scored.any()))
     if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, scored.shape[1])
+        check_cu_seqlens_values(cu_seqlens, labels.shape[1])
 
 
 def check_label_values(labels: Tensor, vocab: int) -> None:
@@ -583,9 +589,9 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, n: int) -> None:
 
 def check_reward_values(reward: Tensor) -> None:
     """Raises when a reward is NaN or infinite."""
-    bad = ~reward.isfinite()
-    if bad.any():
-        i = int(bad.nonzero()[0])
+    finite = reward.isfinite()
+    if not finite.all():
+        i = int((~finite).nonzero()[0])
         raise ValueError(
             f"reward: expected finite numbers, got {float(reward[i])} for sequence {i}; drop the "
             "sequence or give it a reward"

@@ -759,7 +759,8 @@ def test_operators_keep_their_contract(tolerance: float, cpu_impl: str) -> None:
         ops.linear_topr_fwd,
         (
             *(hidden, weight, None, batch.labels, None, *batch[3:], None),
-            *(*TOPR.log(), "sequence", 0.0, "sequence_mean", *[None] * 4, *common, False, True),
+            *(TOPR.log(), "sequence", 0.0, "sequence_mean", None, None, None, *common),
+            *(False, True),
             *(tolerance, 1 << 20, True, True, False, cpu_impl),
         ),
         test_utils=tests,

@@ -296,7 +296,8 @@ class _TokenCall(NamedTuple):
         if validation.values_readable(inputs.log_prob, self.given.debug):
             assert checked.objective is not None
             rest = checked.objective, self.sequences.normalizer
-            validation.check_sequence_values(inputs.mask, inputs.cu_seqlens, *rest)
+            tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
+            validation.check_sequence_values(tokens, *rest)
 
 
 def _check_values(

@@ -141,9 +141,11 @@ def _topr_fwd(
 
 def _branches(objective: Objective) -> Tensor:
     """[B]: 0 without a gradient, -1 on the negative branch, 1 on the positive one (NaN too)."""
-    negative = effective_reward(objective) < 0
-    nothing = signed_weight(objective, torch.float64) == 0
-    return torch.where(nothing, 0, torch.where(negative, -1, 1))
+    reward = effective_reward(objective)
+    amount = reward
+    if objective.sequence_weight is not None:
+        amount = signed_weight(objective, torch.float64)
+    return torch.where(amount == 0, 0, torch.where(reward < 0, -1, 1))
 
 
 def _known_in_advance(objective: Objective, branch: int) -> bool:
@@ -235,10 +237,11 @@ class _Work:
         """
         rows, mu, device = self.rows, self.objective.behavior_log_prob, index.device
         sequence = torch.tensor([s for s, _ in segments]).to(device)
+        offsets = torch.tensor([0, *(n for _, n in segments)]).cumsum(0).to(device)
         units = self.objective.units
         if units is not None:
             sequence = units.owner[sequence]
-        offsets = torch.tensor([0, *(n for _, n in segments)]).cumsum(0).to(device)
+            units = Units(offsets, torch.arange(len(segments), device=device))
         position = rows.position[index]
         log_prob = self.out.log_prob.view(-1)[position].unsqueeze(0)
         mu = mu.reshape(-1)[position].unsqueeze(0) if mu.dim() == 2 else mu[sequence]
@@ -247,11 +250,7 @@ class _Work:
             torch.ones_like(log_prob, dtype=torch.bool),
             offsets,
             rows.sound,
-            self.objective.of_sequences(sequence)._replace(
-                behavior_log_prob=mu,
-                normalizer=None,
-                units=units and Units(offsets, torch.arange(len(segments), device=device)),
-            ),
+            self.objective.of_sequences(sequence, mu, units),
             length=rows.length[sequence],
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)

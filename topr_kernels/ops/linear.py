@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,16 +174,12 @@ def linear_topr_fwd(
     behavior_log_prob: Tensor,
     reward: Tensor,
     normalizer: Tensor | None,
-    log_pos_min: float,
-    log_pos_max: float,
-    log_neg_min: float,
-    log_neg_max: float,
+    log_limits: Sequence[float],
     ratio: str,
     baseline: float,
     reduction: str,
     sequence_weight: Tensor | None,
-    unit_offsets: Tensor | None,
-    unit_owner: Tensor | None,
+    units: Tensor | None,
     taper: int | None,
     compute_dtype: torch.dtype,
     logit_scale: float,
@@ -226,12 +222,10 @@ def linear_topr_fwd(
     """
     objective = Objective(
         *(behavior_log_prob, reward, normalizer),
-        *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        *(log_limits[0], log_limits[1], log_limits[2], log_limits[3]),
         *(ratio, baseline, reduction),
         sequence_weight=sequence_weight,
-        units=None
-        if unit_offsets is None or unit_owner is None
-        else Units(unit_offsets, unit_owner),
+        units=None if units is None else Units.unpacked(units),
         taper=None if taper is None else _LENT[taper].taper,
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
@@ -258,7 +252,7 @@ def _topr_fwd_fake(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *_, grad_hidden, grad_weight, grad_bias, _ = args
-    dtype = accumulate_dtype(args[12])
+    dtype = accumulate_dtype(args[8])
 
     def new(*shape: Any, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(*shape, dtype=dtype)
@@ -311,7 +305,7 @@ def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     # inference mode cannot be saved.
     ctx.constants = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs[3:])
     # As long as the graph lives the taper can be called again.
-    ctx.lent = None if inputs[18] is None else _LENT[inputs[18]]
+    ctx.lent = None if inputs[14] is None else _LENT[inputs[14]]
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
     ctx.mark_non_differentiable(*output[1:])
@@ -322,7 +316,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     d_loss = d[0]
     wanted = ctx.needs_input_grad[:3]
     if d_loss is None or not any(wanted):
-        return (None,) * 31
+        return (None,) * 27
     # torch 2.10 traces a backward without saying so; what it traces is a subclass that has no values.
     compiling = torch.compiler.is_compiling() or type(d_loss) is not Tensor
     if torch.is_grad_enabled() and not compiling:
@@ -358,7 +352,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         else:
             # In its own memory: a head's gradient may be the largest tensor of the step.
             result.append(gradient.mul_(factor))
-    return (*result, *(None,) * 28)
+    return (*result, *(None,) * 24)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -35,6 +35,15 @@ class Units(NamedTuple):
     offsets: Tensor  # [S + 1] int64 in the flattened label positions
     owner: Tensor  # [S] int64 sequence
 
+    def packed(self) -> Tensor:
+        """One tensor of both: every argument of an operator costs time at each call."""
+        return torch.stack([self.offsets, torch.nn.functional.pad(self.owner, (0, 1))])
+
+    @staticmethod
+    def unpacked(x: Tensor) -> Units:
+        """The units of what ``packed`` gave."""
+        return Units(x[0], x[1, :-1])
+
 
 class Objective(NamedTuple):
     """The TOPR objective of a batch: what is known of its sequences, how they are weighted and summed.
@@ -69,13 +78,18 @@ class Objective(NamedTuple):
     @property
     def operands(self) -> tuple[Any, ...]:
         """What the operators take of it that compute their sequence stage in torch, in their order."""
-        return (*self[:11], *(self.units or (None, None)))
+        units = None if self.units is None else self.units.packed()
+        return (*self[:3], self.log_limits, *self[7:11], units)
 
-    def of_sequences(self, index: Tensor) -> Objective:
-        """The same, rewards and weights of some sequences."""
+    def of_sequences(self, index: Tensor, behavior: Tensor, units: Units | None) -> Objective:
+        """The same of some sequences, whose log mu and units are given; without a normalizer."""
         weight = self.sequence_weight
         return self._replace(
-            reward=self.reward[index], sequence_weight=None if weight is None else weight[index]
+            behavior_log_prob=behavior,
+            reward=self.reward[index],
+            normalizer=None,
+            sequence_weight=None if weight is None else weight[index],
+            units=units,
         )
 
     @property
