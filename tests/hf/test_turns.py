@@ -62,7 +62,7 @@ def tokenizer(template: str) -> Any:
         tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<|eot|>", pad_token="<eos>"
     )
     result.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    result.chat_template = template
+    result.chat_template = template or None
     return result
 
 
@@ -264,6 +264,12 @@ def test_marks_say_what_of_a_turn_the_policy_wrote():
 def test_turns_that_cannot_be_told_are_refused(completion: list[Row], message: str):
     with pytest.raises(ValueError, match=rf"record 0, field 'completion': got .*{message}"):
         prepare(HERMES, completion)
+
+
+def test_a_tokenizer_without_a_template_is_named():
+    turns = [says("assistant", "1"), says("user", "2"), says("assistant", "3")]
+    with pytest.raises(ValueError, match=r"record 0, .*the chat template failed: .*chat_template"):
+        prepare("", turns)
 
 
 def test_a_mask_of_ones_own_must_be_that_of_the_roles():

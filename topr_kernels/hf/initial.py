@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from topr_kernels.hf.behavior import check_records
+from topr_kernels.hf.fields import mask_of
 
 _REMEDY = (
     "score the records beforehand (topr score, or score_behavior with the whole model in one process) "
@@ -71,7 +72,7 @@ def score_initial(
         log_probs = score(records[rank::processes])
         if processes == 1:
             return log_probs
-        probe = next((r for r in records if len(r["completion_token_ids"])), None)
+        probe = next((r for r in records if _written(r)), None)
         probed = score([probe])[0] if probe is not None else []
     shares = gather_object([(log_probs, probed)])
     differences = [
@@ -86,6 +87,13 @@ def score_initial(
             f"fsdp_config={{'cpu_ram_efficient_loading': False}}, or {_REMEDY}"
         )
     return [shares[i % processes][0][i // processes] for i in range(len(records))]
+
+
+def _written(record: Mapping[str, Any]) -> int:
+    """Number of tokens of a completion that the policy wrote."""
+    tokens = len(record["completion_token_ids"])
+    mask = mask_of(record, tokens, "record")
+    return tokens if mask is None else sum(mask)
 
 
 class ScoredBy(TrainerCallback):

@@ -170,10 +170,16 @@ class Reader:
         None where it has no ``{% generation %}`` marks, or a tokenizer that cannot tell where they are.
         """
         options = {**self._options, **extra}
-        template = self._tokenizer.get_chat_template(
-            options.get("chat_template"), tools=options.get("tools")
-        )
-        if not (getattr(self._tokenizer, "is_fast", False) and _MARKS.search(template)):
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        try:
+            template = self._tokenizer.get_chat_template(
+                options.get("chat_template"), tools=options.get("tools")
+            )
+        except ValueError:
+            # There is none, as rendering will say.
+            return None
+        if not _MARKS.search(template):
             return None
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self._applied(messages, {**options, "add_generation_prompt": False}, where)
