@@ -222,6 +222,11 @@ def test_a_turn_may_be_cut_off_or_continue_the_prompt():
         ("\n<|start|>user\n12<|eot|>\n<|start|>assistant\n", 0),
         ("So 1", 1),
     )
+    for template in (HERMES, MARKED):
+        with pytest.raises(
+            ValueError, match=r"field 'prompt': ends with a message of the assistant"
+        ):
+            prepare(template, turns, prompt=[begun[0], says("assistant", None)])
 
 
 def test_marks_say_what_of_a_turn_the_policy_wrote():

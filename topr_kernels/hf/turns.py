@@ -56,14 +56,14 @@ def read_turns(
     turns = _turns(completion, where)
     result, last = Turns([], [], []), turns[-1]
     marked = None
-    if last > 0:
-        marked = reader.marked(_talk(prompt, completion[: last + 1]), extra, where)
     for k in turns:
         at = f"{where}, message {k} of the completion" if len(completion) > 1 else where
         seen = _talk(prompt, completion[:k])
         before, said = reader.messages(seen, completion[k], extra, cut and k == last, at)
         if k == turns[0]:
             result = Turns(before, [], [])
+            if last > 0:
+                marked = reader.marked(_talk(prompt, completion[: last + 1]), extra, where)
         known = result.prompt + result.completion
         _check_extends(reader, known, before, "all messages before it", at)
         between, written = before[len(known) :], [1] * len(said)
