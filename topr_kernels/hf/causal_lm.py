@@ -23,6 +23,7 @@ from topr_kernels.hf.forward import model_inputs
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import check_packing_once, is_packed
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.limits import Taper
 from topr_kernels.validation import values_readable
 
 #: Entries of a batch that are options of the loss.
@@ -36,7 +37,7 @@ def causal_lm_topr_loss(
     batch: Mapping[str, Any],
     *,
     unwrapped: nn.Module | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",

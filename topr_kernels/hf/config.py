@@ -143,7 +143,8 @@ class TOPRConfig(TrainingArguments):
             self.limits = Limits(**self.limits)
         if not isinstance(self.limits, Limits):
             raise ValueError(
-                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)}"
+                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)} (not a "
+                "callable, which checkpoints cannot keep: pass one to causal_lm_topr_loss)"
             )
         check_choice("ratio", self.ratio, RATIOS)
         check_number("baseline", self.baseline)
