@@ -502,8 +502,8 @@ HF = [
     Mutant(
         "cut-text-ends-with-eos",
         "topr_kernels/hf/tokenise.py",
-        "        if cut or (after and after[-1] in self._eos):\n            return start, after\n",
-        "        if after and after[-1] in self._eos:\n            return start, after\n",
+        "        if cut or (after and after[-1] in self.eos):\n            return start, after\n",
+        "        if after and after[-1] in self.eos:\n            return start, after\n",
         ("tests/hf/test_data.py",),
     ),
     Mutant(
@@ -516,8 +516,8 @@ HF = [
     Mutant(
         "the-first-stop-token",
         "topr_kernels/hf/tokenise.py",
-        "next((x for x in (turn, own) if x in self._eos), self._eos[0])",
-        "self._eos[0]",
+        "next((x for x in (turn, own) if x in self.eos), self.eos[0])",
+        "self.eos[0]",
         ("tests/hf/test_tokenise.py::test_of_several_stops_the_one_that_ends_a_turn_ends_a_text",),
     ),
     Mutant(
@@ -554,6 +554,52 @@ HF = [
         "if _MASK.search(name):",
         "if False:",
         ("tests/hf/test_fields.py::test_a_field_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "tools-are-scored",
+        "topr_kernels/hf/collator.py",
+        "[0] * len(r.mask) if cut else r.mask",
+        "[0] * len(r.mask) if cut else [1] * len(r.mask)",
+        (
+            "tests/hf/test_masks.py::test_the_loss_and_its_gradient_are_those_of_labels_of_minus_100",
+        ),
+    ),
+    Mutant(
+        "rewritten-turns-pass",
+        "topr_kernels/hf/turns.py",
+        'all messages before it", at)',
+        'all messages before it", at) if False else None',
+        (
+            "tests/hf/test_turns.py::test_thoughts_that_a_template_drops_are_refused_or_served_from_token_ids",
+        ),
+    ),
+    Mutant(
+        "marks-are-ignored",
+        "topr_kernels/hf/turns.py",
+        "if marked is not None:",
+        "if False:",
+        ("tests/hf/test_turns.py::test_marks_say_what_of_a_turn_the_policy_wrote",),
+    ),
+    Mutant(
+        "every-weight-is-one",
+        "topr_kernels/hf/fields.py",
+        "    return float(weight)",
+        "    return 1.0",
+        ("tests/hf/test_fields.py::test_weights_of_records_reach_the_batch",),
+    ),
+    Mutant(
+        "positives-never-read-mu",
+        "topr_kernels/hf/fields.py",
+        "return limits.pos_min != limits.pos_max",
+        "return False",
+        ("tests/hf/test_trainer_data.py::test_recorded_log_probs_are_never_replaced_nor_missed",),
+    ),
+    Mutant(
+        "lengths-count-tools",
+        "topr_kernels/recipe/records.py",
+        "if mask is None else sum(mask)",
+        "if mask is None else len(mask)",
+        ("tests/recipe/test_recipe_masks.py::test_lengths_count_what_the_policy_wrote",),
     ),
     Mutant(
         "nan-is-a-log-probability",

@@ -36,7 +36,8 @@ class TOPRConfig(TrainingArguments):
 
     Args:
         limits: name of a preset ("topr", "tis", "is", "reinforce", "sft") or a ``Limits``.
-        ratio: "sequence" (the paper's), "geometric" or "token".
+        ratio: "sequence" (the paper's), "geometric" or "token"; of trajectories also "segment" or
+            "segment_geometric": per turn of the policy, or per run of equal ``segments`` of the records.
         baseline: subtracted from every reward before the sign is taken; see
             ``baseline_for_positive_share``.
         reduction: "sequence_mean" (the paper's: 1/B of 1/|y|) or "token_mean".
@@ -80,7 +81,9 @@ class TOPRConfig(TrainingArguments):
     limits: _LimitsOption = field(
         default="topr", metadata={"help": f"Preset of the clip limits: {', '.join(PRESETS)}."}
     )
-    ratio: str = field(default="sequence", metadata={"help": "sequence, geometric or token."})
+    ratio: str = field(
+        default="sequence", metadata={"help": f"{', '.join(RATIOS[:-1])} or {RATIOS[-1]}."}
+    )
     baseline: float = field(default=0.0, metadata={"help": "Subtracted from every reward."})
     reduction: str = field(
         default="sequence_mean", metadata={"help": "sequence_mean or token_mean."}

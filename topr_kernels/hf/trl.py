@@ -149,7 +149,8 @@ class TOPRGRPOTrainer(GRPOTrainer):
         args: ``GRPOConfig``, without the refused options.
         *more: further arguments of ``GRPOTrainer``.
         limits: clip limits per sign of the advantage; presets TOPR, TIS, IS, REINFORCE, SFT.
-        ratio: "sequence" (the paper's), "geometric" or "token".
+        ratio: "sequence" (the paper's), "geometric" or "token"; "segment" or "segment_geometric" are per
+            turn of the policy.
         baseline: subtracted from every advantage before the sign is taken.
         reduction: "sequence_mean" (the paper's) or "token_mean".
         **kwargs: further arguments of ``GRPOTrainer``.
