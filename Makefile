@@ -136,6 +136,16 @@ $(SANITIZE)/$(1)/test_kernels: $(NATIVE:%=$(SANITIZE)/$(1)/%)
 endef
 $(foreach way,address thread plain,$(eval $(call SANITIZED,$(way))))
 
+# The pages of docs/ in build/site, from the sources and the docstrings; a warning is an error.
+.PHONY: docs
+docs: $(VENV)/docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict
+
+$(VENV)/docs/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt mkdocs-material "mkdocstrings[python]"
+	@touch $@
+
 # What a release uploads, in dist/: the sdist, and the wheel of this machine under the oldest manylinux tag that its
 # symbols allow. The OpenMP runtime is torch's, so the wheel holds none. Then each is installed where there is no
 # compiler, and the fast tests of the core run against the installed package.

@@ -1,8 +1,8 @@
 """What is measured: inputs with an fp64 truth, and providers, which are losses of them.
 
 A provider is a loss of (case, *leaves). Those that give a log-probability per token share one TOPR
-stage in plain torch (README, "Equivalent to"). Those that can express less compute what they can:
-``kind`` says what, and they are checked against that, in fp64.
+stage in plain torch (docs/method.md, "Equivalent to"). Those that can express less compute what they
+can: ``kind`` says what, and they are checked against that, in fp64.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Case:
 
 
 def topr(log_pi: Tensor, mu: Tensor, reward: Tensor, of: Tensor, length: Tensor) -> Tensor:
-    """README's "Equivalent to" for packed sequences: row t belongs to sequence ``of[t]``."""
+    """docs/method.md's "Equivalent to" for packed sequences: row t belongs to sequence ``of[t]``."""
     difference = log_pi - mu
     log_ratio = difference.new_zeros(len(length)).index_add(0, of, difference)
     low = torch.where(reward < 0, 0.0, 1.0).log()

@@ -4,9 +4,9 @@
     python benchmarks/demo_seeds.py --quick --seeds 0 --out OUT     # does it run?
 
 Resumes where it was stopped. Writes benchmarks/results/demo_seeds.csv (long format: seed, method,
-decoding, correct, questions, settings) and prints the README table with a 95 % interval of the mean gain
-over the base (Student's t over seeds). Settings are the demo's defaults; nothing is chosen per seed.
-Of --quick or another --model the CSV is OUT/demo_seeds.csv, and the committed one stays.
+decoding, correct, questions, settings) and prints the table of docs/demo.md with a 95 % interval of the
+mean gain over the base (Student's t over seeds). Settings are the demo's defaults; nothing is chosen
+per seed. Of --quick or another --model the CSV is OUT/demo_seeds.csv, and the committed one stays.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The README table: every seed, and the mean gain over the base with its interval."""
+    """The table of docs/demo.md: every seed, and the mean gain over the base with its interval."""
     seeds = sorted(accuracies(rows, "base", "greedy"))
     lines = [
         "| held-out accuracy, % | "

@@ -1,8 +1,8 @@
-"""Prints the README tables from the CSVs, draws the figures, and writes the tables into README.
+"""Prints the tables of the docs from the CSVs, draws the figures, and writes the tables into a page.
 
     python -m benchmarks.report [FOLDER]             # default: benchmarks/results
     python -m benchmarks.report --figures            # and PNGs beside the CSVs
-    python -m benchmarks.report --write README.md    # and replaces the tables of the same head there
+    python -m benchmarks.report --write docs/performance.md    # and replaces the tables of that head
 
 Where something was measured several times, the last one counts; what then got no number loses the
 earlier ones. What is missing, failed, red or was not measured stands under its table. A ratio to eager
@@ -528,7 +528,7 @@ def tables(folder: Path) -> list[str]:
 
 
 def _axes(width: float = 8.3, height: float = 4.0):  # type: ignore[no-untyped-def]
-    # README is about 830 pixels wide: at 200 a picture is sharp there, and its text 9 points tall.
+    # A page is about 830 pixels wide: at 200 a picture is sharp there, and its text 9 points tall.
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -669,9 +669,9 @@ def _curves(curves: dict[str, dict[int, float]], title: str, x: str, y: str, pat
     return _save(figure, path)
 
 
-def write(readme: Path, made: list[str]) -> list[str]:
-    """Replaces the tables of the same head in a README; heads of tables that it has not."""
-    text = readme.read_text(encoding="utf-8")
+def write(page: Path, made: list[str]) -> list[str]:
+    """Replaces the tables of the same head in a page; heads of tables that it has not."""
+    text = page.read_text(encoding="utf-8")
     lines, unknown = text.split("\n"), []
     for new in (t for t in made if t.startswith("|")):
         head = new.split("|")[1]
@@ -687,7 +687,7 @@ def write(readme: Path, made: list[str]) -> list[str]:
         while end < len(lines) and lines[end].startswith("|"):
             end += 1
         lines[starts[0] : end] = new.split("\n")
-    readme.write_text("\n".join(lines), encoding="utf-8")
+    page.write_text("\n".join(lines), encoding="utf-8")
     return unknown
 
 
@@ -700,7 +700,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--figures", action="store_true", help="PNGs into the folder")
-    parser.add_argument("--write", type=Path, metavar="README", help="replace the tables there")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there")
     args = parser.parse_args(arguments)
     made = tables(args.folder)
     print("\n\n".join(made))

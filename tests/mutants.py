@@ -67,8 +67,8 @@ LOSS = [
     Mutant(
         "zero-reward-loses-nan",
         "topr_kernels/sequence.py",
-        "silent = ~counted | ((reward == 0) & ~tapered.isnan())",
-        "silent = ~counted | (reward == 0)",
+        "silent = ~counted | ((amount == 0) & ~tapered.isnan())",
+        "silent = ~counted | (amount == 0)",
         (
             "tests/core/test_linear.py::test_a_nan_of_a_sequence_with_reward_0_reaches_every_gradient",
         ),
@@ -90,9 +90,79 @@ LOSS = [
     Mutant(
         "baseline-in-fp32",
         "topr_kernels/sequence.py",
-        "return objective.reward - torch.full_like(objective.reward, objective.baseline)",
-        "return objective.reward.double() - objective.baseline",
+        "return reward - baseline  #",
+        "return reward.double() - baseline  #",
         ("tests/core/test_loss.py::test_a_reward_equal_to_the_baseline_is_zero",),
+    ),
+    Mutant(
+        "weight-of-a-sequence-not-in-the-gradient",
+        "topr_kernels/sequence.py",
+        "share = -amount / tokens if",
+        "share = -reward / tokens if",
+        ("tests/core/test_sequence_weight.py",),
+    ),
+    Mutant(
+        "negative-weight-of-a-sequence",
+        "topr_kernels/sequence.py",
+        "sound = (weight >= 0) & (weight < torch.inf)",
+        "sound = ~weight.isnan()",
+        ("tests/core/test_sequence_weight.py::test_poisons_where_values_cannot_be_read",),
+    ),
+    Mutant(
+        "missing-mu-read",
+        "topr_kernels/validation.py",
+        "behavior = torch.where(kept, behavior, fill.to(behavior.dtype))",
+        "behavior = torch.where(kept, behavior, behavior + 0 * fill.to(behavior.dtype))",
+        ("tests/core/test_behavior_known.py",),
+    ),
+    Mutant(
+        "segments-not-told-apart",
+        "topr_kernels/segments.py",
+        "same = (value[1:] == value[:-1]) & (sequence",
+        "same = (sequence",
+        ("tests/core/test_segments.py::test_equals_the_reference",),
+    ),
+    Mutant(
+        "segments-across-sequences",
+        "topr_kernels/segments.py",
+        "& (sequence[1:] == sequence[:-1])",
+        "",
+        ("tests/core/test_segments.py",),
+    ),
+    Mutant(
+        "segments-end-at-a-border",
+        "topr_kernels/distributed/pieces.py",
+        "joined.append(present * first_scored * open_ * (first == value))",
+        "joined.append(torch.zeros_like(present))",
+        ("tests/core/test_parallel_levels.py::test_sequences_in_pieces",),
+    ),
+    Mutant(
+        "a-segment-in-two-tiles",
+        "topr_kernels/linear/plan.py",
+        "known = [rows, *(x[units.owner] for x in known[1:])]",
+        "known = [length, *known[1:]]",
+        ("tests/core/test_segments.py",),
+    ),
+    Mutant(
+        "taper-of-its-own-loses-nan",
+        "topr_kernels/taper.py",
+        "torch.where(unknown, log_ratio, x.to(log_ratio.dtype))",
+        "x.to(log_ratio.dtype)",
+        ("tests/core/test_own_taper.py::test_a_nan_ratio_is_no_finite_weight",),
+    ),
+    Mutant(
+        "taper-of-the-other-sign",
+        "topr_kernels/sequence.py",
+        "taper_by(objective.taper, log_ratio, ~negative)",
+        "taper_by(objective.taper, log_ratio, negative)",
+        ("tests/core/test_own_taper.py::test_equals_the_method_in_plain_torch",),
+    ),
+    Mutant(
+        "taper-forgotten-before-its-graph",
+        "topr_kernels/ops/linear.py",
+        "ctx.lent = None if inputs[14] is None else _LENT[inputs[14]]",
+        "pass",
+        ("tests/core/test_own_taper.py::test_it_lives_as_long_as_the_graph",),
     ),
     Mutant(
         "first-label-of-a-pack-scored",
@@ -149,8 +219,8 @@ OPS = [
     Mutant(
         "constants-not-copied",
         "topr_kernels/ops/linear.py",
-        "tuple(None if x is None else x.clone() for x in inputs[3:8])",
-        "tuple(inputs[3:8])",
+        "tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs[3:])",
+        "tuple(inputs[3:])",
         ("tests/core/test_linear.py::test_buffers_of_inference_mode_and_refilled_ones",),
     ),
     Mutant(
@@ -473,8 +543,8 @@ HF = [
     Mutant(
         "cut-text-ends-with-eos",
         "topr_kernels/hf/tokenise.py",
-        "        if cut or (after and after[-1] in self._eos):\n            return start, after\n",
-        "        if after and after[-1] in self._eos:\n            return start, after\n",
+        "        if cut or (after and after[-1] in self.eos):\n            return start, after\n",
+        "        if after and after[-1] in self.eos:\n            return start, after\n",
         ("tests/hf/test_data.py",),
     ),
     Mutant(
@@ -487,8 +557,8 @@ HF = [
     Mutant(
         "the-first-stop-token",
         "topr_kernels/hf/tokenise.py",
-        "next((x for x in (turn, own) if x in self._eos), self._eos[0])",
-        "self._eos[0]",
+        "next((x for x in (turn, own) if x in self.eos), self.eos[0])",
+        "self.eos[0]",
         ("tests/hf/test_tokenise.py::test_of_several_stops_the_one_that_ends_a_turn_ends_a_text",),
     ),
     Mutant(
@@ -525,6 +595,52 @@ HF = [
         "if _MASK.search(name):",
         "if False:",
         ("tests/hf/test_fields.py::test_a_field_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "tools-are-scored",
+        "topr_kernels/hf/collator.py",
+        "[0] * len(r.mask) if cut else r.mask",
+        "[0] * len(r.mask) if cut else [1] * len(r.mask)",
+        (
+            "tests/hf/test_masks.py::test_the_loss_and_its_gradient_are_those_of_labels_of_minus_100",
+        ),
+    ),
+    Mutant(
+        "rewritten-turns-pass",
+        "topr_kernels/hf/turns.py",
+        'all messages before it", at)',
+        'all messages before it", at) if False else None',
+        (
+            "tests/hf/test_turns.py::test_thoughts_that_a_template_drops_are_refused_or_served_from_token_ids",
+        ),
+    ),
+    Mutant(
+        "marks-are-ignored",
+        "topr_kernels/hf/turns.py",
+        "if marked is not None:",
+        "if False:",
+        ("tests/hf/test_turns.py::test_marks_say_what_of_a_turn_the_policy_wrote",),
+    ),
+    Mutant(
+        "every-weight-is-one",
+        "topr_kernels/hf/fields.py",
+        "    return float(weight)",
+        "    return 1.0",
+        ("tests/hf/test_fields.py::test_weights_of_records_reach_the_batch",),
+    ),
+    Mutant(
+        "positives-never-read-mu",
+        "topr_kernels/hf/fields.py",
+        "return limits.pos_min != limits.pos_max",
+        "return False",
+        ("tests/hf/test_trainer_data.py::test_recorded_log_probs_are_never_replaced_nor_missed",),
+    ),
+    Mutant(
+        "lengths-count-tools",
+        "topr_kernels/recipe/records.py",
+        "if mask is None else sum(mask)",
+        "if mask is None else len(mask)",
+        ("tests/recipe/test_recipe_masks.py::test_lengths_count_what_the_policy_wrote",),
     ),
     Mutant(
         "nan-is-a-log-probability",
@@ -746,8 +862,8 @@ HF = [
     Mutant(
         "a-mean-of-standard-deviations",
         "topr_kernels/hf/watch.py",
-        "self._sequences.append(torch.stack([x.double() for x in results[:5]]))",
-        "self._sequences = [torch.stack([x.double() for x in results[:5]])]",
+        "self._sequences.append(torch.stack([x.double() for x in results[:6]]))",
+        "self._sequences = [torch.stack([x.double() for x in results[:6]])]",
         ("tests/hf/test_trainer.py::test_metrics_of_batches_are_those_of_all_their_sequences",),
     ),
     Mutant(

@@ -29,6 +29,7 @@ RUN_BY = {
     ),
     "benchmarks/linear_tails.py": "benchmarks/test_scripts.py::test_treatments_of_the_tail_are_compared",
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
+    "docs/draw_update.py": "test_readme.py::test_the_picture_is_drawn",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
     "tests/aot.py": "core/test_triton_aot.py::test_sm_90",
     "tests/golden_bits.py": "benchmarks/test_scripts.py::test_bits_are_compared",

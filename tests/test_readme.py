@@ -1,4 +1,4 @@
-"""The code that README shows runs, and does what README says."""
+"""The code that README and docs show runs, and does what they say."""
 
 from __future__ import annotations
 
@@ -23,11 +23,87 @@ from topr_kernels.testing import make_batch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    "README.md": README,
+    **{
+        f"docs/{p.name}": p.read_text(encoding="utf-8")
+        for p in sorted((ROOT / "docs").glob("*.md"))
+    },
+}
+HEADING = re.compile(r"^#+ (.+)\n", re.MULTILINE)
+#: (page, heading, number of the block) of every block of Python -> the test that runs it.
+RUN_BY = {
+    ("README.md", "In a loop", 0): "test_before_and_after",
+    ("README.md", "In a loop", 1): "test_before_and_after",
+    ("README.md", "With the Trainer", 0): "test_the_trainer",
+    ("docs/distributed.md", "Beyond one device", 0): "test_beyond_one_device",
+    ("docs/getting-started.md", "Twelve lines", 0): "test_twelve_lines",
+    ("docs/getting-started.md", "Twelve lines", 1): "test_twelve_lines",
+    ("docs/huggingface.md", "The Trainer", 0): "test_the_trainer",
+    ("docs/loops.md", "TRL", 0): "test_trl",
+    ("docs/loops.md", "A loop of your own", 0): "test_other_loops",
+    ("docs/loops.md", "A loop of your own", 1): "test_a_plain_loop_over_a_hugging_face_model",
+    ("docs/loops.md", "verl and prime-rl", 0): "test_verl_is_told",
+    ("docs/method.md", "Equivalent to", 0): "test_equivalent_to",
+    ("docs/trajectories.md", "A taper of your own", 0): "test_a_taper_of_ones_own",
+}
 
 
-def block(heading: str, i: int = 0) -> str:
-    """A Python block under a heading, by default the first."""
-    return README.split(f"## {heading}\n")[1].split("```python\n")[1 + i].split("```")[0]
+def sections(text: str) -> dict[str, str]:
+    """Heading -> what stands under it, up to the next heading of whatever level, code left alone."""
+    found, heading, inside = {"": ""}, "", False
+    for line in text.splitlines(keepends=True):
+        inside ^= line.lstrip().startswith("```")
+        match = None if inside else HEADING.fullmatch(line)
+        if match:
+            heading = match[1]
+            found[heading] = ""
+        else:
+            found[heading] += line
+    return found
+
+
+def blocks(page: str, heading: str) -> list[str]:
+    """The blocks of Python under a heading."""
+    return [b.split("```")[0] for b in sections(PAGES[page])[heading].split("```python\n")[1:]]
+
+
+def block(page: str, heading: str, i: int = 0) -> str:
+    return blocks(f"docs/{page}.md" if page != "README.md" else page, heading)[i]
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    shown = {
+        (page, heading, i)
+        for page, text in PAGES.items()
+        for heading in sections(text)
+        for i in range(len(blocks(page, heading)))
+    }
+    assert shown == set(RUN_BY)
+    assert all(callable(globals()[name]) for name in RUN_BY.values())
+
+
+def test_no_link_is_dead() -> None:
+    """Links to files and to headings within them; mkdocs sees those of the docs alone."""
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            name, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            # A picture that a page of docs names lies beside it.
+            assert path.exists(), f"{page}: {target}"
+            if anchor:
+                headings = sections(path.read_text(encoding="utf-8"))
+                assert anchor in {h.lower().replace(" ", "-") for h in headings}, (
+                    f"{page}: {target}"
+                )
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(ROOT / "docs" / "draw_update.py"), str(tmp_path / "update.png")]
+    subprocess.run(command, check=True)
+    drawn, shown = (p / "update.png" for p in (tmp_path, ROOT / "docs"))
+    assert abs(drawn.stat().st_size - shown.stat().st_size) < 0.2 * shown.stat().st_size
 
 
 def test_the_oldest_python_and_torch_are_those_of_the_package() -> None:
@@ -50,7 +126,7 @@ def test_equivalent_to() -> None:
             "reward": torch.tensor(reward),
             "baseline": baseline,
         }
-        exec(block("Equivalent to"), names)
+        exec(block("method", "Equivalent to"), names)
         names["loss"].backward()
         ours = batch.logits.clone().requires_grad_()
         loss = topr_loss(ours, *batch[1:3], torch.tensor(reward), baseline=baseline).loss
@@ -73,9 +149,62 @@ def test_twelve_lines() -> None:
         "labels": batch.labels,
         "reward": torch.tensor([1.0, -1.0]),
     }
-    exec(block("Twelve lines"), names)
+    exec(block("getting-started", "Twelve lines"), names)
     assert logits.grad is not None and logits.grad.any()
     assert names["out"].weight.tolist() == [1.0, 1.0]  # nothing has been trained yet
+    names |= with_hidden_states()
+    exec(block("getting-started", "Twelve lines", 1), names)
+    assert names["out"].weight.tolist() == [1.0, 1.0]
+
+
+def with_hidden_states() -> dict[str, Any]:
+    """A model of two layers as the blocks call it, and the copy that sampled."""
+    torch.manual_seed(0)
+    head, body = torch.nn.Linear(8, 17, bias=False), torch.nn.Embedding(17, 8)
+
+    def hidden(input_ids: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=body(input_ids))
+
+    class Model(SimpleNamespace):
+        def __call__(self, input_ids: Tensor) -> Any:
+            return SimpleNamespace(logits=head(body(input_ids)))
+
+    labels = torch.randint(17, (2, 6))
+    model = Model(model=hidden, lm_head=head)
+    return {
+        **{"model": model, "frozen": model, "batch": {"input_ids": labels}, "labels": labels},
+        "reward": torch.tensor([1.0, -1.0]),
+    }
+
+
+def test_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    names = with_hidden_states() | {"torch": torch}
+    exec(block("README.md", "In a loop", 1), names)
+    assert names["out"].weight.tolist() == [1.0, 1.0]
+    assert names["model"].lm_head.weight.grad.any() and "negative" in capsys.readouterr().out
+    names |= {"target": names["labels"][:, 1:], "mask": torch.ones(2, 5)}
+    exec(block("README.md", "In a loop", 0), names)
+    assert names["loss"].item() == pytest.approx(0.0, abs=1e-6)  # ratios of 1, rewards of +1 and -1
+
+
+def test_verl_is_told() -> None:
+    source = block("loops", "verl and prime-rl")
+    with pytest.raises(ImportError, match="verl"):
+        exec(source, {})
+
+
+def test_a_taper_of_ones_own() -> None:
+    from topr_kernels.testing import check_taper
+
+    names = with_hidden_states() | {"torch": torch, "linear_topr_loss": linear_topr_loss}
+    head = names["model"].lm_head.weight
+    hidden = names["model"].model(names["labels"]).last_hidden_state
+    mu = linear_log_prob(hidden, head, names["labels"]).log_prob.detach()
+    names |= {"hidden": hidden, "weight": head, "mu": mu}
+    exec(block("trajectories", "A taper of your own"), names)
+    assert names["out"].weight.tolist() == pytest.approx([1.0, 1.0])
+    # As the page says: the slope of a mask is not its weight where it jumps.
+    assert "A mask that turns a value off" in (check_taper(names["band"]) or "")
 
 
 def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +213,11 @@ def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     save(random_model(), tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"name": str(tmp_path / "model")}
-    exec(block("With Hugging Face"), names)
     before = dict(random_model().named_parameters())
-    assert any(not torch.equal(p, before[n]) for n, p in names["model"].named_parameters())
+    for source in (block("README.md", "With the Trainer"), block("huggingface", "The Trainer")):
+        names: dict[str, Any] = {"name": str(tmp_path / "model")}
+        exec(source, names)
+        assert any(not torch.equal(p, before[n]) for n, p in names["model"].named_parameters())
 
 
 def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +244,7 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="cast_lm_head_to_fp32")
-        exec(block("With Hugging Face", 1), names)
+        exec(block("loops", "TRL"), names)
     assert len(calls) == 1
     assert names["args"].bf16, "the default that the comment names"
 
@@ -144,7 +274,7 @@ def test_other_loops(epochs: int) -> None:
         "nullcontext": nullcontext,
         "topr_loss": topr_loss,
     }
-    source = block("With Hugging Face", 2)
+    source = block("loops", "A loop of your own")
     exec(source, names)
     for _ in range(epochs - 1):
         exec(source[source.index("batches = iter") :], names)
@@ -174,7 +304,7 @@ def test_a_plain_loop_over_a_hugging_face_model() -> None:
         "DataLoader": torch.utils.data.DataLoader,
         "torch": torch,
     }
-    exec(block("With Hugging Face", 3), names)
+    exec(block("loops", "A loop of your own", 1), names)
     assert len(norms) == 2 and min(norms) > 1e-3
 
 
@@ -183,7 +313,7 @@ def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.Mo
     from pipeline import run_shown, shown_commands
     from tiny import save, tiny_model
 
-    commands = shown_commands(README.split("## The whole pipeline\n")[1].split("\n## ")[0])
+    commands = shown_commands(sections(PAGES["docs/pipeline.md"])["The whole pipeline"])
     assert [command[0] for command in commands] == [
         *("iterate", "generate", "score", "curate", "train", "evaluate"),
         *("verify", "score", "train", "vote"),
@@ -198,12 +328,12 @@ def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
     script = ROOT / "benchmarks" / "demo_seeds.py"
     command = [sys.executable, str(script), "--table-only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in README
+    assert done.stdout.strip() in PAGES["docs/demo.md"]
 
 
 @pytest.mark.parametrize(
     ("folder", "page", "count"),
-    [("results", "README.md", 5), ("results/bench", "benchmarks/README.md", 15)],
+    [("results", "docs/performance.md", 5), ("results/bench", "benchmarks/README.md", 15)],
 )
 def test_the_tables_are_those_that_were_measured(folder: str, page: str, count: int) -> None:
     command = [sys.executable, "-m", "benchmarks.report", f"benchmarks/{folder}"]
@@ -243,7 +373,7 @@ def processes_worker() -> None:
         },
     }
     expected = linear_topr_loss(hidden, weight, labels, mu, names["reward"]).loss
-    first, second = block("Beyond one device").split("\n\n")
+    first, second = block("distributed", "Beyond one device").split("\n\n")
     for part in (first, second):
         names.pop("out", None)
         exec(part, names)

@@ -119,7 +119,8 @@ class TOPROutput(NamedTuple):
         token_log_ratio: shaped like ``labels``; log pi - log mu, 0 where nothing is scored; NaN when
             log mu came summed per sequence.
         log_ratio: [B], log of the full product pi/mu of the sequence, in nats.
-        weight: [B], clipped ratio that multiplies R * grad log pi; mean over tokens for "token".
+        weight: [B], clipped ratio that multiplies R * grad log pi; mean over tokens where it differs
+            between them ("token", "segment", "segment_geometric").
         objective: [B], O_s, the tapered ratio.
         reward: [B], baseline subtracted.
         length: [B] int64, number of scored tokens.

@@ -73,9 +73,9 @@ def needs_behavior(objective: Objective) -> Tensor:
     """[B] bool: whether the weight of a sequence depends on log mu; with equal limits it does not."""
     if objective.taper is not None:
         return torch.ones_like(objective.reward, dtype=torch.bool)
-    pos_min, pos_max, neg_min, neg_max = objective.log_limits
-    negative = effective_reward(objective) < 0
-    return torch.where(negative, neg_min != neg_max, pos_min != pos_max)
+    low, high = objective.log_limits[::2], objective.log_limits[1::2]
+    positive, negative = (a != b for a, b in zip(low, high, strict=True))
+    return torch.where(effective_reward(objective) < 0, negative, positive)
 
 
 def of_tokens(x: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ def log_prob(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 def from_logits(
     x: Tensor, y: Tensor, mu: Tensor, reward: Tensor, of: Tensor, length: Tensor
 ) -> Tensor:
-    """README's "Equivalent to" on logits [B, T, V] that are shifted here."""
+    """docs/method.md's "Equivalent to" on logits [B, T, V] that are shifted here."""
     rows = x[:, :-1].float().log_softmax(-1)
     log_pi = rows.gather(-1, y[:, 1:, None]).squeeze(-1).flatten()
     return topr(log_pi, mu, reward, of, length)

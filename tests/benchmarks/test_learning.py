@@ -643,7 +643,7 @@ QUOTED = [
 
 def test_the_readme_quotes_the_page():
     """Each difference is that of its claim, and stands under the word of its verdict."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\u2212", "-")
+    text = (ROOT / "docs" / "pipeline.md").read_text(encoding="utf-8").replace("\u2212", "-")
     part = text.partition("### Do the paper's claims hold?")[2].partition("\n## ")[0]
     results = page.load(FOLDER / "results")
     claims = {claim.text: claim for claim in verdicts.CLAIMS}

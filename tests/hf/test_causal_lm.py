@@ -117,6 +117,30 @@ def test_every_family_gets_the_gradients_of_its_own_logits(kind: str, changes: d
     assert torch.equal(scored, found.log_prob) and scored.min() < -3
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_options_of_a_batch_reach_the_loss(fused: bool):
+    """Segments, weights and which log mu is known, of the columns that are kept."""
+    model, batch = family("Llama"), CompletionCollator(0)(rows(6))
+    keep, count = batch["logits_to_keep"], len(batch["reward"])
+    batch["sequence_weight"] = torch.linspace(0.0, 2.0, count)
+    batch["segments"] = torch.arange(batch["labels"].shape[1]).expand(count, -1) // 2
+    batch["behavior_known"] = batch["reward"] < 0
+    out = causal_lm_topr_loss(model, batch, fused_head=fused, ratio="segment_geometric")
+    expected = topr_loss(
+        completion_logits(model, batch),
+        *(batch[n][:, -keep:] for n in ("labels", "behavior_log_prob")),
+        batch["reward"],
+        ratio="segment_geometric",
+        segments=batch["segments"][:, -keep:],
+        sequence_weight=batch["sequence_weight"],
+        behavior_known=batch["behavior_known"],
+    )
+    assert (out.length > 2).any() and out.log_ratio.isnan().any()
+    for name in ("loss", "weight", "log_ratio", "sequence_weight"):
+        a, b = getattr(out, name), getattr(expected, name)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=NAMES)
 @pytest.mark.parametrize("on", ["backbone", "head", "modules_to_save"])
 def test_lora_gets_the_gradients_of_the_models_own_logits(

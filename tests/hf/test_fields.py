@@ -41,12 +41,12 @@ def equal(a: Row, b: Row) -> bool:
 
 MASKS = [
     "completion_mask",
+    "attention_mask",
     "loss_mask",
     "response_mask",
     "assistant_masks",
     "tool_mask",
     "action_mask",
-    "attention_mask",
     "mask",
 ]
 
@@ -57,9 +57,10 @@ MASKS = [
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        *((name, [1, 0, 1], "record of each turn") for name in MASKS),
-        ("loss_mask", [1, 1, 1, 1, 0], "record of each turn"),
-        ("labels", [7, -100, 0], "record of each turn"),
+        *((name, [1, 0, 1], "rename the field") for name in MASKS[2:]),
+        ("attention_mask", [1, 0, 1], "leave it out"),
+        ("loss_mask", [0, 0, 1, 0, 1], "1 where the policy wrote it; rename .*leave out .*prompt"),
+        ("labels", [7, -100, 0], "said by completion_mask.*rename the field"),
         ("input_ids", [5, 6, 7, 8, 1], "correct it"),
         ("position_ids", [3, 4, 5, 6, 7], "drop the field"),
         ("token_type_ids", [0, 0, 1, 1, 1], "record of each sequence"),
@@ -69,9 +70,8 @@ MASKS = [
         ("videos", ["x"], "drop the field"),
         ("audio", {"array": [0.0]}, "drop the field"),
         ("image_grid_thw", [[1, 2, 2]], "drop the field"),
-        ("weight", 0.5, "multiply the reward"),
-        ("sample_weight", 2, "multiply the reward"),
-        ("loss_weights", [1.0, 0.0, 1.0], "multiply the reward"),
+        ("weight", 0.5, "sample_weight.*rename the field"),
+        ("loss_weights", [1.0, 0.0, 1.0], "weights of single tokens are not read; rename"),
         ("masked", True, "leave the record out"),
         ("masked", [0, 1, 0], "leave the record out"),
         ("ignore_mask", [1, 1, 1], "leave the record out"),
@@ -165,10 +165,10 @@ def test_log_mu_under_another_name_is_not_overlooked():
 
 
 def test_a_text_record_is_asked_too():
-    for record in (text(completion_mask=[1, 0]), chat(loss_mask=[0, 1, 1])):
+    for record in (text(completion_mask=[1, 0, 1]), chat(loss_mask=[0, 1, 1])):
         with pytest.raises(ValueError, match=r"record 0, field '(completion|loss)_mask'"):
             prepare(record)
-    assert prepare(text(completion_mask=[1, 1]))
+    assert prepare(text(completion_mask=[1, 0]))["completion_mask"] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,11 @@ def test_numbers_are_taken_as_what_they_are(changes: Row):
         ),
         ("behavior_log_prob", [[-1.0], [-1.0], [-1.0]], TypeError, r"got \[-1.0\] of type list at"),
         ("behavior_log_prob", [-1.0, -1.0], ValueError, "has 2 entries, but .* has 3 tokens"),
+        ("sample_weight", -0.5, ValueError, "got -0.5; expected a finite number >= 0; the sign"),
+        ("sample_weight", math.inf, ValueError, "got inf; expected a finite number >= 0"),
+        ("sample_weight", math.nan, ValueError, "got nan; expected a finite number >= 0"),
+        ("sample_weight", True, TypeError, "got True of type bool; expected one number >= 0"),
+        ("sample_weight", [1.0, 2.0, 1.0], TypeError, "of type list; expected one number >= 0"),
     ],
 )
 def test_what_is_no_number_of_its_kind_is_refused_at_every_entrance(
@@ -292,6 +297,15 @@ def test_ids_outside_of_the_vocabulary_are_named():
     message = r"record 0, field 'completion_token_ids': got the id 12 at position 2; .*from 0 to 11"
     with pytest.raises(ValueError, match=message):
         prepare(record, vocabulary=12)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_of_records_reach_the_batch(packing: bool):
+    collate = CompletionCollator(0, packing=packing)
+    assert "sequence_weight" not in collate([tokens(), tokens(sample_weight=None)])
+    batch = collate([tokens(sample_weight=np.float32(2)), tokens(), tokens(sample_weight=0)])
+    assert batch["sequence_weight"].dtype == torch.float32
+    assert batch["sequence_weight"].tolist() == [2.0, 1.0, 0.0]
 
 
 # --- data sets and streams -----------------------------------------------------------------------

@@ -242,11 +242,15 @@ def test_the_first_packed_batch_checks_that_sequences_stay_apart(
 
 
 def test_recorded_log_probs_are_never_replaced_nor_missed(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"record 0 has no behavior_log_prob.*behavior='initial'"):
+    # A positive needs none in TOPR, so the first negative is named.
+    message = r"record 1 has no behavior_log_prob.*-1 with baseline=0 is a neg.*behavior='initial'"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, TEXT)
+    with pytest.raises(ValueError, match=r"record 0 has no behavior_log_prob.*is a positive"):
+        trainer(tmp_path, TEXT, limits="tis")
     with pytest.raises(ValueError, match=r"record 0 has a behavior_log_prob.*drop the column"):
         trainer(tmp_path, rows(4), behavior="initial")
-    mixed = [*rows(2), {**rows(1)[0], "behavior_log_prob": None}]
+    mixed = [*rows(2), {**rows(1)[0], "behavior_log_prob": None, "reward": -1.0}]
     with pytest.raises(ValueError, match=r"record 2 has no behavior_log_prob"):
         trainer(tmp_path, mixed)
     with pytest.raises(ValueError, match=r"behavior: expected one of"):

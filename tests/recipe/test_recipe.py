@@ -271,8 +271,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
 
 
 def test_unscored_records_do_not_train(tmp_path: Path):
-    records = [record(), record(behavior_log_prob=None)]
-    with pytest.raises(RecordError, match=r"record 1, field 'behavior_log_prob'.*run score"):
+    records = [record(behavior_log_prob=None), record(behavior_log_prob=None, reward=-1.0)]
+    message = (
+        r"record 1, field 'behavior_log_prob': missing \(a reward of -1 .* negative.*run score"
+    )
+    with pytest.raises(RecordError, match=message):
         train(random_model(), tiny_tokenizer(), records, TrainSettings(), checkpoints=tmp_path)
 
 

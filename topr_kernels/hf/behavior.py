@@ -48,7 +48,8 @@ def score_behavior(
         progress: show a progress bar.
 
     Returns:
-        One list of fp32 log-probabilities per record, one per completion token, in nats.
+        One list of fp32 log-probabilities per record, one per completion token, in nats; 0 for those
+        that ``completion_mask`` says the policy did not write.
 
     Raises:
         ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt,

@@ -25,6 +25,7 @@ from topr_kernels.hf.packing import check_packing_once, in_rows, is_packed
 from topr_kernels.hf.padding import Moved
 from topr_kernels.hf.sharing import check_sharing_once, is_tree
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.limits import Taper
 from topr_kernels.validation import values_readable
 
 #: Entries of a batch that are options of the loss.
@@ -38,7 +39,7 @@ def causal_lm_topr_loss(
     batch: Mapping[str, Any],
     *,
     unwrapped: nn.Module | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
@@ -65,8 +66,8 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded, packed or shared, on the model's device:
             at least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and
-            positions or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B] where
-            there are such.
+            positions or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B], and
+            ``segments`` [B, T], where there are such.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.

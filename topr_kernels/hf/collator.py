@@ -34,13 +34,20 @@ import torch
 from torch import Tensor
 
 from topr_kernels.hf.fields import (
+    SEGMENTS,
     TOKENS,
+    WEIGHT,
     behavior_of,
     check_meaning,
+    mask_of,
     plain,
+    reads_behavior,
     reward_of,
+    segments_of,
+    sign_of,
     token_ids,
     was_cut,
+    weight_of,
 )
 from topr_kernels.hf.packing import pack
 from topr_kernels.hf.sharing import tree_batch
@@ -55,27 +62,33 @@ class CompletionCollator:
     (C int, may be empty: such a sequence is not counted), ``behavior_log_prob`` (C float, the
     log-probability of each completion token under the policy that sampled it) and ``reward``
     (float, signed). Token ids are used as they are: tokenising a text again may give other ids.
-    ``prepare_records`` makes such records from text and messages. Optional are ``group`` (int or str:
-    the question, of which there are several samples) and ``finish_reason`` ("length": cut off) or
-    ``truncated``. Numbers may be Python's, NumPy's or torch's; ids also floats that are whole. To weigh
-    a record, multiply its reward by the weight: with ``baseline=0`` its loss grows with it.
+    ``prepare_records`` makes such records from text and messages. Optional are ``completion_mask`` (C 0
+    or 1, 1 = written by the policy: results of tools and turns of others are not scored, and log mu
+    under 0 is not read), ``sample_weight`` (float >= 0, 1 where it is missing: multiplies the record's
+    loss), ``segments`` (C int, for the ratios per segment: tokens of equal ones in a row are a segment;
+    without them a run of written tokens is one), ``group`` (int or str: the question, of which there
+    are several samples) and ``finish_reason`` ("length": cut off) or ``truncated``. Numbers may be
+    Python's, NumPy's or torch's; ids also floats that are whole.
 
     The batch holds, for B records and T columns:
 
     - ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64, ``position_ids`` [B, T] int64;
-    - ``labels`` [B, T] int64, unshifted, -100 on prompt and padding. They come from the lengths of
-      the records, never from comparing ids with the pad id: where pad and EOS are the same token
-      the completion's EOS stays scored;
+    - ``labels`` [B, T] int64, unshifted, -100 on prompt, padding and what the policy did not
+      write. They come from lengths and masks of the records, never from comparing ids with the pad id:
+      where pad and EOS are the same token the completion's EOS stays scored;
     - ``behavior_log_prob`` [B, T] fp32, aligned with the labels, 0 where unscored;
     - ``reward`` [B] fp32;
+    - ``segments`` [B, T] int64, aligned with the labels, if a record has some;
+    - ``sequence_weight`` [B] fp32, if a record has a ``sample_weight``;
+    - ``behavior_known`` [B] bool, if a record has no ``behavior_log_prob``;
     - ``group``, if the records have it: [B] int64, or a list of B str;
     - ``logits_to_keep`` int, K + 1.
 
-    With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels`` and
-    ``behavior_log_prob`` as [1, N], position ids restarting at 0; ``reward`` [B] and ``group``; and for
-    attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and ``max_length_q``,
-    ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would ignore the
-    packing.
+    With ``packing`` it holds, for N tokens in all, ``input_ids``, ``position_ids``, ``labels``,
+    ``behavior_log_prob`` and ``segments`` as [1, N], position ids restarting at 0; the entries per
+    sequence as above; and for attention and loss ``cu_seq_lens_q``, ``cu_seq_lens_k`` [B + 1] int32 and
+    ``max_length_q``, ``max_length_k`` int. It holds no ``attention_mask``: with one, transformers would
+    ignore the packing.
 
     With ``share_prefix`` it is a batch of trees, see ``topr_kernels.hf.sharing``, which also holds the
     batch that it would be without, as ``unshared``. Where less than a tenth of the tokens would be saved
@@ -88,9 +101,13 @@ class CompletionCollator:
         packing: lay the sequences out in one row without padding, for models that keep them apart
             (see ``check_packing``).
         mask_truncated: do not score completions that were cut off: their ``finish_reason`` is
-            "length" or, if no record of the batch has one, they do not end with ``eos_token_id``.
-            Such a sequence is not counted, as if it were empty.
+            "length" or, if no record of the batch has one, the last token that the policy wrote is not
+            ``eos_token_id``. Such a sequence is not counted, as if it were empty.
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
+        limits: of the loss, with its ``baseline``: where those of a record's sign are equal (positives
+            in TOPR, all in SFT), its weight does not depend on mu and ``behavior_log_prob`` may be
+            missing. None, or a taper of one's own: every record must have it.
+        baseline: of the loss.
 
     Raises:
         ValueError: on a call, if a record lacks a field or has an empty prompt; if its
@@ -108,21 +125,32 @@ class CompletionCollator:
     packing: bool = False
     mask_truncated: bool = False
     eos_token_id: int | Sequence[int] | None = None
+    limits: Any = None
+    baseline: float = 0.0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
-        read = [_read(record, f"record {i} of the batch") for i, record in enumerate(features)]
-        prompts = [record.prompt for record in read]
-        completions = [record.completion for record in read]
-        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
-        scored = [not cut for cut in self._truncated(features, completions)]
-        labels = [
-            [IGNORE_INDEX] * len(p) + (c if keep else [IGNORE_INDEX] * len(c))
-            for p, c, keep in zip(prompts, completions, scored, strict=True)
+        read = [
+            _read(record, f"record {i} of the batch", self.limits, self.baseline)
+            for i, record in enumerate(features)
         ]
+        prompts = [record.prompt for record in read]
+        sequences = [record.prompt + record.completion for record in read]
+        scored = [
+            [0] * len(r.mask) if cut else r.mask
+            for r, cut in zip(read, self._truncated(features, read), strict=True)
+        ]
+        labels = [
+            [IGNORE_INDEX] * len(r.prompt)
+            + [x if keep else IGNORE_INDEX for x, keep in zip(r.completion, mask, strict=True)]
+            for r, mask in zip(read, scored, strict=True)
+        ]
+        segments = [[0] * len(r.prompt) + (r.segments or [0] * len(r.completion)) for r in read]
+        has_segments = any(r.segments is not None for r in read)
         behavior = [
-            [0.0] * len(r.prompt) + (r.behavior if keep else [0.0] * len(r.completion))
-            for r, keep in zip(read, scored, strict=True)
+            [0.0] * len(r.prompt)
+            + [x if keep else 0.0 for x, keep in zip(r.behavior or mask, mask, strict=True)]
+            for r, mask in zip(read, scored, strict=True)
         ]
         batch: dict[str, Any]
         if self.packing:
@@ -130,23 +158,34 @@ class CompletionCollator:
             batch["labels"] = torch.tensor([[x for row in labels for x in row]], dtype=torch.int64)
             flat = [x for row in behavior for x in row]
             batch["behavior_log_prob"] = torch.tensor(flat, dtype=torch.float32)[None]
+            if has_segments:
+                batch[SEGMENTS] = torch.tensor([[x for row in segments for x in row]])
         else:
             batch = dict(pad_left(sequences, self.pad_token_id))
             width = batch["input_ids"].shape[1]
             batch["labels"] = _right_align(labels, width, IGNORE_INDEX, torch.int64)
             batch["behavior_log_prob"] = _right_align(behavior, width, 0.0, torch.float32)
-            kept = [len(c) for c, keep in zip(completions, scored, strict=True) if keep]
+            if has_segments:
+                batch[SEGMENTS] = _right_align(segments, width, 0, torch.int64)
+            kept = [len(mask) - mask.index(1) for mask in scored if any(mask)]
             batch["logits_to_keep"] = max(kept, default=0) + 1
         batch["reward"] = torch.tensor([r.reward for r in read], dtype=torch.float32)
+        if any(record.get(WEIGHT) is not None for record in features):
+            weights = [r.weight for r in read]
+            batch["sequence_weight"] = torch.tensor(weights, dtype=torch.float32)
+        known = [r.behavior is not None for r in read]
+        if not all(known):
+            batch["behavior_known"] = torch.tensor(known)
         groups = _optional(features, "group")
         if groups is not None:
             batch["group"] = _groups(groups)
         if not self.share_prefix:
             return batch
+        completions = [record.completion for record in read]
         return tree_batch(prompts, completions, batch, self.pad_token_id)
 
     def _truncated(
-        self, features: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+        self, features: Sequence[Mapping[str, Any]], read: Sequence[_Read]
     ) -> list[bool]:
         told = [
             {"finish_reason": was_cut(record, f"record {i} of the batch")}
@@ -165,7 +204,8 @@ class CompletionCollator:
             )
         ids = self.eos_token_id
         ends = set(ids) if isinstance(ids, Sequence) else {ids}
-        return [not tokens or tokens[-1] not in ends for tokens in completions]
+        written = ([x for x, own in zip(r.completion, r.mask, strict=True) if own] for r in read)
+        return [not tokens or tokens[-1] not in ends for tokens in written]
 
 
 def without_sharing(collator: CompletionCollator) -> CompletionCollator:
@@ -219,13 +259,18 @@ class _Read(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
-    behavior: list[float]
+    #: 1 for tokens that the policy wrote.
+    mask: list[int]
+    segments: list[int] | None
+    #: None where it is missing and may be.
+    behavior: list[float] | None
     reward: float
+    weight: float
 
 
 def check_token_ids(
     record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], list[int]]:
     """Checks that a record has token ids, and a prompt of at least one, and nothing that is ignored.
 
     Args:
@@ -235,11 +280,11 @@ def check_token_ids(
         remedy: what to do about a missing field.
 
     Returns:
-        The ids of prompt and completion.
+        The ids of prompt and completion, and a mask of the latter: 1 where the policy wrote it.
 
     Raises:
         ValueError: if a field is missing or the prompt is empty, an id is negative, or as
-            ``check_meaning``.
+            ``check_meaning`` and ``mask_of``.
         TypeError: if the ids are none.
     """
     for name in (*TOKENS, *more):
@@ -251,15 +296,32 @@ def check_token_ids(
             f"{where}: prompt_token_ids is empty, so nothing predicts the first token of the "
             "completion; give the prompt at least a BOS token"
         )
-    check_meaning(record, prompt, completion, where)
-    return prompt, completion
+    mask = mask_of(record, len(completion), where)
+    check_meaning(record, prompt, completion, mask, where)
+    return prompt, completion, [1] * len(completion) if mask is None else mask
 
 
-def _read(record: Mapping[str, Any], where: str) -> _Read:
+def _read(record: Mapping[str, Any], where: str, limits: Any, baseline: float) -> _Read:
+    reward = None if record.get("reward") is None else reward_of(record, where)
     remedy = "Score the records first, and keep remove_unused_columns=False"
-    prompt, completion = check_token_ids(record, where, ("behavior_log_prob", "reward"), remedy)
-    behavior = behavior_of(record, len(completion), where)
-    return _Read(prompt, completion, behavior or [], reward_of(record, where))
+    if limits is None:
+        remedy += "; where the loss reads none, CompletionCollator(limits=...) does without it"
+    elif reward is not None:
+        remedy = f"With {limits} it is read ({sign_of(reward, baseline)}). {remedy}"
+    needed = ["reward"]
+    if reward is None or reads_behavior(reward, limits, baseline):
+        needed.insert(0, "behavior_log_prob")
+    prompt, completion, mask = check_token_ids(record, where, needed, remedy)
+    behavior = behavior_of(record, len(completion), where, mask)
+    return _Read(
+        prompt,
+        completion,
+        mask,
+        segments_of(record, len(completion), where),
+        behavior,
+        reward_of(record, where),
+        weight_of(record, where),
+    )
 
 
 def _optional(features: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:

@@ -36,7 +36,8 @@ class TOPRConfig(TrainingArguments):
 
     Args:
         limits: name of a preset ("topr", "tis", "is", "reinforce", "sft") or a ``Limits``.
-        ratio: "sequence" (the paper's), "geometric" or "token".
+        ratio: "sequence" (the paper's), "geometric" or "token"; of trajectories also "segment" or
+            "segment_geometric": per turn of the policy, or per run of equal ``segments`` of the records.
         baseline: subtracted from every reward before the sign is taken; see
             ``baseline_for_positive_share``.
         reduction: "sequence_mean" (the paper's: 1/B of 1/|y|) or "token_mean".
@@ -82,7 +83,9 @@ class TOPRConfig(TrainingArguments):
     limits: _LimitsOption = field(
         default="topr", metadata={"help": f"Preset of the clip limits: {', '.join(PRESETS)}."}
     )
-    ratio: str = field(default="sequence", metadata={"help": "sequence, geometric or token."})
+    ratio: str = field(
+        default="sequence", metadata={"help": f"{', '.join(RATIOS[:-1])} or {RATIOS[-1]}."}
+    )
     baseline: float = field(default=0.0, metadata={"help": "Subtracted from every reward."})
     reduction: str = field(
         default="sequence_mean", metadata={"help": "sequence_mean or token_mean."}
@@ -143,7 +146,8 @@ class TOPRConfig(TrainingArguments):
             self.limits = Limits(**self.limits)
         if not isinstance(self.limits, Limits):
             raise ValueError(
-                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)}"
+                f"limits: got {self.limits!r}; expected a Limits or one of {sorted(PRESETS)} (not a "
+                "callable, which checkpoints cannot keep: pass one to causal_lm_topr_loss)"
             )
         check_choice("ratio", self.ratio, RATIOS)
         check_number("baseline", self.baseline)

@@ -6,6 +6,7 @@ between prompt and completion lies is decided by ids and never by comparing text
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,14 +14,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from topr_kernels.choices import TRUNCATIONS
 from topr_kernels.hf import fields
-from topr_kernels.hf.tokenise import Ids, Reader, check_answer, check_messages, tools_of
+from topr_kernels.hf.tokenise import Ids, Reader, check_messages, tools_of
+from topr_kernels.hf.turns import Turns, read_turns
 from topr_kernels.validation import check_choice
 
 #: Fields of text and messages, of which token ids are made; the others are kept.
 _READ = ("prompt", "completion", "tools", "documents", "chat_template_kwargs")
 _FORMATS = (
-    "expected prompt and completion as text, as messages (a list of {'role', 'content'} and one such "
-    "message of the assistant), or as prompt_token_ids and completion_token_ids"
+    "expected prompt and completion as text, as messages (two lists of {'role', 'content'}, the second "
+    "with the assistant's), or as prompt_token_ids and completion_token_ids"
 )
 _KINDS = "expected a list of mappings, or a Dataset or IterableDataset of datasets or torch"
 #: Features of a data set that does not tell them; equal to itself in other processes too.
@@ -47,7 +49,11 @@ def prepare_records(
       appended to the completion unless it ends with one, or was cut off: a decoder strips EOS, and
       without it the model would never learn to stop;
     - **messages**, as in TRL's conversational prompt-completion format: ``prompt`` a list of messages
-      and ``completion`` the assistant's message (or a list of that one). The prompt goes through the
+      and ``completion`` the assistant's message, or a list with several of its turns, and between them
+      what tools, users and others said, which is not scored (the record gets a ``completion_mask``).
+      What stands before each turn must begin with all that was seen and written before, token for
+      token: a template that rewrites earlier turns is refused, with the place. Where the template has
+      ``{% generation %}`` marks they say what of a turn the policy wrote. The prompt goes through the
       chat template with its generation prompt. The completion is the message's text as it is and the
       token with which the template ends it; what the template writes after that is cut, since a
       sampler would have stopped there. If the completion was cut off, nothing ends it. Where the
@@ -59,8 +65,13 @@ def prepare_records(
     A completion was cut off if its ``finish_reason`` is "length" or ``truncated`` is True. Without
     ``behavior_log_prob`` the records can be scored, but not yet collated.
 
-    Fields that are known to mean something which training does not do (masks, labels, images, weights,
-    positions; log mu under another name) are refused unless they change nothing; unknown ones are kept.
+    ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without
+    it that is all of them. ``sample_weight`` multiplies the record's loss; ``segments``, one integer per
+    token of the completion, are for the ratios per segment.
+
+    Fields that are known to mean something which training does not do (masks and weights under another
+    name, labels, images, positions; log mu under another name) are refused unless they change nothing;
+    unknown ones are kept.
 
     Args:
         dataset: a list of mappings, a ``datasets.Dataset`` or ``IterableDataset`` in any format, or one
@@ -86,12 +97,15 @@ def prepare_records(
         TypeError: if ``dataset`` or a field of a record is of the wrong type.
         ValueError: if a record has no finite reward, no prompt or one without tokens, ids outside of the
             vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
-            numbers <= 0, a field that would be ignored, or more than ``max_length`` tokens; if messages
-            hold anything but one completion of the assistant, or a token lies across the border of
-            prompt and completion; if EOS is needed and unknown. All name the record and the field.
+            numbers <= 0, a ``completion_mask`` that is not as long or not of 0 and 1, a negative
+            ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if
+            messages of a completion are no turns of the assistant, or their template rewrites earlier
+            ones; if a token lies across the border of prompt and completion; if EOS is needed and
+            unknown. All name the record and the field.
 
     Warns:
-        UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's.
+        UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's;
+            once, if the policy wrote nothing of a completion: such a record is not counted.
     """
     if truncate is not None:
         check_choice("truncate", truncate, TRUNCATIONS)
@@ -195,6 +209,7 @@ class _Prepare:
         self._truncate = truncate
         self._vocabulary = vocabulary
         self._features = features
+        self._warned = False
 
     def reading(self, features: Any) -> _Prepare:
         """The same for records of a data set with these features."""
@@ -212,14 +227,14 @@ class _Prepare:
         where = f"record {i}"
         if not isinstance(record, Mapping):
             raise TypeError(f"{where}: got a {type(record).__name__}; expected a mapping")
-        reward = fields.reward_of(record, where)
+        reward, told = fields.reward_of(record, where), None
         if any(record.get(name) is not None for name in fields.TOKENS):
             prompt, completion = self._given(record, where)
             # Rows of a data set that is mapped have the same columns, whatever they hold.
             read = () if self._features is None else _READ
             result = {n: x for n, x in record.items() if n not in read}
         else:
-            prompt, completion = self._tokenise(record, where)
+            prompt, completion, told = self._tokenise(record, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}
         if not prompt:
             raise ValueError(
@@ -227,11 +242,52 @@ class _Prepare:
                 "the completion; give the prompt at least a BOS token"
             )
         fields.was_cut(record, where)
-        behavior = fields.behavior_of(record, len(completion), where)
-        fields.check_meaning(record, prompt, completion, where)
+        fields.weight_of(record, where)
+        fields.segments_of(record, len(completion), where)
+        mask = self._mask(record, completion, told, where)
+        behavior = fields.behavior_of(record, len(completion), where, mask)
+        fields.check_meaning(record, prompt, completion, mask, where)
         prompt = self._fitted(prompt, len(completion), where)
         result |= dict(zip(fields.TOKENS, (prompt, completion), strict=True)) | {"reward": reward}
+        if mask is not None:
+            self._warn_of_nothing_written(mask, where)
+            result[fields.MASK] = mask
         return result if behavior is None else result | {"behavior_log_prob": behavior}
+
+    def _mask(
+        self, record: Mapping[str, Any], completion: list[int], told: list[int] | None, where: str
+    ) -> list[int] | None:
+        """Which tokens the policy wrote: as the record says, or as its messages told."""
+        mask = fields.mask_of(record, len(completion), where)
+        if None not in (mask, told) and mask != told:
+            raise ValueError(
+                f"{where}, field {fields.MASK!r}: says otherwise than the roles of the messages, of "
+                "which the assistant's are the policy's; drop it, or give it with token ids"
+            )
+        if mask is None and told is None and self._messages_elsewhere:
+            return [1] * len(completion)
+        return told if mask is None else mask
+
+    @property
+    def _messages_elsewhere(self) -> bool:
+        """Whether records of a data set may be messages: then all need a mask, columns being alike."""
+        feature = None if self._features in (None, _UNKNOWN) else self._features.get("completion")
+        return feature is not None and getattr(feature, "dtype", None) not in (
+            "string",
+            "large_string",
+        )
+
+    def _warn_of_nothing_written(self, mask: list[int], where: str) -> None:
+        # Once: a whole column may be zeros.
+        if mask and not any(mask) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{where}, field {fields.MASK!r}: is all zeros, so the policy wrote nothing of the "
+                "completion: the record is not counted, like one with an empty completion; leave it "
+                "out, or mark what the policy wrote with 1 (said of the first such record alone)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _given(self, record: Mapping[str, Any], where: str) -> Ids:
         for name in fields.TOKENS:
@@ -242,7 +298,10 @@ class _Prepare:
         )
         return prompt, completion
 
-    def _tokenise(self, record: Mapping[str, Any], where: str) -> Ids:
+    def _tokenise(
+        self, record: Mapping[str, Any], where: str
+    ) -> tuple[list[int], list[int], list[int] | None]:
+        """Ids of text or messages; of messages also which of the completion's the policy wrote."""
         prompt, completion = record.get("prompt"), record.get("completion")
         for name, value in (("prompt", prompt), ("completion", completion)):
             if value is None:
@@ -254,7 +313,7 @@ class _Prepare:
                     f"{where}, field 'tools': expected none with a prompt of text, which holds what the "
                     "model is to see of them; drop the field, or give messages"
                 )
-            return self._reader.text(prompt, completion, cut, where)
+            return *self._reader.text(prompt, completion, cut, where), None
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
             return self._messages(record, cut, where)
         name = "prompt" if not isinstance(prompt, str) else "completion"
@@ -263,7 +322,7 @@ class _Prepare:
             f"{type(prompt).__name__}; {_FORMATS}"
         )
 
-    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
         read = {name: record[name] for name in _READ if record.get(name) is not None}
         found = [self._read(reading, cut, where) for reading in _readings(read, self._features)]
         if any(ids != found[0] for ids in found):
@@ -274,7 +333,7 @@ class _Prepare:
             )
         return found[0]
 
-    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Ids:
+    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
         completion = record["completion"]
         given = [completion] if isinstance(completion, Mapping) else completion
         before = check_messages(record["prompt"], "prompt", _FORMATS, where)
@@ -286,7 +345,7 @@ class _Prepare:
         ):
             if value:
                 extra[name] = value
-        return self._reader.messages(before, check_answer(after, where), extra, cut, where)
+        return read_turns(self._reader, before, after, extra, cut, where)
 
     def _fitted(self, prompt: list[int], tokens: int, where: str) -> list[int]:
         most = self._max_length

@@ -14,8 +14,15 @@ from typing import Any
 
 from topr_kernels.hf.foreign import foreign_problem
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.limits import Limits
 
 TOKENS = ("prompt_token_ids", "completion_token_ids")
+#: One 0 or 1 per token of the completion, 1 where the policy wrote it.
+MASK = "completion_mask"
+#: One integer per token of the completion: runs of equal ones are a segment.
+SEGMENTS = "segments"
+#: One number >= 0, by which the loss of the record is multiplied.
+WEIGHT = "sample_weight"
 
 _MASK = re.compile(r"(^|_)masks?$")
 _WEIGHT = re.compile(r"(^|_)weights?$")
@@ -114,8 +121,102 @@ def reward_of(record: Mapping[str, Any], where: str) -> float:
     return float(reward)
 
 
-def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[float] | None:
+def mask_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | None:
+    """Which of a completion's tokens the policy wrote, 1 or 0 each; None where nothing says so: all.
+
+    Args:
+        record: with or without the field.
+        tokens: length of the completion.
+        where: names the record in messages.
+
+    Raises:
+        TypeError: if it is no flat sequence.
+        ValueError: if it is not as long as the completion, or an entry is neither 0 nor 1.
+    """
+    values = plain(record.get(MASK))
+    if values is None:
+        return None
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{where}, field {MASK!r}: got a {type(values).__name__}; expected a sequence of one 0 or 1 "
+            "per token of the completion, 1 where the policy wrote it"
+        )
+    if len(values) != tokens:
+        raise ValueError(
+            f"{where}, field {MASK!r}: has {len(values)} entries, but the completion has {tokens} "
+            "tokens; expected one 0 or 1 for each of them and none for the prompt, 1 where the policy "
+            "wrote it"
+        )
+    found = [plain(x) for x in values]
+    for k, x in enumerate(found):
+        if not isinstance(x, (bool, Real)) or x not in (0, 1):
+            raise ValueError(
+                f"{where}, field {MASK!r}: got {x!r:.40} at position {k}; expected 1 for a token that "
+                f"the policy wrote and 0 for another; the weight of a record goes under {WEIGHT}"
+            )
+    return [int(x) for x in found]
+
+
+def segments_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | None:
+    """The segment of each of a completion's tokens, an integer; None where the record has none.
+
+    Raises:
+        TypeError: if they are no flat sequence of whole numbers.
+        ValueError: if there are more or fewer than tokens.
+    """
+    values = plain(record.get(SEGMENTS))
+    if values is None:
+        return None
+    found = None
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        found = [plain(x) for x in values]
+        found = [int(x) if isinstance(x, float) and x.is_integer() else x for x in found]
+    if found is None or not set(map(type, found)) <= {int}:
+        raise TypeError(
+            f"{where}, field {SEGMENTS!r}: got {values!r:.40}; expected one integer per token of the "
+            "completion, equal ones in a row being a segment; drop the field if it means something else"
+        )
+    if len(found) != tokens:
+        raise ValueError(
+            f"{where}, field {SEGMENTS!r}: has {len(found)} entries, but the completion has {tokens} "
+            "tokens; expected one integer for each of them and none for the prompt"
+        )
+    return found
+
+
+def weight_of(record: Mapping[str, Any], where: str) -> float:
+    """The weight of a record, 1 where it has none.
+
+    Raises:
+        TypeError: if it is not one number.
+        ValueError: if it is negative, NaN or infinite.
+    """
+    weight = plain(record.get(WEIGHT))
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise TypeError(
+            f"{where}, field {WEIGHT!r}: got {weight!r:.40} of type {type(weight).__name__}; expected "
+            "one number >= 0 for the whole record"
+        )
+    if not (math.isfinite(weight) and float(weight) >= 0):
+        raise ValueError(
+            f"{where}, field {WEIGHT!r}: got {weight}; expected a finite number >= 0; the sign of a "
+            "record is that of its reward"
+        )
+    return float(weight)
+
+
+def behavior_of(
+    record: Mapping[str, Any], tokens: int, where: str, mask: Sequence[int] | None = None
+) -> list[float] | None:
     """Log mu of a record's completion, one number per token; None where it has none.
+
+    Args:
+        record: with or without the field.
+        tokens: length of the completion.
+        where: names the record in messages.
+        mask: as ``mask_of``. Entries under 0 are not read, and are 0 in the result.
 
     Raises:
         TypeError: if it is no flat sequence of numbers.
@@ -135,6 +236,8 @@ def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[floa
             f"{tokens} tokens (with the EOS that ends it, unless finish_reason is 'length'); give the "
             "completion_token_ids that were sampled, or leave it out and score the records"
         )
+    if mask is not None:
+        values = [x if written else 0.0 for x, written in zip(values, mask, strict=True)]
     # Nearly all records: a sum is not finite if a part of it is not.
     plainly = set(map(type, values)) <= {float} and math.isfinite(sum(values))
     if plainly and max(values, default=0.0) <= 0:
@@ -154,6 +257,22 @@ def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[floa
                 "record, or leave it out"
             )
     return [float(x) for x in found]
+
+
+def reads_behavior(reward: float, limits: Any, baseline: float) -> bool:
+    """Whether a record's weight depends on log mu: not where the limits of its sign are equal."""
+    # Of a taper of one's own nothing is known.
+    if not isinstance(limits, Limits):
+        return True
+    if reward - baseline < 0:
+        return limits.neg_min != limits.neg_max
+    return limits.pos_min != limits.pos_max
+
+
+def sign_of(reward: float, baseline: float) -> str:
+    """The branch of the loss that a reward takes, in words."""
+    kind = "negative" if reward - baseline < 0 else "positive"
+    return f"a reward of {reward:g} with baseline={baseline:g} is a {kind}"
 
 
 def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
@@ -198,27 +317,33 @@ def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
 
 
 def check_meaning(
-    record: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], where: str
+    record: Mapping[str, Any],
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    mask: Sequence[int] | None,
+    where: str,
 ) -> None:
     """Refuses fields that mean something which training would not do.
 
-    Values that change nothing pass: masks of ones, labels that are the completion, weights of 1,
-    positions from 0.
+    Values that change nothing pass: masks of ones or equal to ``completion_mask``, labels that are the
+    tokens it scores, weights of 1, positions from 0.
 
     Args:
         record: as the user gave it.
         prompt: its token ids.
         completion: its token ids.
+        mask: which of the completion's tokens the policy wrote, as ``mask_of``.
         where: names the record in messages.
 
     Raises:
         ValueError: naming the record, the field and the remedy.
     """
     prompt, completion = list(prompt), list(completion)
+    written = [1] * len(completion) if mask is None else list(mask)
     for name, given in record.items():
         if not isinstance(name, str) or given is None:
             continue
-        problem = _problem(name, plain(given), prompt, completion) or foreign_problem(
+        problem = _problem(name, plain(given), prompt, completion, written) or foreign_problem(
             name, plain(given), plain(record.get("reward"))
         )
         if problem is None and _LOG_PROB.match(name) and record.get("behavior_log_prob") is None:
@@ -226,13 +351,40 @@ def check_meaning(
                 "expected log mu under the name behavior_log_prob; rename the field, or drop it if "
                 "the records are to be scored"
             )
+        if problem is None and name == "completion" and mask is None and _has_other_turns(given):
+            problem = (
+                f"has turns that the policy did not write, and nothing says which of the "
+                f"completion_token_ids they are; give the record a {MASK} of one 0 or 1 per token, 1 "
+                "where the policy wrote it"
+            )
         if problem is not None:
             raise ValueError(f"{where}, field {name!r}: {problem}")
 
 
-def _problem(name: str, value: Any, prompt: list[int], completion: list[int]) -> str | None:
+def name_here(name: str) -> str | None:
+    """What a field of another name is called here; None if it is nothing that is known."""
+    if _LOG_PROB.match(name):
+        return "behavior_log_prob"
+    if _MASK.search(name) or name in _LABELS:
+        return MASK
+    return WEIGHT if _WEIGHT.search(name) else None
+
+
+def _has_other_turns(completion: Any) -> bool:
+    """Whether a completion is messages, some of them not the assistant's."""
+    if not isinstance(completion, (list, tuple)):
+        return False
+    roles = [message.get("role") for message in completion if isinstance(message, Mapping)]
+    return any(role not in (None, "assistant") for role in roles)
+
+
+def _problem(
+    name: str, value: Any, prompt: list[int], completion: list[int], written: list[int]
+) -> str | None:
     """What is wrong with a field that means something, and the remedy; None if nothing."""
     named = name in (*_LABELS, *_POSITIONS, *_KINDS, "input_ids")
+    if name in (MASK, WEIGHT):
+        return None
     if not (named or any(kind.search(name) for kind in (_MASK, _WEIGHT, _MEDIA))):
         return None
     got = f"got {value!r:.60}"
@@ -248,27 +400,31 @@ def _problem(name: str, value: Any, prompt: list[int], completion: list[int]) ->
         )
     row = value if isinstance(value, (list, tuple)) else [value]
     length = len(prompt) + len(completion)
+    before = [0] * len(prompt)
     if _MASK.search(name):
-        whole = [0] * len(prompt) + [1] * len(completion)
-        if isinstance(value, str) or all(x == 1 for x in row) or row == whole:
+        if isinstance(value, str) or all(x == 1 for x in row) or row in (written, before + written):
             return None
+        if name == "attention_mask":
+            return f"{got}; expected ones, records hold no padding; leave it out of the token ids"
         return (
-            f"{got}; expected ones for all tokens of the completion, each of which is scored: a part "
-            "of them cannot be left out yet. Make a record of each turn that the policy wrote, with "
-            "all before it in the prompt, or drop the field if it means something else"
+            f"{got}; what the policy did not write is said by {MASK}, expected with one 0 or 1 per "
+            "token of the completion, 1 where the policy wrote it; rename the field (and leave out "
+            "entries of the prompt), or drop it if it means something else"
         )
     if _WEIGHT.search(name):
         if isinstance(value, str) or all(x == 1 for x in row):
             return None
         return (
-            f"{got}; expected 1, weights are not read; multiply the reward by it (with baseline=0 the "
-            "loss of a record is proportional to its reward), or drop the field"
+            f"{got}; expected 1: the weight of a record is said by {WEIGHT}, one number >= 0, and "
+            "weights of single tokens are not read; rename the field, or drop it"
         )
-    if name in _LABELS and row not in (completion, [IGNORE_INDEX] * len(prompt) + completion):
+    labels = [x if w else IGNORE_INDEX for x, w in zip(completion, written, strict=True)]
+    unscored = [IGNORE_INDEX] * len(prompt)
+    if name in _LABELS and not any(row in (x, unscored + x) for x in (completion, labels)):
         return (
-            f"{got}; expected the completion's ids, with -100 before them for the prompt: these are "
-            "the labels here, and a part of them cannot be left out yet; drop the field, or make a "
-            "record of each turn that the policy wrote"
+            f"{got}; expected the completion's ids, with -100 before them for the prompt; tokens that "
+            f"the policy did not write are said by {MASK}, one 0 or 1 per token of the completion: "
+            "rename the field, with 0 in the place of -100 and 1 of an id, or drop it"
         )
     if name == "input_ids" and row != prompt + completion:
         return (

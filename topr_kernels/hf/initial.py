@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from topr_kernels.hf.behavior import check_records
+from topr_kernels.hf.fields import mask_of
 from topr_kernels.hf.packing import allowed_difference
 
 _REMEDY = (
@@ -71,7 +72,7 @@ def score_initial(
     problem = next((p for p in problems if p is not None), None)
     if problem is not None:
         raise ValueError(f"behavior: got 'initial', but {problem}; {_REMEDY}")
-    probe = next((r for r in records if len(r["completion_token_ids"])), None)
+    probe = next((r for r in records if _written(r)), None)
     with _on(model, device):
         if processes == 1:
             return score(records)
@@ -115,6 +116,13 @@ def _together(work: Callable[[], Scored], rank: int) -> Scored:
     if problem is not None or result is None:
         raise ValueError(f"behavior: got 'initial', but its share was not scored by {problem}")
     return result
+
+
+def _written(record: Mapping[str, Any]) -> int:
+    """Number of tokens of a completion that the policy wrote."""
+    tokens = len(record["completion_token_ids"])
+    mask = mask_of(record, tokens, "record")
+    return tokens if mask is None else sum(mask)
 
 
 class ScoredBy(TrainerCallback):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 _ANSWER = "answer-goes-here"
-_REMEDY = "give prompt_token_ids and completion_token_ids as they were sampled"
+_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+REMEDY = "give prompt_token_ids and completion_token_ids as they were sampled"
 #: Kinds of content that a tokenizer cannot give to a model.
 _MEDIA = ("image", "video", "audio", "file")
 
@@ -34,15 +36,15 @@ class Reader:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any], eos: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
         self._options = dict(options)
-        self._eos = eos
+        self.eos = eos
 
     def text(self, prompt: str, completion: str, cut: bool, where: str) -> Ids:
         """Ids of a text and of the one that follows it, which ends with EOS unless it was cut off."""
         start, whole = self._with_special(prompt), self._with_special(prompt + completion)
         after = _after(start, whole, "the tokenizer makes {} ids of the prompt", where)
-        if cut or (after and after[-1] in self._eos):
+        if cut or (after and after[-1] in self.eos):
             return start, after
-        if not self._eos:
+        if not self.eos:
             raise ValueError(
                 f"{where}, field 'completion': the tokenizer has no eos_token_id to end it with; give "
                 "prepare_records eos_token_id, or the record finish_reason='length' if it was cut off"
@@ -95,12 +97,12 @@ class Reader:
             "the chat template makes {} ids of the prompt with its generation prompt",
             where,
         )
-        if cut or (after and after[-1] in self._eos):
+        if cut or (after and after[-1] in self.eos):
             return before, after
         whole = self._bare(start + content + end)
         if whole[: len(said)] == said:
             ending = whole[len(said) :]
-            stop = next((k for k, x in enumerate(ending) if x in self._eos), len(ending) - 1)
+            stop = next((k for k, x in enumerate(ending) if x in self.eos), len(ending) - 1)
             return before, after + ending[: stop + 1]
         ids = _after(before, whole, "the chat template makes {} ids of the prompt", where)
         return before, self._up_to_the_end(ids)
@@ -113,14 +115,14 @@ class Reader:
         if not isinstance(begun.get("content"), str) or not isinstance(answer.get("content"), str):
             raise ValueError(
                 f"{where}, field 'prompt': ends with a message of the assistant, which the completion "
-                f"continues; expected text in both and nothing else; {_REMEDY}"
+                f"continues; expected text in both and nothing else; {REMEDY}"
             )
         probe = [*prompt[:-1], {**begun, "content": begun["content"] + _ANSWER}]
         start, found, end = self._render(probe, extra, where).rpartition(_ANSWER)
         if not found or not start.endswith(begun["content"]):
             raise ValueError(
                 f"{where}, field 'prompt': ends with a message of the assistant, which the completion "
-                f"continues, but the chat template does not write it as it is; {_REMEDY}"
+                f"continues, but the chat template does not write it as it is; {REMEDY}"
             )
         return start, end
 
@@ -142,43 +144,72 @@ class Reader:
             "the chat template makes {} ids of the prompt with its generation prompt",
             where,
         )
-        lost = next((x for x in _texts(answer) if x.strip() not in text[len(start) :]), None)
+        said = text[len(start) :]
+        lost = next((x for x in _texts(answer) if not any(form in said for form in x)), None)
         if lost is not None:
             raise ValueError(
-                f"{where}, field 'completion': the chat template does not write {lost!r:.40} as it is, "
-                f"so it would not be what the policy wrote; {_REMEDY}"
+                f"{where}, field 'completion': the chat template does not write {lost[0]!r:.40} as it "
+                f"is, so it would not be what the policy wrote; {REMEDY}"
             )
         if not cut:
             return before, self._up_to_the_end(ids)
-        ends = [k for k, token in enumerate(ids) if token in self._eos]
+        ends = [k for k, token in enumerate(ids) if token in self.eos]
         if not ends:
             raise ValueError(
                 f"{where}, field 'finish_reason': is 'length', but the chat template ends the "
-                f"completion with none of the ids {list(self._eos)}, so what it wrote after the cut is "
+                f"completion with none of the ids {list(self.eos)}, so what it wrote after the cut is "
                 "not known; give prepare_records eos_token_id, or the record completion_token_ids"
             )
         return before, ids[: ends[-1]]
 
+    def marked(
+        self, messages: Messages, extra: Mapping[str, Any], where: str
+    ) -> tuple[list[int], list[int]] | None:
+        """Ids of messages, and which of them the template marks as generated.
+
+        None where it has no ``{% generation %}`` marks, or a tokenizer that cannot tell where they are.
+        """
+        options = {**self._options, **extra}
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        try:
+            template = self._tokenizer.get_chat_template(
+                options.get("chat_template"), tools=options.get("tools")
+            )
+        except ValueError:
+            # There is none, as rendering will say.
+            return None
+        if not _MARKS.search(template):
+            return None
+        options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = self._applied(messages, {**options, "add_generation_prompt": False}, where)
+        return list(found["input_ids"]), list(found["assistant_masks"])
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of some ids, for messages."""
+        return str(self._tokenizer.decode(ids))
+
     def _up_to_the_end(self, ids: list[int]) -> list[int]:
         """Without what the template writes after the last EOS: a sampler would have stopped there."""
-        ends = [k for k, token in enumerate(ids) if token in self._eos]
+        ends = [k for k, token in enumerate(ids) if token in self.eos]
         return ids[: ends[-1] + 1] if ends else ids
 
     def _render(
         self, messages: Messages, extra: Mapping[str, Any], where: str, **options: Any
     ) -> str:
         given = {"add_generation_prompt": False, **options, "tokenize": False}
+        text: str = self._applied(messages, {**self._options, **extra, **given}, where)
+        return text
+
+    def _applied(self, messages: Messages, options: Mapping[str, Any], where: str) -> Any:
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, **{**self._options, **extra, **given}
-            )
+            return self._tokenizer.apply_chat_template(messages, **options)
         # A template raises what it likes.
         except Exception as error:
             raise ValueError(
                 f"{where}: the chat template failed: {type(error).__name__}: {error}; write the "
-                f"messages as it wants them, or {_REMEDY}"
+                f"messages as it wants them, or {REMEDY}"
             ) from error
-        return text
 
     def _bare(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -195,15 +226,15 @@ class Reader:
 
     def _ends(self, ids: list[int]) -> int:
         """How many ids at the end are EOS."""
-        return sum(1 for _ in itertools.takewhile(lambda x: x in self._eos, reversed(ids)))
+        return sum(1 for _ in itertools.takewhile(lambda x: x in self.eos, reversed(ids)))
 
     @cached_property
     def _end(self) -> int:
         """Which of several ids ends a text: the one that ends a turn, else the tokenizer's EOS."""
-        if len(self._eos) == 1:
-            return self._eos[0]
+        if len(self.eos) == 1:
+            return self.eos[0]
         own, turn = getattr(self._tokenizer, "eos_token_id", None), self._end_of_turn()
-        chosen = next((x for x in (turn, own) if x in self._eos), self._eos[0])
+        chosen = next((x for x in (turn, own) if x in self.eos), self.eos[0])
         if own is not None and chosen != own:
             names = self._tokenizer.convert_ids_to_tokens([chosen, own])
             why = (
@@ -229,7 +260,7 @@ class Reader:
         except ValueError:
             # It wants other messages.
             return None
-        return next((x for x in self._bare(end) if x in self._eos), None)
+        return next((x for x in self._bare(end) if x in self.eos), None)
 
 
 def check_messages(messages: Any, name: str, formats: str, where: str) -> Messages:
@@ -254,28 +285,6 @@ def check_messages(messages: Any, name: str, formats: str, where: str) -> Messag
     if not messages:
         raise ValueError(f"{where}, field {name!r}: has no messages; {formats}")
     return [dict(message) for message in messages]
-
-
-def check_answer(messages: Messages, where: str) -> dict[str, Any]:
-    """The one message of the assistant that a completion is.
-
-    Raises:
-        ValueError: if there are others, or the message is not to be trained on.
-    """
-    roles = [message["role"] for message in messages]
-    if roles != ["assistant"]:
-        raise ValueError(
-            f"{where}, field 'completion': got messages of {roles}; expected one of the "
-            "assistant, since other turns were not sampled by the policy; make a record of each "
-            "turn of the assistant, with all before it in the prompt"
-        )
-    for name in ("weight", "train", "loss"):
-        if messages[0].get(name) not in (None, 1):
-            raise ValueError(
-                f"{where}, field 'completion': got a message with {name}={messages[0][name]!r}, which "
-                "is not read; leave the record out, or multiply its reward by the weight"
-            )
-    return messages[0]
 
 
 def tools_of(value: Any) -> list[Any] | None:
@@ -305,7 +314,7 @@ def _inside(answer: dict[str, Any], begun: str, start: str, where: str) -> dict[
     if content.lstrip().startswith(begun):
         raise ValueError(
             f"{where}, field 'completion': begins with {begun!r:.40}, which the generation prompt "
-            f"writes as {written!r:.40}; leave it out of the completion, or {_REMEDY}"
+            f"writes as {written!r:.40}; leave it out of the completion, or {REMEDY}"
         )
     return answer
 
@@ -319,18 +328,39 @@ def _after(start: list[int], whole: list[int], makes: str, where: str) -> list[i
     raise ValueError(
         f"{where}, field 'completion': {makes.format(len(start))}, of which only the first {same} begin "
         "the ids of prompt and completion, so the completion's ids are not known; "
-        f"{_REMEDY}, or write the border where no token lies across it (of a chat template: with "
+        f"{REMEDY}, or write the border where no token lies across it (of a chat template: with "
         "chat_template_kwargs under which it writes the prompt alike in both)"
     )
 
 
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    """What a message says: its texts, and the names of the tools it calls."""
-    found = [x for key, x in message.items() if key != "role" and isinstance(x, str)]
+def _texts(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What a message says and the tools it calls, each in the forms that count as written."""
+    texts = (x for key, x in message.items() if key != "role" and isinstance(x, str))
+    found: list[tuple[str, ...]] = [(x.strip(),) for x in texts]
     content = message.get("content")
     for part in content if isinstance(content, list) else []:
-        found += [x for key, x in part.items() if key != "type" and isinstance(x, str)]
+        found += [(x.strip(),) for key, x in part.items() if key != "type" and isinstance(x, str)]
     for call in message.get("tool_calls") or []:
-        name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
-        found += [name] if isinstance(name, str) else []
+        called = (call.get("function") or call) if isinstance(call, Mapping) else {}
+        found += [(called["name"],)] if isinstance(called.get("name"), str) else []
+        # JSON in a string is the policy's own text.
+        given = called.get("arguments")
+        found += [(given.strip(),)] if isinstance(given, str) else list(_leaves(given))
     return found
+
+
+def _leaves(arguments: Any) -> Iterator[tuple[str, ...]]:
+    """Names and texts among the arguments of a call, as they are or as JSON writes them."""
+    if isinstance(arguments, str):
+        yield (
+            arguments,
+            json.dumps(arguments, ensure_ascii=False)[1:-1],
+            json.dumps(arguments)[1:-1],
+        )
+    elif isinstance(arguments, Mapping):
+        for name, x in arguments.items():
+            yield (str(name),)
+            yield from _leaves(x)
+    elif isinstance(arguments, (list, tuple)):
+        for x in arguments:
+            yield from _leaves(x)

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from topr_kernels import TOPROutput
+from topr_kernels.hf import fields
 from topr_kernels.hf.arguments import check_arguments, longest
 from topr_kernels.hf.behavior import fitting, score_checked
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss, check_apart_once
@@ -98,7 +99,8 @@ class TOPRTrainer(Trainer):
     Raises:
         TypeError: if an argument is of another type than it should be (see ``check_arguments``).
         ValueError: if neither ``data_collator`` nor a tokenizer with a pad or EOS token is given; if a
-            record is invalid (see ``prepare_records``) or lacks ``behavior_log_prob``; if batches of
+            record is invalid (see ``prepare_records``) or lacks a ``behavior_log_prob`` that the limits
+            of its sign read; if batches of
             the default collator would be joined and cut up between processes; on ``compute_loss_func``,
             ``compute_metrics`` or ``preprocess_logits_for_metrics``, which would never be called; with
             ``behavior="initial"``, as ``score_initial``; with ``fused_head``, if the model's head cannot
@@ -158,6 +160,8 @@ class TOPRTrainer(Trainer):
                 args.packing,
                 args.mask_truncated,
                 eos,
+                args.limits,
+                args.baseline,
             )
         self._prepare = functools.partial(
             prepare_records,
@@ -241,16 +245,14 @@ class TOPRTrainer(Trainer):
             return dataset
         recorded = self.args.behavior == "recorded"
         # Reading a data set from disk takes time, and the collator checks every record later.
-        count = 1 if recorded and not isinstance(dataset, list) else len(dataset)
+        names = getattr(dataset, "column_names", None) or ["behavior_log_prob"]
+        whole = isinstance(dataset, list) or "behavior_log_prob" not in names
+        count = 1 if recorded and not whole else len(dataset)
         records = [dataset[i] for i in range(min(count, len(dataset)))]
         scored = [record.get("behavior_log_prob") is not None for record in records]
         if recorded:
-            if not all(scored):
-                raise ValueError(
-                    f"record {scored.index(False)} has no behavior_log_prob: TOPR weighs by pi/mu. "
-                    "Record the sampler's log-probabilities, score them with causal_lm_log_prob, or, "
-                    "for data sampled from this very model, set behavior='initial'"
-                )
+            for i, record in enumerate(records):
+                self._check_recorded(record, f"record {i}")
             return dataset
         if any(scored):
             raise ValueError(
@@ -362,6 +364,21 @@ class TOPRTrainer(Trainer):
     def _without_repeats(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             yield without_repeats(batch, self.accelerator.gradient_state.active_dataloader)
+
+    def _check_recorded(self, record: Mapping[str, Any], where: str) -> None:
+        """Refuses a record without log mu that the loss would read."""
+        if record.get("behavior_log_prob") is not None:
+            return
+        reward, baseline = fields.plain(record.get("reward")), self.args.baseline
+        if reward is not None and not fields.reads_behavior(reward, self.args.limits, baseline):
+            return
+        sign = "" if reward is None else f" ({fields.sign_of(reward, baseline)})"
+        raise ValueError(
+            f"{where} has no behavior_log_prob: TOPR weighs by pi/mu{sign}. Record the sampler's "
+            "log-probabilities, score them with causal_lm_log_prob, or, for data sampled from this very "
+            "model, set behavior='initial'. Leave out what no model sampled, unless it is a positive "
+            "under limits='topr', or use limits='sft'"
+        )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """``Trainer.train``; refuses to go on with log mu of another model than the run began with."""

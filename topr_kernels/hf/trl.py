@@ -149,14 +149,15 @@ class TOPRGRPOTrainer(GRPOTrainer):
         args: ``GRPOConfig``, without the refused options.
         *more: further arguments of ``GRPOTrainer``.
         limits: clip limits per sign of the advantage; presets TOPR, TIS, IS, REINFORCE, SFT.
-        ratio: "sequence" (the paper's), "geometric" or "token".
+        ratio: "sequence" (the paper's), "geometric" or "token"; "segment" or "segment_geometric" are per
+            turn of the policy.
         baseline: subtracted from every advantage before the sign is taken.
         reduction: "sequence_mean" (the paper's) or "token_mean".
         **kwargs: further arguments of ``GRPOTrainer``.
 
     Raises:
         ImportError: on import of the module, if trl is missing or of a version that is not known here.
-        TypeError: if ``limits`` is no ``Limits`` or ``baseline`` no number.
+        TypeError: if ``limits`` is neither ``Limits`` nor a callable taper, or ``baseline`` no number.
         ValueError: on an unknown ratio or reduction, a baseline that is not finite, or a refused option;
             in training, if a subclass gives advantages per token.
 

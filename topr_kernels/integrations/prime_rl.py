@@ -77,7 +77,8 @@ def topr_loss(
         inputs: prime-rl's LossInputs.
         limits: name of a preset ("topr", "tis", "is", "reinforce", "sft"), the four limits by name, or
             a ``Limits``.
-        ratio: "sequence" (the paper), "geometric" or "token".
+        ratio: "sequence" (the paper), "geometric", "token", or per turn of the policy "segment" or
+            "segment_geometric".
 
     Returns:
         LossOutputs: loss 0-dim; 0-dim metrics that prime-rl averages over the sequences:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from topr_kernels import choices, validation
 from topr_kernels.integrations.tokens import one_per_sequence
-from topr_kernels.limits import TOPR, Limits
+from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.loss import topr_loss_from_log_prob
 from topr_kernels.output import TOPROutput
 
@@ -39,7 +39,7 @@ def topr_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
     *,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
 ) -> tuple[Tensor, dict[str, float]]:
     """Computes the TOPR loss of a micro-batch of verl.
@@ -69,8 +69,9 @@ def topr_policy_loss(
             ``global_batch_size``, ``batch_num_tokens``). If it is None, or lacks the counts on one rank,
             means are over this micro-batch alone, as in verl.
         rollout_is_weights: None; see Raises.
-        limits: clip limits per sign of the reward.
-        ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986) or "token".
+        limits: clip limits per sign of the reward, or a taper of one's own, as in :func:`topr_loss`.
+        ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986), "token", or per turn
+            of the policy (``response_mask`` is 0 between them) "segment" or "segment_geometric".
 
     Returns:
         (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are
@@ -135,7 +136,7 @@ def topr_policy_loss(
 
 
 def register(
-    name: str = "topr", *, limits: Limits = TOPR, ratio: str = "sequence"
+    name: str = "topr", *, limits: Limits | Taper = TOPR, ratio: str = "sequence"
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """Registers :func:`topr_policy_loss` with verl in this process.
 
@@ -149,7 +150,7 @@ def register(
 
     Raises:
         ImportError: verl cannot be imported.
-        TypeError: limits that are not ``Limits``.
+        TypeError: limits that are neither ``Limits`` nor callable.
         ValueError: an unknown ratio.
     """
     validation.check_limits(limits)

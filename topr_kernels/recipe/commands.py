@@ -157,7 +157,7 @@ def run_score(
     def compute(partial: Path) -> dict[str, Any]:
         scored = scored_records(partial)
         write_records(step.draft(out), scored)
-        tokens = sum(len(record.completion_token_ids) for record in scored)
+        tokens = sum(record.length for record in scored)
         log_prob_sum = sum(sum(record.behavior_log_prob or ()) for record in scored)
         score_figures = {"records": len(scored), "mean_log_prob": log_prob_sum / max(1, tokens)}
         # The baseline that curate chose is passed on to the training, which reads these records.

@@ -44,7 +44,9 @@ class CurationOptions(Options):
     )
     dedupe: bool = option(False, "keep only the first of equal completions of a question")
     max_length: int = option(
-        0, "leave out completions longer than this, in tokens; 0 for no cap", least=0
+        0,
+        "leave out completions longer than this, in tokens that the policy wrote; 0 for no cap",
+        least=0,
     )
     drop_truncated: bool = option(False, "leave out completions that were cut off")
 
@@ -60,7 +62,7 @@ class DataFigures:
         effective_positive_share: p~ (Eq. 7) with the baseline of the training.
         invalid_share: completions without a parsable answer; None if a record's ``valid`` is None.
         truncated_share: completions that were cut off.
-        mean_length: of the completions, in tokens.
+        mean_length: of the completions, in tokens that the policy wrote.
     """
 
     records: int
@@ -118,7 +120,7 @@ def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
         effective_positive_share=effective_positive_share(p, baseline),
         invalid_share=sum(not r.valid for r in records) / count if known else None,
         truncated_share=sum(r.finish_reason == "length" for r in records) / count,
-        mean_length=sum(len(r.completion_token_ids) for r in records) / count,
+        mean_length=sum(r.length for r in records) / count,
     )
 
 
@@ -160,7 +162,7 @@ def curate(records: Sequence[Record], options: CurationOptions, *, seed: int) ->
     if options.dedupe:
         kept = drop_duplicates(kept)
     if options.max_length:
-        kept = [r for r in kept if len(r.completion_token_ids) <= options.max_length]
+        kept = [r for r in kept if r.length <= options.max_length]
     if options.drop_truncated:
         kept = [r for r in kept if r.finish_reason != "length"]
     if not kept:

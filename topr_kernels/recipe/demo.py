@@ -332,7 +332,7 @@ class _Run:
             "sampled": len(records),
             "sampled_positive_share": _positive_share(records),
             "truncated_share": sum(r.finish_reason == "length" for r in records) / len(records),
-            "mean_length": sum(len(r.completion_token_ids) for r in records) / len(records),
+            "mean_length": sum(r.length for r in records) / len(records),
             **said_problems(judged),
         }
 

@@ -5,26 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from topr_kernels.hf.fields import reads_behavior, sign_of
+from topr_kernels.limits import Limits
 from topr_kernels.recipe.records import Record, RecordError
 
+#: Fields of a record that training may do without.
+_MAY_BE_ABSENT = ("behavior_log_prob", "completion_mask", "sample_weight")
 
-def training_fields(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """The fields of records that ``CompletionCollator`` takes.
+
+def training_fields(
+    records: Iterable[Record], limits: Limits, baseline: float
+) -> list[dict[str, Any]]:
+    """The fields of records that ``TOPRTrainer`` takes.
+
+    Args:
+        records: N records.
+        limits: of the training.
+        baseline: of the training.
 
     Raises:
-        RecordError: if a record has not been scored.
+        RecordError: if a record has not been scored and the limits of its sign read log mu.
     """
     fields = []
     for i, record in enumerate(records):
-        if record.behavior_log_prob is None:
-            raise RecordError(f"record {i}, field 'behavior_log_prob': missing; run score first")
+        reads = reads_behavior(record.reward, limits, baseline)
+        if record.behavior_log_prob is None and reads:
+            raise RecordError(
+                f"record {i}, field 'behavior_log_prob': missing ({sign_of(record.reward, baseline)}, "
+                "which these limits weigh by pi/mu); run score first, or leave out what no model sampled"
+            )
+        names = ("prompt_token_ids", "completion_token_ids", "reward")
+        optional = {name: getattr(record, name) for name in _MAY_BE_ABSENT}
         fields.append(
-            {
-                "prompt_token_ids": record.prompt_token_ids,
-                "completion_token_ids": record.completion_token_ids,
-                "behavior_log_prob": record.behavior_log_prob,
-                "reward": record.reward,
-            }
+            {name: getattr(record, name) for name in names}
+            | {name: value for name, value in optional.items() if value is not None}
         )
     return fields
 
@@ -32,32 +46,51 @@ def training_fields(records: Iterable[Record]) -> list[dict[str, Any]]:
 def check_sources(records: Sequence[Record]) -> None:
     """Refuses records whose mu come from different policies, or were scored in different ways.
 
+    Beside records with log mu those without may come from anywhere: nothing is to be scored with them.
+
     Raises:
-        RecordError: naming the first record whose source differs from that of record 0.
+        RecordError: naming the first record whose source differs from that of the first.
     """
-    for i, record in enumerate(records):
+    scored = _scored(records) or list(enumerate(records))
+    for i, record in scored:
+        k, beginning = scored[0]
         for name, value, first in (
             *(
-                (f"sampling.{n}", getattr(record.sampling, n), getattr(records[0].sampling, n))
+                (f"sampling.{n}", getattr(record.sampling, n), getattr(beginning.sampling, n))
                 for n in ("model", "weights", "tokenizer", "dtype")
             ),
-            ("behavior_source", record.behavior_source, records[0].behavior_source),
+            ("behavior_source", record.behavior_source, beginning.behavior_source),
         ):
             if value != first:
                 raise RecordError(
-                    f"record {i}, field {name!r}: got {value!r}, but record 0 has {first!r}; mu must "
+                    f"record {i}, field {name!r}: got {value!r}, but record {k} has {first!r}; mu must "
                     "come from one source: score all records with the model that sampled them, and "
                     "train on the samples of one model at a time"
                 )
 
 
-def check_full_softmax(records: Sequence[Record]) -> None:
+def _scored(records: Sequence[Record]) -> list[tuple[int, Record]]:
+    """The records that have log mu, with their numbers."""
+    return [(i, r) for i, r in enumerate(records) if r.behavior_log_prob is not None]
+
+
+def check_scored_softmax(records: Sequence[Record]) -> None:
+    """``check_full_softmax`` of the records that have log mu."""
+    for i, record in _scored(records):
+        check_full_softmax([record], first=i)
+
+
+def check_full_softmax(records: Sequence[Record], first: int = 0) -> None:
     """Refuses records that were not sampled from the full softmax, under which mu is scored.
+
+    Args:
+        records: N records.
+        first: number of the first of them, for the message.
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p.
     """
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, first):
         sampling = record.sampling
         for name, value, fine in (
             ("temperature", sampling.temperature, sampling.temperature > 0),

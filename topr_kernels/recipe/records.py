@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from topr_kernels.hf.fields import MASK, mask_of, name_here
 from topr_kernels.recipe.files import atomic_path, one_line
 
 FinishReason = Literal["stop", "length"]
@@ -87,6 +88,9 @@ class Record:
             engine reported), or "" if not known.
         valid: whether the completion gave an answer at all; None if not known.
         judged: what the completion judges (``topr verify``); None if it answers a question.
+        completion_mask: of a trajectory: 1 for each completion token that the policy wrote, 0 for those
+            of tools and others, under which ``behavior_log_prob`` is not read; None if it wrote all.
+        sample_weight: >= 0, multiplies the record's loss; None for 1.
     """
 
     group: int
@@ -101,6 +105,14 @@ class Record:
     behavior_source: str = ""
     valid: bool | None = None
     judged: Judged | None = None
+    completion_mask: list[int] | None = None
+    sample_weight: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of completion tokens that the policy wrote."""
+        mask = self.completion_mask
+        return len(self.completion_token_ids) if mask is None else sum(mask)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, as it is stored."""
@@ -118,7 +130,7 @@ class Record:
             RecordError: if a field is missing, unknown, of the wrong type, NaN or of the wrong
                 length.
         """
-        raw = _present(raw, Record)
+        raw = _without_unread(_present(raw, Record))
         _check_names(raw, Record, where)
         sampling = raw["sampling"]
         if not isinstance(sampling, Mapping):
@@ -145,16 +157,15 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
         RecordError: if a record is not valid, or the suffix is another; nothing is written then.
     """
     check_suffix(path)
-    rows = [record.to_dict() for record in records]
-    for i, row in enumerate(rows):
-        Record.from_dict(row, f"record {i}")
+    rows = [Record.from_dict(r.to_dict(), f"record {i}").to_dict() for i, r in enumerate(records)]
     schema = _SCHEMA
-    if any(record.judged is not None for record in records):
-        schema = schema.append(_JUDGED)
-    else:
-        # Only files of judgements have the column, as before there were any.
-        for row in rows:
-            del row["judged"]
+    for column in _OPTIONAL:
+        if any(row[column.name] is not None for row in rows):
+            schema = schema.append(column)
+        else:
+            # Files that need no such column have none, as before there was one.
+            for row in rows:
+                del row[column.name]
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
@@ -240,6 +251,15 @@ def _present(raw: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {n: v for n, v in raw.items() if v is not None or n not in optional}
 
 
+def _without_unread(raw: dict[str, Any]) -> dict[str, Any]:
+    """The values with 0 for log-probs of tokens that the policy did not write: they are never read."""
+    mask, scored = raw.get(MASK), raw.get("behavior_log_prob")
+    if isinstance(mask, list) and isinstance(scored, list) and len(mask) == len(scored):
+        pairs = zip(scored, mask, strict=True)
+        return {**raw, "behavior_log_prob": [x if written else 0.0 for x, written in pairs]}
+    return raw
+
+
 def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
     fields = dataclasses.fields(kind)
     required = {f.name for f in fields if f.default is dataclasses.MISSING}
@@ -248,7 +268,9 @@ def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
         raise RecordError(f"{where}, field {missing[0]!r}: missing")
     unknown = sorted(raw.keys() - {f.name for f in fields})
     if unknown:
-        raise RecordError(f"{where}, field {unknown[0]!r}: unknown; remove it")
+        name = name_here(unknown[0])
+        remedy = "remove it" if name is None else f"rename it {name!r} if that is what it means"
+        raise RecordError(f"{where}, field {unknown[0]!r}: unknown; {remedy}")
 
 
 def _check_lengths(record: Record, where: str) -> None:
@@ -259,6 +281,13 @@ def _check_lengths(record: Record, where: str) -> None:
         raise RecordError(
             f"{where}, field 'behavior_log_prob': {len(scored)} entries for "
             f"{len(record.completion_token_ids)} completion tokens; one per token is expected"
+        )
+
+    mask = record.completion_mask
+    if mask is not None and len(mask) != len(record.completion_token_ids):
+        raise RecordError(
+            f"{where}, field {MASK!r}: {len(mask)} entries for {len(record.completion_token_ids)} "
+            "completion tokens; one per token is expected, and none for the prompt"
         )
 
 
@@ -305,6 +334,21 @@ def _log_probs(value: Any, where: str, name: str) -> list[float] | None:
     return [float(x) for x in value]
 
 
+def _completion_mask(value: Any, where: str, name: str) -> list[int] | None:
+    if value is not None and not isinstance(value, list):
+        raise _error(where, name, value, "a list of 0 and 1, or nothing")
+    try:
+        return mask_of({name: value}, len(value or ()), where)
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+
+
+def _weight(value: Any, where: str, name: str) -> float | None:
+    if value is not None and _number(value, where, name) < 0:
+        raise _error(where, name, value, "a number >= 0; the sign is that of the reward")
+    return None if value is None else float(value)
+
+
 def _finish_reason(value: Any, where: str, name: str) -> FinishReason:
     if value == "stop":
         return "stop"
@@ -339,10 +383,12 @@ _CHECKS: dict[str, Any] = {
     "completion_token_ids": _token_ids,
     "reward": _number,
     "finish_reason": _finish_reason,
+    "completion_mask": _completion_mask,
     "behavior_log_prob": _log_probs,
     "behavior_source": _text,
     "valid": _valid,
     "judged": _judged,
+    "sample_weight": _weight,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -385,7 +431,12 @@ _SCHEMA = pa.schema(
         ("valid", pa.bool_()),
     ]
 )
-_JUDGED = pa.field(
-    "judged",
-    pa.struct([("record", pa.int64()), ("group", pa.int64()), ("right", pa.bool_())]),
+#: Columns of the files that need them.
+_OPTIONAL = (
+    pa.field(
+        "judged",
+        pa.struct([("record", pa.int64()), ("group", pa.int64()), ("right", pa.bool_())]),
+    ),
+    pa.field(MASK, pa.list_(pa.int8())),
+    pa.field("sample_weight", pa.float64()),
 )

@@ -58,7 +58,8 @@ def score(
         progress: whether to show a progress bar.
 
     Returns:
-        The records (of the parts taken, if not all) with one fp32 log-probability per completion token.
+        The records (of the parts taken, if not all) with one fp32 log-probability per completion token,
+        0 for those that the policy did not write.
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
@@ -124,19 +125,16 @@ def max_log_ratio(
         for record, values in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
             # Sum the differences: the difference of two sums would lose digits.
             difference = values - torch.tensor(record.behavior_log_prob)
+            if record.completion_mask is not None:
+                difference = difference[torch.tensor(record.completion_mask) == 1]
             largest = max(largest, abs(float(difference.sum())))
     return largest
 
 
 def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
-    token_records = [
-        {
-            "prompt_token_ids": record.prompt_token_ids,
-            "completion_token_ids": record.completion_token_ids,
-        }
-        for record in records
-    ]
+    names = ("prompt_token_ids", "completion_token_ids", "completion_mask")
+    token_records = [{name: getattr(record, name) for name in names} for record in records]
     collate = fitting(CompletionCollator(pad_token_id, share_prefix=True), model, token_records)
     # One forward pass per temperature; nearly always there is one.
     values = {

@@ -15,11 +15,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.heads import head_shape
-from topr_kernels.limits import Limits
+from topr_kernels.limits import PRESETS, Limits
 from topr_kernels.recipe.models import tokenizer_fingerprint
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.record_checks import (
-    check_full_softmax,
+    check_scored_softmax,
     check_sources,
     check_tokens,
     training_fields,
@@ -34,7 +34,7 @@ class TrainSettings:
 
     Args:
         limits: preset name or ``Limits``.
-        ratio: "sequence", "geometric" or "token".
+        ratio: "sequence", "geometric" or "token"; of trajectories also "segment" or "segment_geometric".
         baseline: subtracted from every reward.
         learning_rate: of AdamW; constant, without weight decay, gradient norm clipped at 1.
         batch_size: sequences per optimizer step.
@@ -70,7 +70,7 @@ def train(
     Args:
         model: a causal language model, at the weights that sampled the records.
         tokenizer: its tokenizer.
-        records: scored records.
+        records: scored records; see ``trainable_fields``.
         settings: see ``TrainSettings``.
         checkpoints: folder for checkpoints (three times the model's size: weights and AdamW's two
             moments). Training continues from the last whole one found there. The caller deletes it
@@ -84,7 +84,7 @@ def train(
         RecordError: as ``trainable_fields``, or if the ids come from another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    fields = trainable_fields(records)
+    fields = trainable_fields(records, settings.limits, settings.baseline)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
@@ -125,16 +125,25 @@ def train(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainable_fields(records: Sequence[Record]) -> list[dict[str, Any]]:
+def trainable_fields(
+    records: Sequence[Record], limits: str | Limits, baseline: float
+) -> list[dict[str, Any]]:
     """The fields of records that the Trainer takes.
 
+    Args:
+        records: N records. Those whose weight does not depend on mu (positives in TOPR) need none.
+        limits: of the training.
+        baseline: of the training.
+
     Raises:
-        RecordError: if a record has not been scored, if mu comes from several sources, or if it is not
-            that of the policy that sampled.
+        RecordError: if a record has no log mu that the limits read, if mu comes from several sources, or
+            if it is not that of the policy that sampled.
     """
-    fields = training_fields(records)
+    if isinstance(limits, str):
+        limits = PRESETS[limits]
+    fields = training_fields(records, limits, baseline)
     check_sources(records)
-    check_full_softmax(records)
+    check_scored_softmax(records)
     return fields
 
 
