@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from test_packing import KINDS, Row, alone, build, on_policy, reference
 from test_trainer import PeftLike, trainer
 
+from topr_kernels import TOPR
 from topr_kernels.hf import (
     CompletionCollator,
     TOPRTrainer,
@@ -195,6 +196,23 @@ def test_labels_that_are_not_scored_run_and_count_nothing():
     found, grads = gradients(model, batch)
     torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
     assert_equal(grads, expected, 1e-5)
+
+
+def test_weights_masks_segments_and_missing_mu_are_those_of_their_records():
+    model, data = build("Llama"), on_policy(build("Llama"), siblings())
+    for i, r in enumerate(data):
+        tokens = range(len(r["completion_token_ids"]))
+        r |= {"sample_weight": 1.0 + i, "completion_mask": [int(j % 3 != 1) for j in tokens]}
+        r["segments"] = [(j + i) // 2 for j in tokens]
+    data[0]["behavior_log_prob"] = None
+    batch = shared(data, limits=TOPR)
+    assert not batch["behavior_known"].all()
+    for packing in (False, True):
+        plain = unshared(shared(data, limits=TOPR, packing=packing))
+        loss, expected = gradients(model, plain, ratio="segment")
+        found, grads = gradients(model, batch, ratio="segment")
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+        assert_equal(grads, expected, 1e-5)
 
 
 def test_a_batch_with_next_to_nothing_in_common_is_padded_as_ever():
