@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from topr_kernels.recipe.plain_text import starts_with_money
+from topr_kernels.recipe.plain_text import plain, starts_with_money
 
 _THINKING = re.compile(
     r"<(/?)(?:think|thinking|thought|thoughts|reasoning|scratchpad)>"
@@ -268,6 +268,8 @@ def gold_answer(text: str) -> str:
     if not framed and (statements or _BOX.search(text)):
         raise ValueError("an empty box")
     answer = framed[-1].answer if framed else text
+    if not plain(answer):
+        raise ValueError("nothing but signs")
     try:
         finite = abs(float(answer)) < float("inf")
     except (ValueError, OverflowError):

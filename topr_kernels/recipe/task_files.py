@@ -16,6 +16,7 @@ from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.options import SettingsError
+from topr_kernels.recipe.records import is_unicode
 from topr_kernels.recipe.rewards import RewardTask, reward_key
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.tasks import (
@@ -264,7 +265,9 @@ def task_inputs(options: QuestionOptions) -> dict[str, Path]:
 def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:
     first: dict[str, tuple[int, str]] = {}
     for line, entry in entries:
-        earlier, answer = first.setdefault(entry["question"], (line, entry["answer"]))
+        # Not by case: "x" and "X" may be two names.
+        question = " ".join(entry["question"].split())
+        earlier, answer = first.setdefault(question, (line, entry["answer"]))
         other = entry["answer"]
         if answer != other and not (same_answer(answer, other) or same_answer(other, answer)):
             raise FileError(
@@ -314,5 +317,10 @@ def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[s
     if not isinstance(text, str) or not text.strip():
         raise FileError(
             f"{where}, field {names[0]!r}: expected a text there or in {names[1]!r}, got {text!r}"
+        )
+    if not is_unicode(text):
+        raise FileError(
+            f"{where}, field {name!r}: holds half a character (\\ud800 to \\udfff), which no tokenizer "
+            "reads; mend the line"
         )
     return name, text.strip()
