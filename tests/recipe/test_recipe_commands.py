@@ -872,6 +872,10 @@ def test_a_link_to_nothing_is_named(
         ("task_config: {a: 1, a: 2}", "c.yaml, line 1: a is there twice"),
         ("max-length: 1\nmax_length: 2", "c.yaml, max_length: there twice"),
         ("config: other.yaml", "c.yaml, config: a file names no other"),
+        ("a: &a [*a]", "c.yaml, line 1: an alias stands for a list or a mapping"),
+        ("a: &a {x: 1}\nb: [*a]", "c.yaml, line 1: an alias stands for"),
+        ("? [a, b]\n: 1", "c.yaml, line 1: expected a name before the colon"),
+        ("a: " + "[" * 2000, "c.yaml: not YAML (RecursionError"),
         *(
             (f"size: 1\nseed: {value}", f"c.yaml, line 2: got {value}; expected a decimal number")
             for value in ("010", "09", "-007", "0x10", "0b1", "1_000", "1:30", "00.5")
