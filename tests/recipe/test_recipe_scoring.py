@@ -422,6 +422,39 @@ def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
     assert "--reward scorers:none" in capsys.readouterr().err
 
 
+def test_a_file_of_another_editor_is_tried(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pairs = tmp_path / "pairs.jsonl"
+    line = b'{"question": "q", "completion": "a"}\r\n'
+    pairs.write_bytes(b"\xef\xbb\xbf" + line + line + b"\r\n")
+    argv = ["reward", "--reward", "scorers:count_a", "--try", "~/pairs.jsonl"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.endswith("2 completions: 2 rewarded above 0, 0 no answer\n")
+    for content, message in (
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"", "holds no completions"),
+        (b"[" * 100_000, "pairs.jsonl, line 1: "),
+    ):
+        pairs.write_bytes(content)
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["def reward(:", "1 / 0", "raise SystemExit(3)"])
+def test_a_module_that_cannot_be_imported_is_named(
+    body: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    (tmp_path / "broken_reward.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["reward", "--reward", "broken_reward:reward", "--try", "pairs.jsonl"]
+    for flags in ([], ["--debug"]):
+        assert main([*argv, *flags]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("topr: --reward broken_reward:reward: reward: got ")
+        assert (len(said) == 1) != bool(flags)
+
+
 # --- reasoning-gym's scorers -----------------------------------------------------------------
 
 #: They evaluate their own question and right answer, never the answer that is judged.

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from topr_kernels.recipe.files import checksum
+from topr_kernels.recipe.files import checksum, one_line
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -103,9 +103,11 @@ def _find(function: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         imported = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    # The user's module may raise what it likes, and end the process too.
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"reward: got {function!r}; expected module:function, importable from here ({error})"
+            f"reward: got {function!r}; expected module:function, importable from here "
+            f"({one_line(error)})"
         ) from error
     if not hasattr(imported, "__code__"):
         raise ValueError(f"reward: got {function!r}; expected a function written in Python")
