@@ -393,11 +393,16 @@ def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("function", ["scorers", "scorers:none", "nowhere:f", ":f", "math:sqrt"])
-def test_a_function_that_is_not_there_is_refused(function: str):
+def test_a_function_that_is_not_there_is_refused(function: str, capsys: Any):
     with pytest.raises(
         SettingsError, match=f"--reward {function}: reward: got '{function}'; expected"
     ):
         find_tasks(GenerateSettings(reward=function))
+    argv = ["generate", "--reward", function, "--model", "none", "--out", "s.jsonl"]
+    for flags in ([], ["--dry-run"]):
+        assert main([*argv, *flags]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"topr: --reward {function}: reward: ") and said.count("\n") == 1
 
 
 def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):

@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,10 +192,17 @@ def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
     test = find_task(options.test_task, "{}", trusted) if options.test_task else task
     if not options.reward:
         return task, test
-    try:
+    with naming_reward(options.reward):
         return RewardTask(task, options.reward), RewardTask(test, options.reward)
+
+
+@contextmanager
+def naming_reward(function: str) -> Iterator[None]:
+    """Has an error of looking a reward up name the flag."""
+    try:
+        yield
     except ValueError as error:
-        raise SettingsError(f"--reward {options.reward}: {error}") from error
+        raise SettingsError(f"--reward {function}: {error}") from error
 
 
 def _check_trust(options: QuestionOptions) -> None:
@@ -248,9 +256,14 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: what rewards depend on, a custom function or the version of math-verify."""
+    """For the manifest: what rewards depend on, a custom function or the version of math-verify.
+
+    Raises:
+        SettingsError: if there is no such function.
+    """
     if options.reward:
-        return reward_key(options.reward)
+        with naming_reward(options.reward):
+            return reward_key(options.reward)
     if not task_inputs(options):
         return {}
     return {"math_verify": importlib.metadata.version("math-verify")}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from topr_kernels.recipe.files import FileError, check_link
-from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import count_problems, verdicts
+from topr_kernels.recipe.task_files import naming_reward
 from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 
@@ -25,11 +25,9 @@ def try_reward(function: str, path: Path) -> list[str]:
         SettingsError: if there is no such function.
         FileError: naming the line that is not such an object.
     """
-    try:
+    with naming_reward(function):
         # Any task will do: the questions are those of the file.
         task = RewardTask(ARITHMETIC, function)
-    except ValueError as error:
-        raise SettingsError(f"--reward {function}: {error}") from error
     answers = _answers(path)
     judged = verdicts(task, answers)
     said = []
