@@ -816,6 +816,14 @@ def test_a_chat_template_that_fails_is_named(
     assert error.count("\n") == 1 and "leave --chat out" in error
 
 
+def test_a_chat_template_without_the_question_is_named(model: Path, tmp_path: Path, capsys: Any):
+    folder = chatty(model, tmp_path / "chatty", "{{ messages[0].contents }}")
+    argv = ["generate", *TASK, "--model", folder, "--chat", "--out", tmp_path / "s.jsonl"]
+    assert "model 'chatty' leaves the question '1 + 1 =' out, and gives ''" in error_of(
+        capsys, *argv
+    )
+
+
 # --- paths and inputs ------------------------------------------------------------------------
 
 
@@ -1000,6 +1008,8 @@ def test_a_failure_is_one_line_that_names_what_failed(
         ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
         ("tokenizer.json", "{"),
         ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{}"),
+        ("generation_config.json", '{"eos_token_id": "abc"}'),
         ("model.safetensors", "not weights"),
         ("model.safetensors", None),
         ("model.gguf", "GGUF"),
