@@ -380,6 +380,16 @@ def test_a_function_of_ones_own_rewards_in_a_worker():
     assert verdicts(task, [("banana", "length", question)])[0].answer is None
 
 
+def test_a_function_that_gives_no_number_costs_the_reward():
+    task = RewardTask(ARITHMETIC, "scorers:gives")
+    said = ("text", "list", "huge", "nan", "exit", "fork", "none", "print", "one")
+    judged = verdicts(task, [(c, "stop", Question(0, "q", "q", {})) for c in said])
+    assert [v.reward for v in judged] == [-1.0] * 7 + [1.0] * 2
+    causes = [*["raised"] * 5, "refused operation", "", "", ""]
+    assert [v.problem for v in judged] == causes
+    assert judged[6].answer is None
+
+
 def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch: Any):
     (tmp_path / "mine.py").write_text("def f(question, completion, entry): return 1.0")
     monkeypatch.chdir(tmp_path)

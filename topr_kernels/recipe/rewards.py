@@ -24,6 +24,7 @@ class RewardTask:
     completion without surrounding white space, and ``Question.entry``. It returns the reward, or None
     for a completion without an answer, which is rewarded -1. It runs in the workers of ``scoring``,
     under their limits: it can neither write files nor use the network, and the environment is empty.
+    Its file imports what it needs at the top: torch and other libraries do not load in a worker.
 
     Args:
         task: where the questions come from; its own scorer is not used.
