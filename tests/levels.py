@@ -40,18 +40,30 @@ def some_segments(batch: LinearBatch, seed: int = 0) -> Tensor:
     return torch.randint(0, 3, batch.labels.shape, generator=generator)
 
 
+def trained(batch: LinearBatch) -> LinearBatch:
+    """The batch with a head of its own that gathers its gradient."""
+    return batch._replace(weight=batch.weight.detach().clone().requires_grad_())
+
+
+def gradient(loss: Tensor, hidden: Tensor) -> Tensor:
+    """Runs the backward; the head's gradient stays in the head, if it is trained."""
+    loss.backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
 def by_logits(batch: LinearBatch, **kw: Any) -> tuple[TOPROutput, Tensor]:
     """The loss, and its gradient by the hidden states."""
     hidden = batch.hidden.detach().requires_grad_()
     out = topr_loss(hidden @ batch.weight.T, *batch[2:], **kw)
-    return out, torch.autograd.grad(out.loss, hidden)[0]
+    return out, gradient(out.loss, hidden)
 
 
 def by_head(batch: LinearBatch, **kw: Any) -> tuple[TOPROutput, Tensor]:
     """The same without logits."""
     hidden = batch.hidden.detach().requires_grad_()
     out = linear_topr_loss(hidden, *batch[1:], **kw)
-    return out, torch.autograd.grad(out.loss, hidden)[0]
+    return out, gradient(out.loss, hidden)
 
 
 def by_log_prob(batch: LinearBatch, **kw: Any) -> tuple[TOPROutput, Tensor]:
@@ -62,14 +74,14 @@ def by_log_prob(batch: LinearBatch, **kw: Any) -> tuple[TOPROutput, Tensor]:
     # The first label of a sequence has no row.
     scored = (batch.labels != -100) & (scores.lse != 0)
     out = topr_loss_from_log_prob(scores.log_prob, scored, *batch[3:], **kw)
-    return out, torch.autograd.grad(out.loss, hidden)[0]
+    return out, gradient(out.loss, hidden)
 
 
 def by_reference(batch: LinearBatch, **kw: Any) -> tuple[Any, Tensor]:
     """The same as the paper has it."""
     hidden = batch.hidden.detach().requires_grad_()
     out = reference.topr_loss(hidden @ batch.weight.T, *batch[2:], **kw)
-    return out, torch.autograd.grad(out.loss, hidden)[0]
+    return out, gradient(out.loss, hidden)
 
 
 PATHS: dict[str, Call] = {"logits": by_logits, "head": by_head, "log_prob": by_log_prob}

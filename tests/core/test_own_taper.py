@@ -10,7 +10,7 @@ from typing import Any
 import golden
 import pytest
 import torch
-from levels import PATHS, a_trajectory, assert_same, by_head, by_logits, some_segments
+from levels import PATHS, a_trajectory, assert_same, by_head, by_logits, some_segments, trained
 from torch import Tensor
 
 from topr_kernels import PRESETS, TIS, TOPRLoss, linear_topr_loss, topr_loss
@@ -120,11 +120,16 @@ def test_equals_the_method_in_plain_torch(method: str, ratio: str, impl: str) ->
         kw["segments"] = segments
     expected, weights = surrogate(batch, weight, ratio, segments)
     assert expected.abs().max() > 1e-3
+    d_weights = []
     for path, call in PATHS.items():
-        out, d = call(batch, **dict(kw))
+        here = trained(batch)
+        out, d = call(here, **dict(kw))
+        d_weights.append(here.weight.grad)
         torch.testing.assert_close(d, expected, rtol=1e-10, atol=1e-13, msg=path)
         torch.testing.assert_close(out.weight, weights, rtol=1e-10, atol=1e-13, msg=path)
         assert out.loss.isfinite()
+    for other in d_weights[1:]:
+        torch.testing.assert_close(other, d_weights[0], rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

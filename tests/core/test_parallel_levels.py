@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from levels import PATHS, VOCAB, a_trajectory, some_segments
+from levels import PATHS, VOCAB, a_trajectory, some_segments, trained
 from processes import case, launch
 from test_own_taper import band
 from test_parallel import BOTH, close, start
@@ -80,14 +80,17 @@ def pieces_worker() -> None:
     for (number, options), (path, call) in itertools.product(
         enumerate(level_options()), PATHS.items()
     ):
-        out, d = call(whole, **options)
+        head = trained(whole)
+        out, d = call(head, **options)
         assert d.abs().max() > 1e-3
         group = {"sequence_group": dist.group.WORLD}
         if path != "log_prob":  # whose labels are not shifted
-            here, kept = cut(whole, options, columns)
+            here, kept = cut(trained(whole), options, columns)
             found = call(here, **kept, **group)
+            dist.all_reduce(here.weight.grad)
             with case(f"{path} {number} in pieces"):
                 compare(found, (out, d[:, columns]))
+                close(here.weight.grad, head.weight.grad, "d_weight")
         if path == "head":
             here, kept, parts = cut_packed(whole, options, rank, world)
             found = call(here, **kept, **group)

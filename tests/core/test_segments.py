@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import golden
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import PATHS, a_trajectory, assert_same, by_head, by_logits, by_reference, some_segments
+from levels import (
+    PATHS,
+    a_trajectory,
+    assert_same,
+    by_head,
+    by_logits,
+    by_reference,
+    some_segments,
+    trained,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topr_kernels import IS, SFT, TIS, TOPR, Limits, linear_topr_loss, topr_loss
+from topr_kernels import (
+    IS,
+    PRESETS,
+    SFT,
+    TIS,
+    TOPR,
+    Limits,
+    linear_topr_loss,
+    topr_loss,
+    topr_loss_from_log_prob,
+)
 from topr_kernels.linear import workspace
 from topr_kernels.testing import LinearBatch
 
 BOTH = Limits(0.5, 2.0, 0.3, 1.5)
 SEGMENT_RATIOS = ["segment", "segment_geometric"]
+LEVELS = ["sequence", "geometric", "token", *SEGMENT_RATIOS]
 #: A level per segment, and what it is with one segment.
 WHOLE = [("segment", "sequence"), ("segment_geometric", "geometric")]
 
@@ -37,6 +59,7 @@ def test_equals_the_reference(path: str, ratio: str, impl: str, given_: bool) ->
 
 @pytest.mark.parametrize(("ratio", "whole"), WHOLE)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_one_segment_is_the_sequence(path: str, ratio: str, whole: str, seed: int) -> None:
     batch = without_gaps(a_trajectory(seed))
@@ -53,6 +76,7 @@ def without_gaps(batch: LinearBatch) -> LinearBatch:
 
 @pytest.mark.parametrize("ratio", SEGMENT_RATIOS)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_one_token_per_segment_is_the_token_level(path: str, ratio: str, seed: int) -> None:
     batch = a_trajectory(seed)
@@ -64,6 +88,7 @@ def test_one_token_per_segment_is_the_token_level(path: str, ratio: str, seed: i
 
 @pytest.mark.parametrize("ratio", SEGMENT_RATIOS)
 @pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_packing_order_padding_and_splitting_change_nothing(
     path: str, ratio: str, seed: int
@@ -128,6 +153,39 @@ def test_gradcheck(path: str, ratio: str) -> None:
         assert torch.autograd.gradcheck(loss, hidden, fast_mode=True)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8)
+@given(ratio=st.sampled_from(LEVELS), seed=st.integers(0, 10**6), share=st.floats(0, 0.7))
+def test_a_masked_token_is_one_that_is_not_there(
+    path: str, ratio: str, seed: int, share: float
+) -> None:
+    """Nothing of it is read; the others' ratios, lengths and 1/|y| are theirs alone."""
+    batch = without_gaps(a_trajectory(seed))
+    generator = torch.Generator().manual_seed(seed)
+    masked = torch.rand(batch.labels.shape, generator=generator) < share
+    labels = batch.labels.masked_fill(masked, -100)
+    unread = batch.behavior_log_prob.masked_fill(masked, torch.nan)
+    found = PATHS[path](batch._replace(labels=labels, behavior_log_prob=unread), ratio=ratio)
+    expected = by_reference(batch._replace(labels=labels), ratio=ratio)
+    if (labels[:, 1:] != -100).any():
+        assert_same(found, expected)
+    scored = pad(labels[:, 1:] != -100, (1, 0))
+    assert found[0].length.tolist() == scored.sum(1).tolist()
+
+
+@pytest.mark.parametrize(("preset", "reward", "log_ratio", "value", "weight"), golden.cases())
+def test_golden_table(
+    preset: str, reward: float, log_ratio: float, value: float, weight: float
+) -> None:
+    logits = torch.zeros(1, 1, 2, dtype=torch.float64)
+    mu = torch.tensor([[math.log(0.5) - log_ratio]], dtype=torch.float64)
+    for ratio in SEGMENT_RATIOS:
+        kw: dict[str, Any] = {"limits": PRESETS[preset], "ratio": ratio, "shift": False}
+        out = topr_loss(logits, torch.tensor([[1]]), mu, torch.tensor([reward]), **kw)
+        assert out.objective.item() == pytest.approx(value, rel=1e-11, nan_ok=True)
+        assert out.weight.item() == pytest.approx(weight, rel=1e-11, nan_ok=True)
+
+
 def test_a_mask_of_ones_changes_no_bit() -> None:
     batch = without_gaps(a_trajectory(dtype=torch.float32))
     for call in (by_logits, by_head):
@@ -148,11 +206,14 @@ def test_a_weight_of_the_sequence_and_tiles_smaller_than_it(
     weight = torch.tensor([2.0, 0.5, 1.0, 0.0, 3.0], dtype=torch.float64)
     kw: dict[str, Any] = {"limits": BOTH, "ratio": ratio, "sequence_weight": weight}
     for chosen in (segments, None):
-        expected = by_reference(batch, segments=chosen, **kw)
+        whole = trained(batch)
+        expected = by_reference(whole, segments=chosen, **kw)
         for rows in (2, 4, 16):
             monkeypatch.setattr(workspace, "CPU_ROWS", min(rows, 4))
             monkeypatch.setattr(workspace, "CPU_TILE_ROWS", rows)
-            assert_same(by_head(batch, segments=chosen, **kw), expected)
+            here = trained(batch)
+            assert_same(by_head(here, segments=chosen, **kw), expected)
+            torch.testing.assert_close(here.weight.grad, whole.weight.grad, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -172,6 +233,20 @@ def test_nothing_scored_is_a_connected_zero(path: str) -> None:
     batch = batch._replace(labels=torch.full_like(batch.labels, -100))
     out, d = PATHS[path](batch, ratio="segment_geometric", limits=SFT)
     assert out.loss == 0 and not d.any()
+
+
+def test_a_segment_ends_with_its_sequence() -> None:
+    """Also where the next one begins at once."""
+    token, mu = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -0.7, -1.0]]), torch.full((2, 3), -0.9)
+    kw: dict[str, Any] = {"ratio": "segment", "limits": TIS}
+    mask, reward = torch.ones(2, 3), torch.tensor([1.0, 0.5])
+    out = topr_loss_from_log_prob(token, mask, mu, reward, **kw)
+    offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
+    flat = (x.flatten() for x in (token, mask, mu))
+    packed = topr_loss_from_log_prob(*flat, reward, cu_seqlens=offsets, **kw)
+    expected = (token - mu).sum(1).clamp(max=0).exp()
+    for found in (out, packed):
+        torch.testing.assert_close(found.weight, expected)
 
 
 def test_refuses_what_it_cannot_read() -> None:

@@ -63,8 +63,8 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
             least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
-            or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B] where there are
-            such.
+            or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B], and
+            ``segments`` [B, T], where there are such.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.

@@ -158,7 +158,7 @@ class TOPRGRPOTrainer(GRPOTrainer):
 
     Raises:
         ImportError: on import of the module, if trl is missing or of a version that is not known here.
-        TypeError: if ``limits`` is no ``Limits`` or ``baseline`` no number.
+        TypeError: if ``limits`` is neither ``Limits`` nor a callable taper, or ``baseline`` no number.
         ValueError: on an unknown ratio or reduction, a baseline that is not finite, or a refused option;
             in training, if a subclass gives advantages per token.
 

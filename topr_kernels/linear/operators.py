@@ -115,6 +115,10 @@ def _topr_fwd(
         branch = _branches(objective)
         # Of sequences, or of what has a ratio in their place; so is all that the tiles are planned by.
         rows, (lengths, branches) = scored_rows(tokens, branch, units=objective.units)
+        if objective.units is not None and kernels.sum_pieces is None:
+            # Behind the last one are as many empty units as there are positions left.
+            while lengths and not lengths[-1]:
+                lengths.pop()
         if kernels.sum_pieces is not None:
             # Of the whole sequences; ``lengths`` are those of the pieces here.
             counts = torch.cat([rows.length, (~rows.sound).to(torch.int64)[None]])
@@ -129,6 +133,7 @@ def _topr_fwd(
             _TokenResults(tokens.labels, head.arithmetic),
             entropy,
         )
+        branches = branches[: len(lengths)]
         graded = [wanted.anything() and branch != 0 for branch in branches]
         whole = [not _known_in_advance(objective, branch) for branch in branches]
         unneeded = work.score_first(lengths, graded, whole)
