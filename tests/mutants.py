@@ -127,7 +127,7 @@ LOSS = [
         "topr_kernels/segments.py",
         "& (sequence[1:] == sequence[:-1])",
         "",
-        ("tests/core/test_segments.py",),
+        ("tests/core/test_segments.py::test_a_segment_ends_with_its_sequence",),
     ),
     Mutant(
         "segments-end-at-a-border",
@@ -141,7 +141,7 @@ LOSS = [
         "topr_kernels/linear/plan.py",
         "known = [rows, *(x[units.owner] for x in known[1:])]",
         "known = [length, *known[1:]]",
-        ("tests/core/test_segments.py",),
+        ("tests/core/test_segments.py::test_a_weight_of_the_sequence_and_tiles_smaller_than_it",),
     ),
     Mutant(
         "taper-of-its-own-loses-nan",
