@@ -18,8 +18,6 @@ READ_FRESH = ("test_unsound_offsets_poison_loss_and_gradient",)
 #: Tests that cannot run on the executor.
 LEFT_OUT = {
     "test_offsets_pass_two_to_the_thirty_first": "its memory is 4 GB, which is copied",
-    "test_strided_sliced_and_expanded_input": "compares bits of two binaries",
-    "test_half_precision_is_rounded_once_and_last": "compares bits of two binaries",
 }
 
 
