@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from topr_kernels.kernels.triton_gradient import logits_bwd_kernel
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
     NO_FUSION,
+    Settings,
     finish_row,
     in_base_2,
     is_aligned,
@@ -277,30 +278,6 @@ def rows_fwd_kernel(
 # ---- launches --------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """Launch settings, fixed and by bucket of V, so that nothing about a batch recompiles a kernel.
-
-    Attributes:
-        BV: logits of a tile: over the threads of a program a 128-bit load for each.
-        U: tiles in flight, and per move of the running max.
-        tiles_per_program: tiles a backward program writes, two in flight if they are even.
-        split: programs per row when there are too few rows to fill the device.
-        num_warps: warps per program.
-    """
-
-    BV: int
-    U: int
-    tiles_per_program: int
-    split: int
-    num_warps: int
-
-    def lanes(self, aligned: bool) -> dict[str, int]:
-        """Constants of a row's tile: L lanes, one to a thread, hold U times W neighbours."""
-        lanes = min(32 * self.num_warps, self.BV)
-        w = self.BV // lanes if aligned else 1
-        return {"U": self.U * self.BV // (lanes * w), "L": lanes, "W": w}
-
-
 #: Tokens a sequence stage sums per step.
 BT = 256
 #: Below this many rows per multiprocessor a row is split. Two values of `split`, so two variants.
@@ -494,14 +471,13 @@ class _Sequences:
         self.limits, self.baseline = objective.log_limits, baseline
         self.normalizer = None if normalizer is None else normalizer.float()
         token = rows.log_prob
-        self.d_log_prob = torch.empty_like(token)
         packed = rows.cu_seqlens is not None
 
         def fresh(*shape: int) -> Tensor:
             # Unsound offsets leave sequences unfinished: these are NaN then, not noise.
             return token.new_full(shape, torch.nan) if packed else token.new_empty(shape)
 
-        self.token_log_ratio = fresh(*token.shape)
+        self.token_log_ratio, self.d_log_prob = fresh(*token.shape), fresh(*token.shape)
         self.log_ratio, self.weight, self.objective, self.reward = (fresh(rows.b) for _ in range(4))
         self.length = torch.zeros(rows.b, dtype=torch.int64, device=token.device)
         self.denominator, self.loss = batch[0], batch[1]

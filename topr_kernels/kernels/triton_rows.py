@@ -9,7 +9,7 @@ Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in register
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -270,6 +270,30 @@ def finish_row(
 #: What a kernel computes of a logit is then the same to the bit in every kernel and binary, and at the
 #: maximum of a row the exponent is exactly 0. Said at every launch: the default depends on the version.
 NO_FUSION = {"enable_fp_fusion": False}
+
+
+class Settings(NamedTuple):
+    """Launch settings, fixed and by bucket of V, so that nothing about a batch recompiles a kernel.
+
+    Attributes:
+        BV: logits of a tile: over the threads of a program a 128-bit load for each.
+        U: tiles in flight, and per move of the running max.
+        tiles_per_program: tiles a backward program writes, two in flight if they are even.
+        split: programs per row when there are too few rows to fill the device.
+        num_warps: warps per program.
+    """
+
+    BV: int
+    U: int
+    tiles_per_program: int
+    split: int
+    num_warps: int
+
+    def lanes(self, aligned: bool) -> dict[str, int]:
+        """Constants of a row's tile: L lanes, one to a thread, hold U times W neighbours."""
+        lanes = min(32 * self.num_warps, self.BV)
+        w = self.BV // lanes if aligned else 1
+        return {"U": self.U * self.BV // (lanes * w), "L": lanes, "W": w}
 
 
 def kernel(fn: Any) -> Any:
