@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+import sass
 
 #: What tests/aot.py compiles: 26 variants of the logits path, 32 of the fused-linear path.
 NUMBER = 26 + 32
@@ -67,6 +68,31 @@ def compile_all(arch: str, *options: str) -> list[dict[str, Any]]:
     for report in reports:
         print(*(f"{k}={v}" for k, v in report.items()))
     return reports
+
+
+def test_loads_in_flight_are_those_before_the_first_use() -> None:
+    names = [("LDG.E.128", "R8, desc[UR4][R2.64]"), ("LDG.E.128", "R12, desc[UR4][R2.64+0x800]")]
+    use = ("FADD", "R4, R14, -R7")
+    for order, flying in (([*names, use], 2), ([names[0], ("FADD", "R4, R9, R7"), names[1]], 1)):
+        loop = [sass.Instruction(16 * i, *each) for i, each in enumerate(order)]
+        assert sass.in_flight(loop) == flying
+    # What a branch jumps over is not counted.
+    cold = [("BRA", "0x30"), use, use, ("BRA", "0x0")]
+    loop = [sass.Instruction(16 * i, *each) for i, each in enumerate(cold)]
+    assert [i.address for i in sass.usual(loop)] == [0, 0x30]
+    assert sass.loops(loop) == [loop]
+
+
+def test_the_static_model() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "static_model.py"), "log_prob"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| log_prob")]
+    assert [row[1] for row in rows] == ["fp32", "bf16"]
+    # Over 8192 x 128256 logits: bf16 takes half the memory, and all else but the conversion is the same.
+    assert [int(row[-1].rstrip(" |")) for row in rows] == [973, 486]
+    assert all(0.9 < float(row[4]) < 1.2 for row in rows)
 
 
 def test_sm_90() -> None:
