@@ -238,7 +238,7 @@ KERNELS = [
     Mutant(
         "sums-of-columns-that-are-not-there",
         "topr_kernels/kernels/triton_linear.py",
-        "b_sum += tl.where(m, j, 0.0)",
+        "b_sum += tl.where(m_a[None, :], j, 0.0)",
         "b_sum += j",
         ("tests/core/test_triton_linear.py::test_parts_of_the_columns_with_and_without_labels",),
     ),

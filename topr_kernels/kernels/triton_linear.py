@@ -287,7 +287,7 @@ def linear_columns_kernel(
     p_rows += first * (3 + K)
     # U rows at a time, all loads in flight before the first is used.
     for i in range(0, tl.cdiv(n_rows, U)):
-        zs = ()
+        zs = (b_energy,) * U
         for i_u in tl.static_range(U):
             t = i * U + i_u
             p_row = p_z + t.to(tl.int64) * stride_t
@@ -295,7 +295,7 @@ def linear_columns_kernel(
                 p_row = tl.multiple_of(p_row, 16)
             # One comparison: the interpreter makes an integer of a block of booleans & a scalar one.
             m = o_v < tl.where(t < n_rows, V, 0)
-            zs = zs + (tl.load(p_row + o_v, mask=m, other=0.0),)  # noqa: RUF005
+            zs = zs[1:] + (tl.load(p_row + o_v, mask=m, other=0.0),)  # noqa: RUF005
         for i_u in tl.static_range(U):
             p_row = p_rows + i_u * (3 + K)
             lse = tl.load(p_row)
@@ -364,6 +364,7 @@ def linear_gather_kernel(
     o_u = tl.arange(0, U)
     o_t = i_rows * U + o_u
     m_t = o_t < n
+    o_row = tl.minimum(o_t, n - 1)
     label, at_label, origin, rest = _load_rows(
         p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V, factor
     )
@@ -373,14 +374,15 @@ def linear_gather_kernel(
         o_a = i * BA + tl.arange(0, BA)
         m_a = o_a < A
         o_v = tl.load(p_columns + o_a, mask=m_a, other=0).to(tl.int32)
-        m = m_t[:, None] & m_a[None, :]
-        z = tl.load(p_z + o_t[:, None] * stride_t + o_v[None, :], mask=m, other=0.0)
+        # In bounds without a mask: of a column that is not there the first, of a row the last. Many masks
+        # are more predicates than there are.
+        z = tl.load(p_z + o_row[:, None] * stride_t + o_v[None, :])
         u, slope = transform(z, inv_softcap, SOFTCAP)
         p = softmax(u, k, origin[:, None], rest[:, None])
         j = tl.where(o_v[None, :] == label[:, None], at_label[:, None], -p) * slope
-        b_sum += tl.where(m, j, 0.0)
+        b_sum += tl.where(m_a[None, :], j, 0.0)
         p = p_out_rows + o_u[:, None] * A + o_a[None, :]
-        tl.store(p, j.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p, j.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_a[None, :])
     tl.store(p_sums + o_t * n_chunks + i_chunk, tl.sum(b_sum, axis=1), mask=m_t)
 
 
