@@ -374,8 +374,8 @@ def linear_gather_kernel(
         o_a = i * BA + tl.arange(0, BA)
         m_a = o_a < A
         o_v = tl.load(p_columns + o_a, mask=m_a, other=0).to(tl.int32)
-        # In bounds without a mask: of a column that is not there the first, of a row the last. A mask per
-        # element would take more predicates than there are.
+        # In bounds without a mask: of a column that is not there the first, of a row the last. A mask
+        # for each element would take more predicates than there are.
         z = tl.load(p_z + o_row[:, None] * stride_t + o_v[None, :])
         u, slope = transform(z, inv_softcap, SOFTCAP)
         p = softmax(u, k, origin[:, None], rest[:, None])
