@@ -63,14 +63,15 @@ mutants: $(STAMP)
 install: $(STAMP)
 
 # The Triton kernels as compiled for sm_90, executed on the CPU (tests/ptx): their tests, and PTX_CASES batches
-# at random against fp64. `make test-ptx TRITON=3.6.0` takes another compiler than the installed one.
+# at random against fp64, and the bounds of registers and instructions. `make test-ptx TRITON=3.6.0` takes another compiler than the installed one.
 PTX_CASES ?= 500
 OTHER_TRITON := $(if $(TRITON),$(VENV)/triton-$(TRITON))
 PTX := TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(if $(TRITON),$(CURDIR)/$(OTHER_TRITON):)$(CURDIR)/tests \
 	$(BIN)/python -m pytest --numprocesses 2
 .PHONY: test-ptx
 test-ptx: $(STAMP) $(OTHER_TRITON:%=%/installed)
-	$(PTX) -p ptx.plugin tests/core/test_triton.py tests/core/test_triton_linear.py $(TEST_ARGS)
+	$(PTX) tests/core/test_triton_aot.py -k "sm_90 or static" $(TEST_ARGS)
+	PTX_ULPS=2 $(PTX) -p ptx.plugin tests/core/test_triton.py tests/core/test_triton_linear.py $(TEST_ARGS)
 	PTX_CASES=$(PTX_CASES) PTX_SEEDS=20 $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
 
 $(VENV)/triton-%/installed: | $(STAMP)

@@ -266,22 +266,22 @@ KERNELS = [
     Mutant(
         "padding-in-the-softmax",
         "topr_kernels/kernels/triton_rows.py",
-        "        z = tl.where(m_v, z, -INFINITY)\n",
+        "        u = tl.where(m_v, u, -INFINITY)\n",
         "",
         ("tests/core/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
     ),
     Mutant(
         "slopes-not-rescaled",
         "topr_kernels/kernels/triton_rows.py",
-        "g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))",
-        "g = g + tl.sum(p * slope, axis=0)",
+        "g = tl.fma(g, rescale, _sum(p * slope))",
+        "g = g + _sum(p * slope)",
         ("tests/core/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
     ),
     Mutant(
         "offset-takes-the-digits",
         "topr_kernels/kernels/triton_rows.py",
-        "log_prob = (z - m) - log_s",
-        "log_prob = z - (m + log_s)",
+        "log_prob = tl.fma(u - m, hi, tl.fma(u - m, lo, -log_s))",
+        "log_prob = u * hi - (m * hi + log_s)",
         ("tests/core/test_triton_linear.py::test_a_large_common_offset_costs_nothing",),
     ),
     Mutant(
@@ -308,15 +308,15 @@ KERNELS = [
     Mutant(
         "sums-of-columns-that-are-not-there",
         "topr_kernels/kernels/triton_linear.py",
-        "b_sum += tl.where(m, j, 0.0)",
+        "b_sum += tl.where(m_a[None, :], j, 0.0)",
         "b_sum += j",
         ("tests/core/test_triton_linear.py::test_parts_of_the_columns_with_and_without_labels",),
     ),
     Mutant(
         "gradient-without-temperature",
         "topr_kernels/kernels/triton_linear.py",
-        "return (softcap or 1.0) / logit_scale, logit_scale / temperature",
-        "return (softcap or 1.0) / logit_scale, logit_scale",
+        "slope_factor = logit_scale / temperature",
+        "slope_factor = logit_scale",
         ("tests/core/test_triton_linear.py::test_every_vocabulary_within_the_budget",),
     ),
     Mutant(
