@@ -90,8 +90,9 @@ def loss(
 ) -> Tensor:
     """-sum R O / n: n is the first denominator, times the length of each answer if the second."""
     count, by_length = denominators
-    length = data.mask.sum(1).clamp(min=1) if by_length else 1
-    return -(objective(log_pi, data.mu, data.mask, reward) / length).sum() / count
+    length = data.mask.sum(1)
+    each = objective(log_pi, data.mu, data.mask, reward) / (length.clamp(min=1) if by_length else 1)
+    return -each[length > 0].sum() / count
 
 
 def train(

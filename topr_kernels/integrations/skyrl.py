@@ -90,7 +90,9 @@ def topr_policy_loss(
         )
     _refuse_settings(config)
     check_precision(
-        "log_probs", log_probs, "set policy.fsdp_config.mixed_precision.param_dtype=fp32, or install flash-attn >= 2.4.3"
+        "log_probs",
+        log_probs,
+        "set policy.fsdp_config.mixed_precision.param_dtype=fp32, or install flash-attn >= 2.4.3",
     )
     reward = one_per_sequence(
         "advantages",
@@ -148,6 +150,8 @@ def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "s
     if name in registry.list_available():
         taken: Callable[..., Any] = registry.get(name)
         if getattr(taken, "func", None) is not topr_policy_loss:
-            raise ValueError(f"register: {name!r} is a policy loss of SkyRL's own; choose another name")
+            raise ValueError(
+                f"register: {name!r} is a policy loss of SkyRL's own; choose another name"
+            )
         registry.unregister(name)
     registry.register(name, loss)
