@@ -39,7 +39,6 @@ OUTSIDE = {
     "kernels": {"triton"},
     # A framework that asks for a subclass is imported by its own adapter, which it names; no other.
     "integrations.areal": {"areal"},
-    "integrations.axolotl": {"axolotl"},
     "integrations.trinity": {"trinity"},
     "hf": {"transformers", "accelerate", "trl", "tqdm"},
     "recipe": {

@@ -1,5 +1,7 @@
 """SkyRL itself: its registry, its scaling of advantages, the micro-step of its policy worker."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import typing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import plain
 import pytest
@@ -14,7 +13,6 @@ from processes import case, launch
 from tiny import tiny_tokenizer
 from torch import Tensor
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
 
 FP32 = "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32"
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode=topr"

@@ -4,8 +4,8 @@
     actor = TOPRActor(config.actor)    # where FSDPPPOActor stood: a script of one's own, or an
                                        # override of PPOTrainer._create_train_engine
 
-Advantages, mini-batches, micro-batches, optimizer and logs stay AReaL's; where the actor trains a batch, the
-loss and its weight are ours. For other options make a subclass with other ``limits``, ``ratio`` or
+Advantages, mini-batches, micro-batches, optimizer and logs stay AReaL's; where the actor trains a batch,
+the loss and its weight are ours. For other options make a subclass with other ``limits``, ``ratio`` or
 ``reduction``. The functions, :func:`topr_loss` and :func:`loss_weight`, belong together: AReaL weighs a
 micro-batch by the latter, and its own count of tokens with a mean over sequences is another loss.
 

@@ -5,17 +5,17 @@ In the process that starts the training (SkyRL's registry hands the loss on to i
     from topr_kernels.integrations.skyrl import register
     register()
 
-- **mu** is ``rollout_logprobs``, the sampler's, so ``generator.sampling_params.logprobs=1`` must ask for
-  them. SkyRL's ``old_log_probs`` are the trainer's at the start of the step: another number.
-- **The reward** is the advantage, the same at every token of an answer: ``advantage_estimator`` grpo, rloo
-  or maxrl. Its sign is relative to its group. reinforce++ whitens over the batch, which moves signs:
-  compare ``topr/positive_share`` with the share of right answers.
+- **mu** is ``rollout_logprobs``, the sampler's (``generator.sampling_params.logprobs=1`` asks for them).
+  SkyRL's ``old_log_probs`` are the trainer's at the start of the step: another number.
+- **The reward** is the advantage: ``advantage_estimator`` grpo, rloo or maxrl, relative to the group.
+  reinforce++ whitens over the batch, which moves signs: compare ``topr/positive_share`` with the share
+  of right answers.
 - **The reduction** is SkyRL's ``loss_reduction``, already in the advantages: here is only the sum.
   "sequence_mean" is the paper's, "token_mean" SkyRL's default.
-- **Refused**: ``off_policy_correction`` (weights and masks on top of the ratio), ``use_kl_in_reward`` and
-  ``advantage_batch_normalize`` (they turn right answers negative), advantages that differ within an
+- **Refused**: ``off_policy_correction`` (weights and masks on top of the ratio), ``use_kl_in_reward``
+  and ``advantage_batch_normalize`` (they turn right answers negative), advantages that differ within an
   answer (gae), missing ``rollout_logprobs``, half-precision log-probs.
-- SkyRL adds a KL penalty of its own by default and logs it: ``use_kl_loss=false`` for TOPR alone.
+- SkyRL adds a KL penalty by default and logs it: ``use_kl_loss=false`` for TOPR alone.
 
 Follows ``PolicyLossRegistry`` of skyrl/backends/skyrl_train/utils/ppo_utils.py, as
 skyrl/backends/skyrl_train/workers/worker.py: _forward_backward_micro calls it.
@@ -41,13 +41,10 @@ from topr_kernels.limits import TOPR, Limits
 from topr_kernels.loss import topr_loss_from_log_prob
 
 #: Fields of off_policy_correction that weigh or mask once they are set.
-CORRECTIONS = (
-    "tis_ratio_type",
-    "sequence_mask_metric",
-    "outlier_token_is_threshold_low",
-    "outlier_token_is_threshold_high",
-    "token_mask_is_threshold_low",
-    "token_mask_is_threshold_high",
+CORRECTIONS = ("tis_ratio_type", "sequence_mask_metric") + tuple(
+    f"{mask}_is_threshold_{side}"
+    for mask in ("outlier_token", "token_mask")
+    for side in ("low", "high")
 )
 
 
@@ -81,7 +78,8 @@ def topr_policy_loss(
 
     Raises:
         TypeError: half-precision log-probs.
-        ValueError: no log mu or mask, a correction beside ours, or advantages that differ within an answer.
+        ValueError: no log mu or mask, a setting that would make it another loss, or advantages that
+            differ within an answer.
     """
     if rollout_logprobs is None or loss_mask is None:
         raise ValueError(
@@ -130,12 +128,8 @@ def _refuse_settings(config: Any) -> None:
 
 
 def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "sequence") -> None:
-    """Registers :func:`topr_policy_loss` with SkyRL; again does no harm.
+    """Registers :func:`topr_policy_loss` with SkyRL as ``name``; again does no harm.
 
-    Args:
-        name: value of ``trainer.algorithm.policy_loss_type`` that selects it.
-        limits: as in :func:`topr_policy_loss`, or the name of a preset.
-        ratio: as in :func:`topr_policy_loss`.
 
     Raises:
         ImportError: SkyRL cannot be imported.

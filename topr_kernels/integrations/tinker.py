@@ -9,8 +9,8 @@
 Both read ``loss_fn_inputs`` of each Datum, as Tinker's cookbook fills it; only ``target_tokens`` and
 ``weights`` are sent to the server by the first door.
 
-- **mu** is ``logprobs``, the sampler's. The traced form calls it ``behavior_logprobs``, since Tinker gives
-  ``logprobs`` to the policy's.
+- **mu** is ``logprobs``, the sampler's. The traced form calls it ``behavior_logprobs``, since Tinker
+  gives ``logprobs`` to the policy's.
 - **The reward** is ``advantages``, the same at every scored token; signed, +1 right and -1 wrong, or
   relative to the group as the cookbook makes it.
 - **Scored** is ``mask``. It is never guessed: an advantage of 0 is a reward of 0, not a prompt.
@@ -66,7 +66,8 @@ def topr_loss(
         (loss 0-dim, metrics): figures of :mod:`topr_kernels.integrations.tokens` under ``topr/``.
 
     Raises:
-        ValueError: a field that is missing or of another shape, or advantages that differ within an answer.
+        ValueError: a field that is missing or of another shape, or advantages that differ within an
+            answer.
     """
     columns = [
         [_field(i, datum, name, logprobs[i]) for i, datum in enumerate(data)] for name in FIELDS
@@ -109,7 +110,7 @@ def _field(i: int, datum: Any, name: str, like: Tensor) -> Tensor:
 def traced_topr_loss(
     logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor, mask: Tensor, share: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one Datum with the paper's limits and ratio, in torch alone, for ``create_custom_loss``.
+    """The loss of one Datum, the paper's limits and ratio, for ``create_custom_loss``: torch alone.
 
     Nothing is checked where it runs: the advantage of an answer is the mean over its scored tokens.
 

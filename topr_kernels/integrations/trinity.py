@@ -7,7 +7,8 @@
       loss_agg_mode: seq-mean-token-mean    # overrides the one above; Trinity's default is token-mean
       kl_loss_fn: none                      # Trinity's default for topr is k2
 
-- **mu** is ``old_logprob``: the sampler's log-probs with ``bypass_old_logprobs: true``, Trinity's default.
+- **mu** is ``old_logprob``: the sampler's log-probs with ``bypass_old_logprobs: true``, Trinity's
+  default.
 - **The reward** is the advantage: ``advantage_fn: reinforce`` is the reward itself, the paper's;
   grpo and rloo are relative to the group.
 - **Micro-batches and ranks are exact**: the counts of the whole batch (``dp_size``,
@@ -15,7 +16,8 @@
   ``topr`` weighs each token by itself and takes a mean per micro-batch, which the engine then adds up.
 - **Refused**: loss_agg_mode without a reduction of ours, ``advantage_threshold`` (the branch is the sign
   of the advantage), half-precision log-probs, advantages that differ within an answer (ppo, a KL
-  penalty inside the reward, reinforceplusplus: whitening moves signs, see ``actor/topr_positive_share``).
+  penalty inside the reward, reinforceplusplus: whitening moves signs, see
+  ``actor/topr_positive_share``).
 
 Follows ``PolicyLossFn`` of trinity/algorithm/policy_loss_fn/policy_loss_fn.py, as
 trinity/trainer/verl/losses.py and trinity/trainer/tinker/tinker_trainer.py call it.
@@ -45,7 +47,8 @@ class TOPRPolicyLossFn(PolicyLossFn):  # type: ignore[misc]
         ratio: "sequence" (the paper), "geometric" or "token".
 
     Raises:
-        TypeError: limits of another type, or an argument of Trinity's own TOPR (``advantage_threshold``).
+        TypeError: limits of another type, or an argument of Trinity's own TOPR
+            (``advantage_threshold``).
         ValueError: an unknown name.
     """
 

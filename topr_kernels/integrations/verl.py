@@ -10,13 +10,13 @@ itself, through the entry point ``verl.plugins`` of this package; where plugins 
     algorithm.rollout_correction.bypass_mode=true    # for stale rollouts: mu is the sampler's
     algorithm.adv_estimator=topr                     # the score itself; or grpo, rloo, remax
 
-- **mu** is ``old_log_probs``: the trainer's own log-probs at the start of the step, which is right if the
-  rollout came from those weights; with ``rollout_correction.bypass_mode=true`` the sampler's. Leave
+- **mu** is ``old_log_probs``: the trainer's own log-probs at the start of the step, which is right if
+  the rollout came from those weights; with ``rollout_correction.bypass_mode=true`` the sampler's. Leave
   ``loss_mode=topr`` then: verl's driver switches its own copy to "bypass_mode", and no worker sees it.
-- **The reward** is the advantage. ``adv_estimator=topr`` is the score as it came, the paper's. Group means
-  (grpo, rloo) are a baseline that gives positives half of the weight in every group (p~ = 50 %, Eq. 7;
-  the paper recommends 10 to 20 %): a right answer in a mixed group stays positive, groups of equal
-  scores do not train. ``use_kl_in_reward`` and whitening over the batch (reinforce_plus_plus,
+- **The reward** is the advantage. ``adv_estimator=topr`` is the score as it came, the paper's. Group
+  means (grpo, rloo) are a baseline that gives positives half of the weight in every group (p~ = 50 %,
+  Eq. 7; the paper recommends 10 to 20 %): a right answer in a mixed group stays positive, groups of
+  equal scores do not train. ``use_kl_in_reward`` and whitening over the batch (reinforce_plus_plus,
   reinforce_plus_plus_baseline, gdpo, gae) turn right answers negative: compare
   ``actor/topr_positive_share`` with the share of right answers that verl logs.
 - **Refused**: rollout_is (weights every token a second time), ``rollout_rs=token_*`` where the worker is
@@ -83,15 +83,16 @@ def topr_policy_loss(
         loss_agg_mode: "seq-mean-token-mean" (the paper's), "token-mean" (verl's default) or "token-sum":
             our "sequence_mean", "token_mean" and "sum".
         config: verl's ActorConfig, of which ``global_batch_info`` is read (``dp_size``,
-            ``global_batch_size``, ``batch_num_tokens``) and ``policy_loss.rollout_correction.rollout_rs``.
-            If it is None, or lacks the counts on one rank, means are over this micro-batch alone.
+            ``global_batch_size``, ``batch_num_tokens``) and
+            ``policy_loss.rollout_correction.rollout_rs``. If it is None, or lacks the
+            counts on one rank, means are over this micro-batch alone.
         rollout_is_weights: None; see Raises.
         limits: clip limits per sign of the reward.
         ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986) or "token".
 
     Returns:
-        (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are those of
-        :func:`topr_kernels.integrations.tokens.figures`, as ``actor/ppo_kl`` and ``actor/topr_...``.
+        (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are those
+        of :func:`topr_kernels.integrations.tokens.figures`, as ``actor/ppo_kl`` and ``actor/topr_...``.
 
     Raises:
         TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
@@ -193,9 +194,10 @@ def topr_advantage(
 def register(
     name: str = "topr", *, limits: Limits = TOPR, ratio: str = "sequence"
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """Registers :func:`topr_policy_loss` with verl in this process, and :func:`topr_advantage` as "topr".
+    """Registers :func:`topr_policy_loss` with verl in this process.
 
-    Again with other options it replaces what it registered.
+    :func:`topr_advantage` is registered beside it, as the advantage estimator "topr". Again
+    with other options it replaces what it registered.
 
     Args:
         name: value of ``actor.policy_loss.loss_mode`` that selects it.
