@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import functools
 import os
+
+# Compiling AReaL's log-probs would take longer than all else.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +72,11 @@ def flat(data: plain.Batch) -> list[dict[str, torch.Tensor]]:
     return items
 
 
+def without_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """AReaL gives FlashAttention a dict; sdpa of this transformers reads packing off the positions."""
+    return args, {**kwargs, "attention_mask": None}
+
+
 def two_steps(folder: str, parts: int, reduction: str) -> None:
     """A rank: two updates of AReaL's actor against the plain loop."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -74,6 +84,7 @@ def two_steps(folder: str, parts: int, reduction: str) -> None:
     actor.reduction = reduction
     actor.create_process_group()
     actor.initialize(None, FinetuneSpec(total_train_epochs=1, dataset_size=64, train_batch_size=8))
+    actor.model.register_forward_pre_hook(without_mask, with_kwargs=True)
     policy = plain.model()
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     each = plain.ROWS // ranks

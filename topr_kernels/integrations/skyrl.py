@@ -41,10 +41,14 @@ from topr_kernels.limits import TOPR, Limits
 from topr_kernels.loss import topr_loss_from_log_prob
 
 #: Fields of off_policy_correction that weigh or mask once they are set.
-CORRECTIONS = ("tis_ratio_type", "sequence_mask_metric") + tuple(
-    f"{mask}_is_threshold_{side}"
-    for mask in ("outlier_token", "token_mask")
-    for side in ("low", "high")
+CORRECTIONS = (
+    "tis_ratio_type",
+    "sequence_mask_metric",
+    *(
+        f"{m}_is_threshold_{end}"
+        for m in ("outlier_token", "token_mask")
+        for end in ("low", "high")
+    ),
 )
 
 
@@ -129,7 +133,6 @@ def _refuse_settings(config: Any) -> None:
 
 def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "sequence") -> None:
     """Registers :func:`topr_policy_loss` with SkyRL as ``name``; again does no harm.
-
 
     Raises:
         ImportError: SkyRL cannot be imported.
