@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import plain
@@ -12,7 +16,9 @@ import verl_worker
 from processes import case, launch
 from tiny import tiny_tokenizer
 from torch import Tensor
+from verl import DataProto
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
 
 FP32 = "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32"
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode=topr"
@@ -87,3 +93,39 @@ def two_steps(folder: str, micro: int, mode: str) -> None:
 def test_two_steps_are_those_of_the_plain_loop(folder: Path, ranks: int, parts: int, mode: str):
     micro = plain.ROWS // ranks // parts
     print(*launch(ranks, "test_verl_real.two_steps", str(folder), micro, mode), sep="\n")
+
+
+def test_the_driver_s_switch_of_bypass_mode_reaches_no_worker(folder: Path):
+    """So loss_mode=topr stays, and mu is the sampler's: what workers hold was copied before."""
+    bypass = "algorithm.rollout_correction.bypass_mode=true"
+    driver = verl_worker.actor_config(str(folder), 8, FP32, LOSS, bypass)
+    worker = copy.deepcopy(driver)
+    data = plain.batch(1, plain.model())
+    batch = DataProto.from_single_dict({"rollout_log_probs": data.mu})
+    policy_loss = driver.actor_rollout_ref.actor.policy_loss
+    apply_bypass_mode(batch, driver.algorithm.rollout_correction, policy_loss)
+    assert policy_loss.loss_mode == "bypass_mode"
+    assert worker.actor_rollout_ref.actor.policy_loss.loss_mode == "topr"
+    assert torch.equal(batch.batch["old_log_probs"], data.mu)
+
+
+def default_precision(folder: str) -> None:
+    """A rank: verl's default, bf16 without flash-attn, is refused by verl's own settings."""
+    config = verl_worker.actor_config(folder, 8, LOSS)
+    actor = verl_worker.worker(config)
+    data = plain.batch(1, plain.model())
+    with pytest.raises(TypeError, match=r"fsdp_config\.mixed_precision\.param_dtype=fp32"):
+        verl_worker.update(actor, config, rows(data, grpo(data)))
+
+
+def test_the_default_precision_is_refused(folder: Path):
+    launch(1, "test_verl_real.default_precision", str(folder))
+
+
+@pytest.mark.parametrize("policy", ["auto", "none"])
+def test_verl_loads_the_entry_point(policy: str):
+    script = "import verl; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r"
+    script += "; print('FOUND', 'topr' in r)"
+    env = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": policy}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert f"FOUND {policy == 'auto'}" in done.stdout, done.stderr
