@@ -23,6 +23,7 @@ Follows areal/trainer/ppo/actor.py: PPOActor._ppo_update, and FSDPEngine.train_b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,11 +89,11 @@ def topr_loss(
 
 def loss_weight(input_data: Mapping[str, Any], reduction: str = "sequence_mean") -> Tensor:
     """Counts the units of the reduction in a packed micro-batch, 0-dim: ``loss_weight_fn``."""
-    scored = input_data["loss_mask"].long()
+    scored: Tensor = input_data["loss_mask"].long()
     if reduction == "token_mean":
         return scored.sum()
     before = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
-    return (before[input_data["cu_seqlens"].long()].diff() > 0).sum()
+    return torch.count_nonzero(before[input_data["cu_seqlens"].long()].diff())
 
 
 class TOPRActor(FSDPPPOActor):  # type: ignore[misc]
@@ -119,12 +120,11 @@ class TOPRActor(FSDPPPOActor):  # type: ignore[misc]
         self, input_: Any, loss_fn: Callable[..., Any], loss_weight_fn: Callable[..., Any]
     ) -> dict[str, float]:
         """One optimizer step on a mini-batch; AReaL's two functions are replaced."""
-        options = {"limits": self.limits, "ratio": self.ratio, "reduction": self.reduction}
-        stats: dict[str, float] = super().train_batch(
-            input_,
-            lambda *args, **kwargs: topr_loss(*args, **kwargs, **options),
-            lambda data: loss_weight(data, self.reduction),
+        loss = functools.partial(
+            topr_loss, limits=self.limits, ratio=self.ratio, reduction=self.reduction
         )
+        weight = functools.partial(loss_weight, reduction=self.reduction)
+        stats: dict[str, float] = super().train_batch(input_, loss, weight)
         return stats
 
 
