@@ -50,6 +50,22 @@ $(VLLM)/installed: pyproject.toml setup.py constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt --editable ".[recipe]" hypothesis pytest pytest-timeout
 	@touch $@
 
+# The adapters inside the frameworks themselves, on a CPU, with Python 3.11: torch first, the frameworks without what
+# they pin, then what their imports ask for. PRIME_RL_LOSS=.../trainer/rl/loss.py adds prime-rl's own loss.
+LOOPS := .venv-loops
+PIP_LOOPS := $(LOOPS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-loops.txt
+.PHONY: test-loops
+test-loops: $(LOOPS)/installed
+	OMP_NUM_THREADS=1 $(LOOPS)/bin/python -m pytest tests/loops $(TEST_ARGS)
+
+$(LOOPS)/installed: pyproject.toml setup.py constraints-loops.txt
+	$(PYTHON) -m venv $(LOOPS)
+	$(PIP_LOOPS) torch
+	$(PIP_LOOPS) --no-deps verl skyrl trinity-rft areal tinker
+	$(PIP_LOOPS) $$(sed -n 's/^#: //p' constraints-loops.txt)
+	TOPR_BUILD=none $(PIP_LOOPS) --no-deps --editable .
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -181,4 +197,4 @@ $(DIST)/clean/installed: constraints.txt | $(DIST)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(LOOPS) build dist *.egg-info
