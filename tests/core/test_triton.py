@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from topr_kernels.kernels.triton_rows import is_aligned
 
 pytestmark = pytest.mark.usefixtures("in_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Roundings that a budget allows: one, and two ulp of an exponential where it is of the hardware.
+SLACK = 3 if DEVICE == "cuda" or int(os.environ.get("PTX_ULPS", "0")) else 1
 VOCABS = [2, 11, 193, 1024, 4097, 50257]
 RATIOS = ["sequence", "geometric", "token"]
 LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 1)]
@@ -67,7 +70,7 @@ def check_against_reference(batch: Batch, **kw: Any) -> None:
     (ref, ref_grad), (plain, plain_grad) = results
     assert out.loss.dtype == torch.float32 and grad.dtype == batch.logits.dtype
     assert (out.log_prob <= 0).all()
-    nats = max(out.log_prob.abs().max().item(), 1.0)
+    nats = SLACK * max(out.log_prob.abs().max().item(), 1.0)
     pairs = [
         ("log_ratio", out.log_ratio, plain.log_ratio, ref.log_ratio, nats),
         ("weight", out.weight, plain.weight, ref.weight, nats * ref.weight.max().item()),
