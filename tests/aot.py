@@ -10,12 +10,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,7 +30,7 @@ TARGETS = {
 }
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Case = tuple[str, Any, str, dict[str, Any]]
-FULL = {"SOFTCAP": True, "TEMPERATURE": True, "ENTROPY": True}
+FULL = {"SOFTCAP": True, "ENTROPY": True}
 
 
 def parameters(kernel: Any) -> Any:
@@ -46,13 +44,13 @@ def cases() -> list[Case]:
     absent = dict.fromkeys(n for n, p in parameters(tk.rows_fwd_kernel) if p.default is None)
     for dtype, size in SIZES.items():
         s = tk.settings(128256, size, True, 1 << 20, 132)
-        narrow = {"ALIGNED": False, "U": tk.settings(50257, size, False, 1 << 20, 132).U}
-        rows = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False, ENTROPY=False)
-        rows |= dict(RATIO=0, REDUCTION=0, SPLIT=1, U=s.U, BV=s.BV, BT=tk.BT)
+        narrow = tk.settings(50257, size, False, 1 << 20, 132).lanes(False) | {"ALIGNED": False}
+        rows = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, ENTROPY=False, **s.lanes(True))
+        rows |= dict(RATIO=0, REDUCTION=0, SPLIT=1, BT=tk.BT)
         rows |= dict.fromkeys(("p_parts", "p_row_counter", "p_behavior_low", "p_normalizer"))
         split = {k: v for k, v in rows.items() if k not in ("p_parts", "p_row_counter")}
-        backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, TEMPERATURE=False)
-        backward |= dict(TILES=s.tiles_per_program, BV=s.BV)
+        backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False)
+        backward |= dict(TILES=s.tiles_per_program, U=2, BV=s.BV)
         found += [
             ("forward", tk.rows_fwd_kernel, dtype, rows),
             ("forward, all options", tk.rows_fwd_kernel, dtype, rows | FULL | {"RATIO": 2}),
@@ -60,11 +58,12 @@ def cases() -> list[Case]:
             ("forward, split", tk.rows_fwd_kernel, dtype, split | {"SPLIT": tk.SPLIT}),
             ("log_prob", tk.rows_fwd_kernel, dtype, rows | absent),
             ("backward", tk.logits_bwd_kernel, dtype, backward),
+            ("backward, all options", tk.logits_bwd_kernel, dtype, backward | {"SOFTCAP": True}),
             (
-                "backward, all options",
+                "backward, all options, narrow",
                 tk.logits_bwd_kernel,
                 dtype,
-                backward | {"ALIGNED": False, "SOFTCAP": True, "TEMPERATURE": True},
+                backward | {"ALIGNED": False, "SOFTCAP": True},
             ),
         ]
     stage = dict(SHIFT=True, RATIO=2, REDUCTION=0, BT=tk.BT, p_behavior_low=None)
@@ -76,10 +75,10 @@ def cases() -> list[Case]:
 
 def linear_cases() -> list[Case]:
     """The same for the fused-linear path; the dtype is that of J."""
-    plain = dict(ALIGNED=True, SOFTCAP=False, FACTOR=False)
-    capped = dict(SOFTCAP=True, FACTOR=True)
-    rows = dict(ENTROPY=False, TOTAL=False, U=lin._tiles_in_flight(128256), BV=lin.BV)
-    gradient = dict(TILES=lin.GRADIENT_TILES, BV=lin.BV)
+    plain = dict(ALIGNED=True, SOFTCAP=False)
+    capped = dict(SOFTCAP=True)
+    rows = dict(ENTROPY=False, TOTAL=False, **lin._row_constants(128256, True))
+    gradient = dict(TILES=lin.GRADIENT_TILES, U=2, BV=lin.BV)
     gather = dict(TILES=lin.GATHER_TILES, U=lin.GATHER_U, BA=lin.GATHER_BA)
     more = {
         "linear rows": dict(ENTROPY=True, TOTAL=True),
@@ -93,12 +92,15 @@ def linear_cases() -> list[Case]:
         ("linear gather", lin.linear_gather_kernel, gather, tuple(SIZES)),
     ):
         every = plain | constants | capped | more.get(name, {})
+        narrow = {"ALIGNED": False}
+        if name == "linear rows":
+            narrow |= lin._row_constants(128256, False)
         for dtype in dtypes:
             found += [
                 (name, kernel, dtype, plain | constants),
-                (f"{name}, narrow", kernel, dtype, plain | constants | {"ALIGNED": False}),
+                (f"{name}, narrow", kernel, dtype, plain | constants | narrow),
                 (f"{name}, all options", kernel, dtype, every),
-                (f"{name}, all options, narrow", kernel, dtype, every | {"ALIGNED": False}),
+                (f"{name}, all options, narrow", kernel, dtype, every | narrow),
             ]
     return found
 
@@ -111,9 +113,11 @@ def each(found: list[Case]) -> list[Case]:
     return [same[i % len(same)] for i, same in enumerate(dtypes.values())]
 
 
-def argument_type(name: str, dtype: str) -> str:
+def argument_type(kernel: Any, name: str, dtype: str) -> str:
     if name in ("p_logits", "p_out"):
         return f"*{dtype}"
+    if name == "p_label" and kernel is lin.linear_columns_kernel:
+        return "*i32"
     if name in ("p_labels", "p_length", "p_label", "p_columns"):
         return "*i64"
     if name == "p_cu_seqlens" or "counter" in name:
@@ -125,31 +129,36 @@ def argument_type(name: str, dtype: str) -> str:
     return "fp32" if name.startswith("log_") or name in FLOATS else "i32"
 
 
-FLOATS = ("softcap", "inv_temperature", "baseline", "factor")
+FLOATS = ("inv_softcap", "inv_temperature", "baseline", "factor", "slope_factor")
 
 
 def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPUTarget) -> Any:
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    signature = {
+        n: "constexpr" if n in constants else argument_type(kernel, n, dtype) for n in names
+    }
     constexprs = {(names.index(k),): v for k, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    fusion = lin.SUM_FUSION if kernel is lin.linear_columns_kernel else NO_FUSION
-    return triton.compile(source, target=target, options={"num_warps": 4} | fusion)
+    return triton.compile(source, target=target, options={"num_warps": 4} | NO_FUSION)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    import triton.backends.nvidia as nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        done = subprocess.run(
-            [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
-        )
-    text = done.stdout + done.stderr
+    text = sass.cuobjdump(cubin, "-res-usage")
     keys = {"registers": "REG", "stack": "STACK", "local": "LOCAL", "shared": "SHARED"}
     return {k: int(re.findall(rf"{v}:(\d+)", text)[-1]) for k, v in keys.items()}
+
+
+def exponentials(kernel: Any, constants: dict[str, Any]) -> float:
+    """Exponentials that a kernel takes per logit, by which the logits of its loop are counted."""
+    if kernel in (tk.rows_fwd_kernel, lin.linear_rows_kernel):
+        # The maximum moves once for all logits of a lane.
+        return 1 + 1 / (constants["U"] * constants["W"])
+    return 2 if constants["SOFTCAP"] else 1
+
+
+def logits_of(loop: list[sass.Instruction], kernel: Any, constants: dict[str, Any]) -> float:
+    """Logits of a thread in one round of its loop, which ptxas may have unrolled."""
+    return sum(i.name == "MUFU.EX2" for i in loop) / exponentials(kernel, constants)
 
 
 def main() -> None:
@@ -171,6 +180,10 @@ def main() -> None:
                 "uncached_loads": len(re.findall(r"ld\.global\.cg", ptx)),
             }
             report |= resources(asm["cubin"])
+            if kernel not in (tk.sequences_fwd_kernel, tk.loss_fwd_kernel):
+                loop = sass.main_loop(asm["cubin"])
+                report["per_logit"] = round(len(loop) / logits_of(loop, kernel, constants), 2)
+                report["in_flight"] = sass.in_flight(loop)
         else:
             text = asm["amdgcn"]
             report["spills"] = sum(map(int, re.findall(r"_spill_count:\s*(\d+)", text)))

@@ -31,8 +31,22 @@ settings.load_profile("topr")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Of another environment, see `make test-vllm`; a test that can never run here is none that was skipped.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["recipe/test_vllm_real.py"]
+# Of other environments, see `make test-vllm` and `make test-loops`; a test that can never run here is
+# none that was skipped.
+ELSEWHERE = {
+    "vllm": ["recipe/test_vllm_real.py"],
+    "verl": ["loops/test_verl_real.py"],
+    "trinity": ["loops/test_trinity_real.py"],
+    "areal": ["loops/test_areal_real.py"],
+    "skyrl": ["loops/test_skyrl_real.py", "loops/test_prime_rl_real.py"],
+    "tinker": ["loops/test_tinker_real.py"],
+}
+collect_ignore = [
+    path
+    for name, paths in ELSEWHERE.items()
+    if not importlib.util.find_spec(name)
+    for path in paths
+]
 
 NEEDS_GPU = "needs a GPU"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from topr_kernels.recipe.tasks import Question
 
@@ -52,6 +53,19 @@ def count_a(question: str, completion: str, entry: object) -> float | None:
     if completion == "boom":
         raise ValueError(question)
     return None if completion == "-" else float(completion.count("a"))
+
+
+def gives(question: str, completion: str, entry: object) -> Any:
+    """A reward that gives what is no number, or does what it should not."""
+    if completion == "exit":
+        sys.exit(0)
+    if completion == "fork":
+        return float(os.fork())
+    if completion == "print":
+        print("noise" * 10_000, flush=True)
+        os.write(1, b'{"answer": "1"}\n')
+    values = {"text": "right", "list": [1], "huge": 10**400, "nan": float("nan"), "none": None}
+    return values.get(completion, 1.0)
 
 
 def spied() -> tuple[int, list[str]]:

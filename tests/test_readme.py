@@ -43,7 +43,6 @@ RUN_BY = {
     ("docs/loops.md", "TRL", 0): "test_trl",
     ("docs/loops.md", "A loop of your own", 0): "test_other_loops",
     ("docs/loops.md", "A loop of your own", 1): "test_a_plain_loop_over_a_hugging_face_model",
-    ("docs/loops.md", "verl and prime-rl", 0): "test_verl_is_told",
     ("docs/method.md", "Equivalent to", 0): "test_equivalent_to",
     ("docs/trajectories.md", "A taper of your own", 0): "test_a_taper_of_ones_own",
 }
@@ -185,12 +184,6 @@ def test_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
     names |= {"target": names["labels"][:, 1:], "mask": torch.ones(2, 5)}
     exec(block("README.md", "In a loop", 0), names)
     assert names["loss"].item() == pytest.approx(0.0, abs=1e-6)  # ratios of 1, rewards of +1 and -1
-
-
-def test_verl_is_told() -> None:
-    source = block("loops", "verl and prime-rl")
-    with pytest.raises(ImportError, match="verl"):
-        exec(source, {})
 
 
 def test_a_taper_of_ones_own() -> None:

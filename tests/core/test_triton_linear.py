@@ -188,9 +188,11 @@ def test_half_precision_is_rounded_once_and_last(dtype: torch.dtype) -> None:
     columns = torch.arange(64, 192, device=DEVICE)
     half, half_sums = triton_linear.gather(z, label, stats, PLAIN, columns, dtype)
     wide, sums = triton_linear.gather(z, label, stats, PLAIN, columns, torch.float32)
-    # The interpreter cuts bf16 off where a GPU rounds.
+    # The interpreter cuts bf16 off where a GPU rounds. J is the same to the bit in every binary; the
+    # lanes that sum it are not.
     ulp = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
-    assert half.dtype == dtype and torch.equal(half_sums, sums)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half_sums, sums, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(half, wide.to(dtype), rtol=ulp, atol=0)
     gradient = triton_linear.gradient(z, label, stats, PLAIN, dtype)
     whole = triton_linear.gradient(z, label, stats, PLAIN, torch.float32)

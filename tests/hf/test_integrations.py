@@ -11,12 +11,14 @@ Neither framework is installed here. The stand-ins below follow, without their c
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -255,8 +257,64 @@ def test_verl_counts_that_are_no_mapping_are_refused():
 def test_verl_half_precision_is_refused():
     micro = batch().rows(slice(None))
     micro["log_prob"] = micro["log_prob"].bfloat16()
-    with pytest.raises(TypeError, match=r"log_prob.*half precision"):
+    with pytest.raises(TypeError, match=r"log_prob: expected float32.*fsdp_config.mixed_precision"):
         verl.topr_policy_loss(**micro)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_verl_a_batch_without_a_scored_token_has_loss_and_gradient_0(mode: str):
+    """Under token-mean its count is 0, which once killed the worker."""
+    data = batch()
+    micro = {**data.rows(slice(None)), "response_mask": torch.zeros_like(data.mask)}
+    info = {"dp_size": 2, "batch_num_tokens": torch.tensor(0), "global_batch_size": 8}
+    loss, metrics = verl.topr_policy_loss(
+        **micro, loss_agg_mode=mode, config=SimpleNamespace(global_batch_info=info)
+    )
+    (gradient,) = torch.autograd.grad(loss, data.pi)
+    assert loss == 0 and (gradient == 0).all()
+    assert all(map(math.isfinite, metrics.values()))
+
+
+def verl_config(rejection: str | None) -> SimpleNamespace:
+    correction = SimpleNamespace(rollout_rs=rejection)
+    policy = SimpleNamespace(rollout_correction=correction)
+    return SimpleNamespace(global_batch_info={}, policy_loss=policy)
+
+
+@pytest.mark.parametrize("rejection", ["token_k1", "seq_max_k3,token_k2"])
+def test_verl_rejection_of_single_tokens_is_refused(rejection: str):
+    """A token out of the mask is out of the ratio: the weight of its sequence is another."""
+    with pytest.raises(ValueError, match=r"rollout_rs: .*token_k.*set rollout_rs=null"):
+        verl.topr_policy_loss(**batch().rows(slice(None)), config=verl_config(rejection))
+    for allowed in (None, "seq_max_k3"):
+        verl.topr_policy_loss(**batch().rows(slice(None)), config=verl_config(allowed))
+
+
+def test_verl_a_rejected_token_changes_the_weight():
+    """Why: two tokens of a wrong answer, the one that had left it rejected."""
+    mu, pi = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -4.0]])
+    weights = []
+    for mask in ([[1, 1]], [[1, 0]]):
+        _, metrics = verl.topr_policy_loss(mu, pi, -torch.ones(1, 2), torch.tensor(mask))
+        weights.append(metrics["actor/topr_negative_weight"])
+    assert weights == pytest.approx([math.exp(-3), 1.0])
+
+
+def test_verl_the_score_itself_as_advantage():
+    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    found, returns = verl.topr_advantage(rewards, mask, config=None, index=None)
+    assert found.tolist() == [[1, 1, 0], [-1, -1, -1], [0, 0, 0]]
+    assert returns.tolist() == found.tolist()
+    with pytest.raises(ValueError, match="use_kl_in_reward: expected false"):
+        verl.topr_advantage(rewards, mask, config=SimpleNamespace(use_kl_in_reward=True))
+
+
+def test_verl_signs_are_shown():
+    """A right answer that an estimator made negative is missing in the share of positives."""
+    data = batch()
+    _, metrics = verl.topr_policy_loss(**data.rows(slice(None)))
+    assert metrics["actor/topr_positive_share"] == pytest.approx(2 / 7)
 
 
 def fake_verl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
@@ -272,7 +330,12 @@ def fake_verl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
 
     for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["verl.trainer.ppo.core_algos"].register_policy_loss = register_policy_loss
+    core = sys.modules["verl.trainer.ppo.core_algos"]
+    registry |= {"vanilla": print, "bypass_mode": print}
+    core.POLICY_LOSS_REGISTRY = registry
+    core.register_policy_loss = register_policy_loss
+    core.register_adv_est = lambda name: lambda function: estimators.update({name: function})
+    core.ESTIMATORS = estimators = {}
     return registry
 
 
@@ -280,7 +343,10 @@ def test_verl_register(monkeypatch: pytest.MonkeyPatch):
     registry = fake_verl(monkeypatch)
     assert verl.register() is registry["topr"]
     verl.register("geometric", ratio="geometric", limits=TIS)
-    assert registry.keys() == {"topr", "geometric"}
+    assert registry.keys() == {"topr", "geometric", "vanilla", "bypass_mode"}
+    core = sys.modules["verl.trainer.ppo.core_algos"]
+    assert {"topr": verl.topr_advantage} == core.ESTIMATORS
+    assert verl.register() is registry["topr"]  # again: no harm
     data = batch()
     loss, _ = registry["geometric"](**data.rows(slice(None)), config=None, rollout_is_weights=None)
     torch.testing.assert_close(loss.detach(), whole(data, ratio="geometric", limits=TIS)[0])
@@ -288,6 +354,27 @@ def test_verl_register(monkeypatch: pytest.MonkeyPatch):
         verl.register(ratio="gspo")
     with pytest.raises(TypeError, match="limits"):
         verl.register(limits="topr")
+
+
+@pytest.mark.parametrize("name", ["bypass_mode", "vanilla"])
+def test_verl_its_own_losses_are_not_replaced(monkeypatch: pytest.MonkeyPatch, name: str):
+    """No worker is told of "bypass_mode": a loss of that name never runs, and PPO does."""
+    registry = fake_verl(monkeypatch)
+    with pytest.raises(ValueError, match=f"{name}.*loss_mode=topr.*bypass_mode=true"):
+        verl.register(name)
+    assert registry[name] is print
+
+
+def test_verl_a_module_registers_on_import(monkeypatch: pytest.MonkeyPatch):
+    registry = fake_verl(monkeypatch)
+    monkeypatch.delitem(sys.modules, "topr_kernels.integrations.verl_plugin", raising=False)
+    importlib.import_module("topr_kernels.integrations.verl_plugin")
+    assert registry["topr"].func is verl.topr_policy_loss
+    points = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    assert (
+        '[project.entry-points."verl.plugins"]\ntopr = "topr_kernels.integrations.verl_plugin"'
+        in points
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("verl") is not None, reason="verl is installed")
@@ -469,12 +556,13 @@ def test_integrations_import_no_framework():
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {'verl', 'prime_rl', 'transformers', 'triton', 'accelerate'}:
+        if name.split('.')[0] in {'verl', 'prime_rl', 'skyrl', 'tinker', 'transformers', 'triton'}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import topr_kernels
 assert not any('integrations' in m for m in sys.modules), 'part of the package proper'
 import topr_kernels.integrations.prime_rl, topr_kernels.integrations.verl
+import topr_kernels.integrations.skyrl, topr_kernels.integrations.tinker
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

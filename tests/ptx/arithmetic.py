@@ -15,6 +15,8 @@ TYPES = {
     **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
     "f16": np.dtype("u2"),
     "bf16": np.dtype("u2"),
+    "f16x2": np.dtype("u4"),
+    "bf16x2": np.dtype("u4"),
     "f32": np.dtype("f4"),
     "f64": np.dtype("f8"),
     "pred": np.dtype(bool),
@@ -53,6 +55,8 @@ def arithmetic(
         return _cvt(modifiers)
     if kind == "f32":
         return _float(name, flags, approximate)
+    if (name, kind) in (("neg", "f16x2"), ("neg", "bf16x2")) and not flags:
+        return lambda a: a ^ np.uint32(0x80008000)
     if flags:
         return (
             {
@@ -132,6 +136,9 @@ def _float(name: str, flags: list[str], approximate: numeric.Approximate) -> Fun
     flags = [f for f in flags if f != "ftz"]
     nan = "NaN" in flags and name in ("min", "max")
     flags = [f for f in flags if not (nan and f == "NaN")]
+    if flags == ["xorsign", "abs"] and name in ("min", "max"):
+        of_sizes = _float(name, ["NaN"] if nan else [], approximate)
+        return None if ftz or of_sizes is None else _xorsign(of_sizes)
     exact: dict[tuple[str, ...], Function] = {
         ("add",): np.add,
         ("add", "rn"): np.add,
@@ -158,6 +165,17 @@ def _float(name: str, flags: list[str], approximate: numeric.Approximate) -> Fun
     if function is None or not ftz:
         return function
     return lambda *args: numeric.flush(function(*(numeric.flush(a) for a in args)))
+
+
+def _xorsign(of_sizes: Function) -> Function:
+    """min or max of the absolute values, negative where the operands' signs differ."""
+
+    def signed(a: Array, b: Array) -> Array:
+        sign = (a.view(np.uint32) ^ b.view(np.uint32)) & np.uint32(1 << 31)
+        size = np.asarray(of_sizes(np.abs(a), np.abs(b)))
+        return (size.view(np.uint32) | sign).view(np.float32)
+
+    return signed
 
 
 def _setp(flags: tuple[str, ...], kind: str) -> Function | None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptx import launch, numeric
+from ptx import arithmetic, launch, numeric
 from ptx.execute import Machine, Options
 from ptx.memory import Fault, Global
 from ptx.parse import Unknown, forms, parse
@@ -129,12 +129,23 @@ def test_conversions_round_to_nearest_even() -> None:
     np.testing.assert_array_equal(wide, torch.from_numpy(x).bfloat16().float().numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pair_of_halves_is_negated(dtype: torch.dtype) -> None:
+    kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    negate = arithmetic.arithmetic("neg", (kind,), numeric.Approximate(0, 0))
+    x = torch.tensor([1.5, -0.0, -2.0, math.inf], dtype=dtype)
+    got = negate(x.view(torch.int16).numpy().view(np.uint32)) if negate else None
+    want = (-x).view(torch.int16).numpy().view(np.uint32)
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("form", "want"),
     [
         ("max.f32", [2.0, 5.0, 5.0, 0.0]),
         ("max.NaN.f32", [2.0, math.nan, math.nan, 0.0]),
         ("min.f32", [1.0, 5.0, 5.0, -0.0]),
+        ("min.NaN.xorsign.abs.f32", [1.0, math.nan, math.nan, -0.0]),
     ],
 )
 def test_max_drops_a_nan_unless_told_otherwise(form: str, want: list[float]) -> None:

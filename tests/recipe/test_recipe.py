@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ def test_scored_log_probs_are_stored_exactly(tmp_path: Path, suffix: str):
         ("behavior_log_prob", [-1.0, 0.5]),
         ("sampling", None),
         ("sampling", {"model": "tiny"}),
+        pytest.param("reward", 10**400, id="reward-long"),
+        ("group", 2**63),
+        ("completion_token_ids", [2**31, 1]),
+        ("completion", "\ud800"),
     ],
 )
 def test_bad_records_are_refused_by_record_and_field(tmp_path: Path, field: str, value: Any):
@@ -192,6 +197,10 @@ def test_missing_unknown_and_half_written_are_refused(tmp_path: Path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:40])
     with pytest.raises(RecordError, match=r"data\.jsonl, record 1: not a line of JSON"):
         read_records(path)
+    for line in ("9" * 5_000, "[" * 100_000):
+        path.write_text(json.dumps(row) + "\n" + line)
+        with pytest.raises(RecordError, match=r"data\.jsonl, record 1: (JSON that|not a line)"):
+            read_records(path)
     damaged = tmp_path / "data.parquet"
     write_records(damaged, [record()])
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -246,6 +255,27 @@ def test_records_that_pandas_and_datasets_have_written(tmp_path: Path):
         assert sorted(map(repr, read_records(path))) == sorted(map(repr, records))
     datasets.Dataset.from_list([r.to_dict() for r in records]).to_parquet(path)
     assert read_records(path) == records
+
+
+def test_records_of_other_editors_are_read(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    lines = [json.dumps(record(group=i).to_dict()) for i in range(3)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n \r\n")
+    assert read_records(path) == [record(group=i) for i in range(3)]
+
+
+def test_decimals_inside_of_columns_are_numbers(tmp_path: Path):
+    """DuckDB writes {'temperature': 1.0} and [-0.5, 0.0] so."""
+    path = tmp_path / "records.parquet"
+    rows = [record(behavior_log_prob=[-0.5, 0.0]).to_dict()]
+    del rows[0]["judged"]
+    rows[0]["sampling"]["temperature"] = Decimal("1.0")
+    rows[0]["behavior_log_prob"] = [Decimal("-0.5"), Decimal("0.0")]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert pa.types.is_decimal(
+        pq.read_schema(path).field("sampling").type.field("temperature").type
+    )
+    assert read_records(path) == [record(behavior_log_prob=[-0.5, 0.0])]
 
 
 def test_a_gap_of_a_column_is_a_field_that_is_not_there(tmp_path: Path):

@@ -148,6 +148,9 @@ def test_right_answers_are_read(text: str, answer: str):
         ('"#### inf"', "field 'answer': not a finite number"),
         ('"So \\\\boxed{\\\\frac{1}{2}"', "field 'answer': a box whose braces do not close"),
         ('"\\\\boxed{1}, \\\\boxed{2"', "field 'answer': a box whose braces do not close"),
+        ('"#### ."', "field 'answer': nothing but signs"),
+        ('"$$"', "field 'answer': nothing but signs"),
+        ('"7 \\\\ud800"'.replace("\\\\", "\\"), "field 'answer': holds half a character"),
         ('"So \\\\boxed{ }."', "field 'answer': an empty box"),
         ("[" * 100_000, "JSON that cannot be read|not a line of JSON"),
         ("9" * 5_000, "JSON that cannot be read"),
@@ -178,6 +181,9 @@ def test_one_question_has_one_right_answer(tmp_path: Path):
         "\n".join(['{"question": "b", "answer": "1"}', *same, same[0].replace("0.5", "2")])
     )
     with pytest.raises(FileError, match=r"t\.jsonl, lines 2 and 4: .* '0\.5' and '2'; remove one"):
+        FileTask("math", path).questions(1, seed=0)
+    path.write_text('{"question": "a b", "answer": "1"}\n{"question": "a\\n b", "answer": "2"}')
+    with pytest.raises(FileError, match=r"t\.jsonl, lines 1 and 2: one question with two"):
         FileTask("math", path).questions(1, seed=0)
 
 

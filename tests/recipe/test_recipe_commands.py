@@ -816,6 +816,14 @@ def test_a_chat_template_that_fails_is_named(
     assert error.count("\n") == 1 and "leave --chat out" in error
 
 
+def test_a_chat_template_without_the_question_is_named(model: Path, tmp_path: Path, capsys: Any):
+    folder = chatty(model, tmp_path / "chatty", "{{ messages[0].contents }}")
+    argv = ["generate", *TASK, "--model", folder, "--chat", "--out", tmp_path / "s.jsonl"]
+    assert "model 'chatty' leaves the question '1 + 1 =' out, and gives ''" in error_of(
+        capsys, *argv
+    )
+
+
 # --- paths and inputs ------------------------------------------------------------------------
 
 
@@ -872,6 +880,10 @@ def test_a_link_to_nothing_is_named(
         ("task_config: {a: 1, a: 2}", "c.yaml, line 1: a is there twice"),
         ("max-length: 1\nmax_length: 2", "c.yaml, max_length: there twice"),
         ("config: other.yaml", "c.yaml, config: a file names no other"),
+        ("a: &a [*a]", "c.yaml, line 1: an alias stands for a list or a mapping"),
+        ("a: &a {x: 1}\nb: [*a]", "c.yaml, line 1: an alias stands for"),
+        ("? [a, b]\n: 1", "c.yaml, line 1: expected a name before the colon"),
+        ("a: " + "[" * 2000, "c.yaml: not YAML (RecursionError"),
         *(
             (f"size: 1\nseed: {value}", f"c.yaml, line 2: got {value}; expected a decimal number")
             for value in ("010", "09", "-007", "0x10", "0b1", "1_000", "1:30", "00.5")
@@ -996,6 +1008,8 @@ def test_a_failure_is_one_line_that_names_what_failed(
         ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
         ("tokenizer.json", "{"),
         ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{}"),
+        ("generation_config.json", '{"eos_token_id": "abc"}'),
         ("model.safetensors", "not weights"),
         ("model.safetensors", None),
         ("model.gguf", "GGUF"),

@@ -380,6 +380,16 @@ def test_a_function_of_ones_own_rewards_in_a_worker():
     assert verdicts(task, [("banana", "length", question)])[0].answer is None
 
 
+def test_a_function_that_gives_no_number_costs_the_reward():
+    task = RewardTask(ARITHMETIC, "scorers:gives")
+    said = ("text", "list", "huge", "nan", "exit", "fork", "none", "print", "one")
+    judged = verdicts(task, [(c, "stop", Question(0, "q", "q", {})) for c in said])
+    assert [v.reward for v in judged] == [-1.0] * 7 + [1.0] * 2
+    causes = [*["raised"] * 5, "refused operation", "", "", ""]
+    assert [v.problem for v in judged] == causes
+    assert judged[6].answer is None
+
+
 def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch: Any):
     (tmp_path / "mine.py").write_text("def f(question, completion, entry): return 1.0")
     monkeypatch.chdir(tmp_path)
@@ -393,11 +403,16 @@ def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("function", ["scorers", "scorers:none", "nowhere:f", ":f", "math:sqrt"])
-def test_a_function_that_is_not_there_is_refused(function: str):
+def test_a_function_that_is_not_there_is_refused(function: str, capsys: Any):
     with pytest.raises(
         SettingsError, match=f"--reward {function}: reward: got '{function}'; expected"
     ):
         find_tasks(GenerateSettings(reward=function))
+    argv = ["generate", "--reward", function, "--model", "none", "--out", "s.jsonl"]
+    for flags in ([], ["--dry-run"]):
+        assert main([*argv, *flags]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"topr: --reward {function}: reward: ") and said.count("\n") == 1
 
 
 def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
@@ -420,6 +435,39 @@ def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
         assert "pairs.jsonl, line 1: " in capsys.readouterr().err
     assert main([*argv[:2], "scorers:none", *argv[3:]]) == 2
     assert "--reward scorers:none" in capsys.readouterr().err
+
+
+def test_a_file_of_another_editor_is_tried(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pairs = tmp_path / "pairs.jsonl"
+    line = b'{"question": "q", "completion": "a"}\r\n'
+    pairs.write_bytes(b"\xef\xbb\xbf" + line + line + b"\r\n")
+    argv = ["reward", "--reward", "scorers:count_a", "--try", "~/pairs.jsonl"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.endswith("2 completions: 2 rewarded above 0, 0 no answer\n")
+    for content, message in (
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"", "holds no completions"),
+        (b"[" * 100_000, "pairs.jsonl, line 1: "),
+    ):
+        pairs.write_bytes(content)
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["def reward(:", "1 / 0", "raise SystemExit(3)"])
+def test_a_module_that_cannot_be_imported_is_named(
+    body: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    (tmp_path / "broken_reward.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["reward", "--reward", "broken_reward:reward", "--try", "pairs.jsonl"]
+    for flags in ([], ["--debug"]):
+        assert main([*argv, *flags]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("topr: --reward broken_reward:reward: reward: got ")
+        assert (len(said) == 1) != bool(flags)
 
 
 # --- reasoning-gym's scorers -----------------------------------------------------------------

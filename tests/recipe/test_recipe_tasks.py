@@ -110,7 +110,7 @@ def test_bad_lines_are_named(line: str, message: str, tmp_path: Path):
     ("completion", "answer"),
     [
         ("So 3 + 4 = 7.\nThe answer is: 7", "7"),
-        ("The answer is 5. Wait.\nThe answer is: $1,234.", "1,234"),
+        ("The answer is 5. Wait.\nThe answer is: $1,234.", "$1,234"),
         ("the final answer is: **42**\n", "42"),
         ("The answer is: 50%", "50%"),
         ("So it is 7.", None),

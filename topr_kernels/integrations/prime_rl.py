@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from topr_kernels.integrations.tokens import one_per_sequence
-from topr_kernels.limits import PRESETS, Limits
+from topr_kernels.integrations.tokens import one_per_sequence, read_limits
+from topr_kernels.limits import Limits
 from topr_kernels.loss import topr_loss_from_log_prob
 
 
@@ -102,7 +102,7 @@ def topr_loss(
         mask,
         inputs.inference_logprobs.unsqueeze(0),
         reward,
-        limits=_limits(limits),
+        limits=read_limits(limits),
         ratio=ratio,
         reduction="sum",
     )
@@ -119,15 +119,3 @@ def topr_loss(
         "topr/negative_weight": (negative * out.weight)[0],
     }
     return LossOutputs(loss, metrics)
-
-
-def _limits(limits: str | Limits | Mapping[str, float]) -> Limits:
-    # Configuration files can hold a name or a table, but no object.
-    if isinstance(limits, str):
-        if limits not in PRESETS:
-            raise ValueError(
-                f"limits: expected one of {', '.join(map(repr, PRESETS))}, the four limits by name or "
-                f"a Limits, got {limits!r}"
-            )
-        return PRESETS[limits]
-    return Limits(**limits) if isinstance(limits, Mapping) else limits

@@ -1,9 +1,31 @@
 """TOPR as a policy loss of verl (``actor.policy_loss.loss_mode=topr``).
 
-Follows ``PolicyLossFn`` and ``agg_loss`` of verl-project/verl, verl/trainer/ppo/core_algos.py, as
-verl/workers/utils/losses.py: ppo_loss calls them. To use it put two lines into a module of your own,
-``from topr_kernels.integrations.verl import register`` and ``register()``, and name that module in
-``actor_rollout_ref.model.external_lib``: the workers import it where they build the model.
+Tried inside verl 0.9.1: its actor worker, FSDP2 on a CPU, one and two ranks. verl finds the loss by
+itself, through the entry point ``verl.plugins`` of this package; where plugins are switched off
+(``VERL_USE_EXTERNAL_PLUGINS=none``), name the module that registers it,
+``actor_rollout_ref.model.external_lib=topr_kernels.integrations.verl_plugin``. Then
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=topr
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+    algorithm.rollout_correction.bypass_mode=true    # for stale rollouts: mu is the sampler's
+    algorithm.adv_estimator=topr                     # the score itself; or grpo, rloo, remax
+
+- **mu** is ``old_log_probs``: the trainer's own log-probs at the start of the step, which is right if
+  the rollout came from those weights; with ``rollout_correction.bypass_mode=true`` the sampler's. Leave
+  ``loss_mode=topr`` then: verl's driver switches its own copy to "bypass_mode", and no worker sees it.
+- **The reward** is the advantage. ``adv_estimator=topr`` is the score as it came, the paper's. Group
+  means (grpo, rloo) are a baseline that gives positives half of the weight in every group (p~ = 50 %,
+  Eq. 7; the paper recommends 10 to 20 %): a right answer in a mixed group stays positive, groups of
+  equal scores do not train. ``use_kl_in_reward`` and whitening over the batch (reinforce_plus_plus,
+  reinforce_plus_plus_baseline, gdpo, gae) turn right answers negative: compare
+  ``actor/topr_positive_share`` with the share of right answers that verl logs.
+- **Refused**: rollout_is (weights every token a second time), ``rollout_rs=token_*`` where the worker is
+  told of it, loss_agg_mode without a reduction of ours, half-precision log-probs, advantages that differ
+  within an answer. What only the driver knows cannot be refused here: ``rollout_rs=token_*`` cuts
+  tokens out of the mask, and so out of the ratio of the sequence; use ``rollout_rs=seq_*``.
+
+Follows ``PolicyLossFn`` and ``agg_loss`` of verl/trainer/ppo/core_algos.py, as
+verl/workers/utils/losses.py: ppo_loss calls them.
 """
 
 from __future__ import annotations
@@ -13,14 +35,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from topr_kernels import choices, validation
-from topr_kernels.integrations.tokens import one_per_sequence
+from topr_kernels import validation
+from topr_kernels.integrations.tokens import check_precision, check_ratio, figures, one_per_sequence
 from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.loss import topr_loss_from_log_prob
-from topr_kernels.output import TOPROutput
 
 #: verl's loss_agg_mode -> (our reduction, what verl calls the count of its units in the whole batch).
 AGGREGATIONS = {
@@ -28,6 +48,13 @@ AGGREGATIONS = {
     "token-mean": ("token_mean", "batch_num_tokens"),
     "token-sum": ("sum", None),
 }
+
+#: Where half-precision log-probs come from in verl, and what to set.
+PRECISION = (
+    "set +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32, or keep bf16 and have "
+    "the fp32 cross-entropy of flash-attn >= 2.4.3 (installed, VERL_DISABLE_FLASH_ATTN_CE unset, "
+    "full_determinism=false)"
+)
 
 
 def topr_policy_loss(
@@ -45,18 +72,8 @@ def topr_policy_loss(
     """Computes the TOPR loss of a micro-batch of verl.
 
     The sum over micro-batches, averaged over the data-parallel ranks, is :func:`topr_loss` of the whole
-    batch. mu is ``old_log_prob``: under verl's defaults the trainer's own log-probs at the start of the
-    step, which is right if the rollout came from those weights. For stale rollouts turn on
-    ``rollout_correction.bypass_mode``, which puts the sampler's log-probs there. It switches to the loss
-    mode "bypass_mode": call ``register("bypass_mode")``. That replaces verl's own loss of this name,
-    and its rejection of sequences.
-
-    The advantage takes the place of the reward. Group means (GRPO, RLOO) keep the sign of the reward
-    relative to its group: a right answer in a mixed group stays positive, and groups of equal rewards
-    do not train. They are also a baseline, the one that gives positives half of the weight in every
-    group (p~ = 50 %, Eq. 7; the paper recommends 10 to 20 %). Dividing by the group's standard
-    deviation changes no sign. Whitening over the batch (GDPO, REINFORCE++, GAE) does: what is below the
-    mean of the batch becomes negative.
+    batch. Where verl gives ``global_batch_size``, "seq-mean-token-mean" divides by it: empty responses
+    count, as in verl's own losses. A batch without a scored token has loss 0 and a gradient of 0.
 
     Args:
         old_log_prob: [B, T] log mu in nats, fp32 or fp64.
@@ -65,34 +82,27 @@ def topr_policy_loss(
         response_mask: [B, T] bool, or 0 and 1.
         loss_agg_mode: "seq-mean-token-mean" (the paper's), "token-mean" (verl's default) or "token-sum":
             our "sequence_mean", "token_mean" and "sum".
-        config: verl's ActorConfig, of which only ``global_batch_info`` is read (``dp_size``,
-            ``global_batch_size``, ``batch_num_tokens``). If it is None, or lacks the counts on one rank,
-            means are over this micro-batch alone, as in verl.
+        config: verl's ActorConfig, of which ``global_batch_info`` is read (``dp_size``,
+            ``global_batch_size``, ``batch_num_tokens``) and
+            ``policy_loss.rollout_correction.rollout_rs``. If it is None, or lacks the
+            counts on one rank, means are over this micro-batch alone.
         rollout_is_weights: None; see Raises.
         limits: clip limits per sign of the reward, or a taper of one's own, as in :func:`topr_loss`.
         ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986), "token", or per turn
             of the policy (``response_mask`` is 0 between them) "segment" or "segment_geometric".
 
     Returns:
-        (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are
-        floats, copied to the host together: means over the sequences of the micro-batch, and 0 where
-        there are none, because verl averages them. ``actor/ppo_kl`` (log mu - log pi per token),
-        ``actor/topr_objective`` (R * O / |y|), and as shares of all sequences
-        ``actor/topr_negative_share``, ``actor/topr_negative_weight`` (divide by the share for the mean
-        weight of a negative) and ``actor/topr_dead_share`` (negatives of weight < 1e-6).
+        (loss, metrics). Loss 0-dim, times ``dp_size`` because the ranks are averaged. Metrics are those
+        of :func:`topr_kernels.integrations.tokens.figures`, as ``actor/ppo_kl`` and ``actor/topr_...``.
 
     Raises:
         TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
         ValueError: advantages that differ within a sequence, an aggregation that TOPR has no reduction
-            for, ``dp_size`` > 1 without the count of the whole batch, or ``rollout_is_weights``, which
-            would weigh every token a second time, positives too.
+            for, ``dp_size`` > 1 without the count of the whole batch, rejection of single tokens, or
+            ``rollout_is_weights``, which would weigh every token a second time, positives too.
     """
-    if rollout_is_weights is not None:
-        raise ValueError(
-            "rollout_is_weights: expected None, TOPR has its own weight pi/mu per sequence; set "
-            "algorithm.rollout_correction.rollout_is=null, and for mu = the sampler's log-probs "
-            'rollout_correction.bypass_mode=true with register("bypass_mode")'
-        )
+    _refuse_correction(config, rollout_is_weights)
+    check_precision("log_prob", log_prob, PRECISION)
     if loss_agg_mode not in AGGREGATIONS:
         raise ValueError(
             f"loss_agg_mode: expected one of {', '.join(map(repr, AGGREGATIONS))}, got "
@@ -118,7 +128,7 @@ def topr_policy_loss(
         "advantages",
         advantages,
         response_mask,
-        "use an outcome estimator (algorithm.adv_estimator=grpo, rloo, remax, or your own), not GAE, a "
+        "use an outcome estimator (algorithm.adv_estimator=topr, grpo, rloo or remax), not GAE, a "
         "discount or a KL penalty inside the reward (algorithm.use_kl_in_reward=false)",
     )
     out = topr_loss_from_log_prob(
@@ -129,16 +139,66 @@ def topr_policy_loss(
         limits=limits,
         ratio=ratio,
         reduction=reduction,
-        normalizer=None if count is None else float(count) / ranks,
+        # 0 tokens in the whole batch: any denominator gives the loss 0.
+        normalizer=None if count is None else max(float(count), 1.0) / ranks,
     )
     loss = out.loss * ranks if reduction == "sum" else out.loss
-    return loss, _metrics(out)
+    metrics = {f"actor/topr_{name}": figure for name, figure in figures(out).items()}
+    metrics["actor/ppo_kl"] = metrics.pop("actor/topr_kl")
+    return loss, metrics
+
+
+def _refuse_correction(config: Any, weights: Tensor | None) -> None:
+    if weights is not None:
+        raise ValueError(
+            "rollout_is_weights: expected None, TOPR has its own weight pi/mu per sequence; set "
+            "algorithm.rollout_correction.rollout_is=null, and for mu = the sampler's log-probs "
+            "rollout_correction.bypass_mode=true, with loss_mode=topr as it is"
+        )
+    correction = getattr(getattr(config, "policy_loss", None), "rollout_correction", None)
+    rejection = getattr(correction, "rollout_rs", None)
+    if rejection is not None and "token_" in str(rejection):
+        raise ValueError(
+            f"rollout_correction.rollout_rs: {rejection!r} takes single tokens out of the mask, and so "
+            "out of the ratio of their sequence; set rollout_rs=null, or seq_sum_k1 and its like"
+        )
+
+
+def topr_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """The score of a response at each of its tokens: ``algorithm.adv_estimator=topr``.
+
+    The paper's reward, signed as the reward function gave it: +1 and -1, not 1 and 0.
+
+    Args:
+        token_level_rewards: [B, T], its sum over a response is the score.
+        response_mask: [B, T], 1 where a token is scored.
+        config: verl's AlgoConfig, of which ``use_kl_in_reward`` is read.
+
+    Returns:
+        (advantages, returns), both [B, T] and equal.
+
+    Raises:
+        ValueError: ``use_kl_in_reward``, which makes right answers negative.
+    """
+    if getattr(config, "use_kl_in_reward", False):
+        raise ValueError(
+            "algorithm.use_kl_in_reward: expected false, a KL penalty inside the reward turns right "
+            "answers negative, which chooses the limits of wrong ones; set it to false, and "
+            "actor.use_kl_loss=true if a penalty is wanted"
+        )
+    score = (token_level_rewards * response_mask).sum(-1, keepdim=True) * response_mask
+    return score, score
 
 
 def register(
     name: str = "topr", *, limits: Limits | Taper = TOPR, ratio: str = "sequence"
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """Registers :func:`topr_policy_loss` with verl in this process.
+
+    :func:`topr_advantage` is registered beside it, as the advantage estimator "topr". Again
+    with other options it replaces what it registered.
 
     Args:
         name: value of ``actor.policy_loss.loss_mode`` that selects it.
@@ -151,10 +211,10 @@ def register(
     Raises:
         ImportError: verl cannot be imported.
         TypeError: limits that are neither ``Limits`` nor callable.
-        ValueError: an unknown ratio.
+        ValueError: an unknown ratio, or the name of a loss of verl's own.
     """
     validation.check_limits(limits)
-    validation.check_choice("ratio", ratio, choices.RATIOS)
+    check_ratio(ratio)
     try:
         # Imported only here: the loss itself is used and tested without verl.
         verl = importlib.import_module("verl.trainer.ppo.core_algos")
@@ -163,27 +223,13 @@ def register(
             "register: verl.trainer.ppo.core_algos cannot be imported; install verl in the environment "
             "of the workers, or hand topr_policy_loss to your own registry"
         ) from error
+    taken = verl.POLICY_LOSS_REGISTRY.get(name)
+    if taken is not None and getattr(taken, "func", None) is not topr_policy_loss:
+        raise ValueError(
+            f"register: {name!r} is a loss of verl's own; register() and loss_mode=topr are right for "
+            "every setting, rollout_correction.bypass_mode=true among them"
+        )
     loss = functools.partial(topr_policy_loss, limits=limits, ratio=ratio)
     verl.register_policy_loss(name)(loss)
+    verl.register_adv_est("topr")(topr_advantage)
     return loss
-
-
-def _metrics(out: TOPROutput) -> dict[str, float]:
-    figures = out.metrics()
-    counted = out.length > 0
-    negative = counted & (out.reward < 0)
-    share = negative.sum() / counted.sum().clamp(min=1)
-
-    def where(present: Tensor, figure: Tensor) -> Tensor:
-        # verl averages over micro-batches and ranks: one without negatives must not make it NaN.
-        return torch.where(present.any(), figure, 0.0)
-
-    values = {
-        "actor/ppo_kl": where(counted, figures["kl_k1"]),
-        "actor/topr_objective": where(counted, figures["objective"]),
-        "actor/topr_negative_share": share,
-        "actor/topr_negative_weight": where(negative, figures["weight_negative_mean"] * share),
-        "actor/topr_dead_share": where(negative, figures["dead_share"] * share),
-    }
-    on_host = torch.stack([v.double() for v in values.values()]).tolist()
-    return dict(zip(values, on_host, strict=True))

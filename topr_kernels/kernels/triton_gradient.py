@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from topr_kernels.kernels.triton_rows import kernel, transform
+from topr_kernels.kernels.triton_rows import kernel, softmax, softmax_origin, transform
 
 
 @kernel
@@ -36,13 +36,14 @@ def logits_bwd_kernel(
     T,
     V,
     n_chunks,
-    softcap,
+    inv_softcap,
+    factor,
     inv_temperature,
     SHIFT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     TILES: tl.constexpr,
+    U: tl.constexpr,
     BV: tl.constexpr,
 ):
     """d_logits = d_log_prob (onehot - softmax) times the slope. Grid: rows * n_chunks.
@@ -54,7 +55,7 @@ def logits_bwd_kernel(
     row = i_program // n_chunks
     i_chunk = i_program % n_chunks
     T = T.to(tl.int64)
-    V = V.to(tl.int64)
+    i_chunk = i_chunk.to(tl.int32)
     i_o = row // T
     i_t = row % T
     if ALIGNED:
@@ -81,35 +82,48 @@ def logits_bwd_kernel(
     if ALIGNED:
         p_row = tl.multiple_of(p_row, 16)
         p_out_row = tl.multiple_of(p_out_row, 16)
-    first = i_chunk * TILES
-    last = tl.minimum(first + TILES, tl.cdiv(V, BV))
-    whole = tl.minimum(last, V // BV)
+    # U loads in flight before the first is used. Columns are counted in 32 bits: half the registers.
+    TILE: tl.constexpr = U * BV
+    o_tile = tl.arange(0, U)[:, None] * BV + tl.arange(0, BV)[None, :]
+    first = i_chunk * (TILES // U)
+    last = tl.minimum(first + TILES // U, tl.cdiv(V, TILE))
+    whole = tl.minimum(last, V // TILE)
     if c == 0.0:
-        b_zero = tl.zeros([BV], p_out.dtype.element_ty)
+        b_zero = tl.zeros([U, BV], p_out.dtype.element_ty)
         for i in range(first, whole):
-            tl.store(p_out_row + (i * BV + tl.arange(0, BV)) * out_v, b_zero)
+            tl.store(p_out_row + (i * TILE + o_tile) * out_v, b_zero)
         for i in range(tl.maximum(whole, first), last):
-            o_v = i * BV + tl.arange(0, BV)
+            o_v = i * TILE + o_tile
             tl.store(p_out_row + o_v * out_v, b_zero, mask=o_v < V)
     else:
         label = tl.load(p_labels + position)
-        lse = tl.load(p_lse + position)
-        low = tl.load(p_lse_low + position)
-        p_label = tl.exp(tl.load(p_log_prob + position))
-        if TEMPERATURE:
-            c = c * inv_temperature
-        # The true class in fp32, rounded once: a second read of a rounded value loses it.
-        d_label = c * (1.0 - p_label)
+        k, origin, rest = softmax_origin(
+            tl.load(p_lse + position), tl.load(p_lse_low + position), factor
+        )
+        c = c * inv_temperature
+        # The true class in fp32, rounded once: a second read of a rounded value loses it. It is written
+        # last, so that the loops need not look for it.
+        d_label = c * (1.0 - tl.exp(tl.load(p_log_prob + position)))
+        here = (label >= first * TILE) & (label < tl.minimum(last * TILE, V))
+        if SOFTCAP:
+            z_label = tl.load(p_row + label * stride_v, mask=here, other=0.0).to(tl.float32)
+            _, slope_label = transform(z_label, inv_softcap, SOFTCAP)
+            d_label = d_label * slope_label
+            # Out may be the logits: every thread has read the label's before one of them writes.
+            tl.debug_barrier()
         for i in range(first, whole):
-            o_v = i * BV + tl.arange(0, BV)
+            o_v = i * TILE + o_tile
             z = tl.load(p_row + o_v * stride_v).to(tl.float32)
-            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-            d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
+            u, slope = transform(z, inv_softcap, SOFTCAP)
+            d = -c * softmax(u, k, origin, rest) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty))
         for i in range(tl.maximum(whole, first), last):
-            o_v = i * BV + tl.arange(0, BV)
+            o_v = i * TILE + o_tile
             m_v = o_v < V
             z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
-            z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-            d = tl.where(o_v == label, d_label, -c * tl.exp((z - lse) - low)) * slope
+            u, slope = transform(z, inv_softcap, SOFTCAP)
+            d = -c * softmax(u, k, origin, rest) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty), mask=m_v)
+        if here:
+            tl.debug_barrier()
+            tl.store(p_out_row + label * out_v, d_label.to(p_out.dtype.element_ty))

@@ -15,8 +15,9 @@ write and they would read costs more than an exponential.
 The row kernel gives a row to one program, however few rows there are: a row's log-prob must not depend
 on how many others are in its tile. Nothing counts arrivals or adds atomically; all sums have one order.
 
-The transforms in two numbers: scale, softcap and temperature make softcap' tanh(z / softcap') factor of
-a logit z, with softcap' = softcap / logit_scale and factor = logit_scale / temperature.
+The transforms in two numbers: scale, softcap and temperature make factor tanh(z / softcap') of a logit
+z, with softcap' = softcap / logit_scale and factor = softcap / temperature; without a softcap they make
+factor z, with factor = logit_scale / temperature. What J is multiplied by is that either way.
 
 Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in registers; t rows, v columns.
 """
@@ -38,10 +39,12 @@ from topr_kernels.kernels.triton_rows import (
     INFINITY,
     NO_FUSION,
     finish_row,
+    in_base_2,
     is_aligned,
     kernel,
+    softmax,
+    softmax_origin,
     stream,
-    tanh,
     transform,
 )
 from topr_kernels.linear.operators import linear_kernels
@@ -55,15 +58,23 @@ from topr_kernels.ops.options import Transforms
 @triton.jit
 def _at_label(log_prob, lse):
     """1 - p of the label, before the slope."""
-    # -expm1(log p) = 2 tanh / (tanh - 1) at half of log p: a difference from 1 would lose digits.
-    t = tanh(0.5 * log_prob)
+    # -expm1(log p) = 2 tanh / (tanh - 1) at half of log p: near 0 a difference from 1 would lose digits.
+    # There tanh is an odd polynomial (Moshier, Cephes tanhf).
+    x = 0.5 * log_prob
+    q = x * x
+    t = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
+    t = tl.fma(t, q, -5.37397155531e-2)
+    t = tl.fma(t, q, 1.33314422036e-1)
+    t = tl.fma(t, q, -3.33332819422e-1)
+    t = tl.fma(x * q, t, x)
+    rest = tl.where(x > -0.625, 2.0 * t / (t - 1.0), 1.0 - tl.exp(log_prob))
     # A row of -inf alone has no softmax, at its label no more than elsewhere.
-    return tl.where(lse == -INFINITY, float("nan"), 2.0 * t / (t - 1.0))
+    return tl.where(lse == -INFINITY, float("nan"), rest)
 
 
 @triton.jit
-def _load_rows(p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V):
-    """What :func:`_j` needs of rows. -> (label, J at the label, lse, lse_low)."""
+def _load_rows(p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V, factor):
+    """What J needs of rows. -> (label, J there before the slope, origin, rest as in softmax_origin)."""
     label = tl.load(p_label + o_t, mask=m_t, other=0)
     log_prob = tl.load(p_log_prob + o_t, mask=m_t, other=0.0)
     lse = tl.load(p_lse + o_t, mask=m_t, other=0.0)
@@ -71,26 +82,8 @@ def _load_rows(p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V):
     # The log-prob of a label outside the vocabulary is NaN: it must show in some column. Columns are
     # compared in 32 bits, half the registers; only rows times their stride need 64.
     label = tl.where(label < 0, 0, tl.where(label < V, label, V - 1)).to(tl.int32)
-    return label, _at_label(log_prob, lse), lse, low
-
-
-@triton.jit
-def _j(
-    z,
-    o_v,
-    label,
-    at_label,
-    lse,
-    low,
-    softcap,
-    factor,
-    SOFTCAP: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    """Onehot - softmax, times the slope of the softcap."""
-    z, slope = transform(z, softcap, factor, SOFTCAP, FACTOR)
-    # (z - lse) - low: no large common offset to lose digits to.
-    return tl.where(o_v == label, at_label, -tl.exp((z - lse) - low)) * slope
+    _, origin, rest = softmax_origin(lse, low, factor)
+    return label, _at_label(log_prob, lse), origin, rest
 
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -102,8 +95,9 @@ def linear_rows_kernel(
     stride_t,
     p_label,
     V,
-    softcap,
+    inv_softcap,
     factor,
+    slope_factor,
     p_log_prob,
     p_lse,
     p_lse_low,
@@ -112,11 +106,11 @@ def linear_rows_kernel(
     p_total,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FACTOR: tl.constexpr,
     ENTROPY: tl.constexpr,
     TOTAL: tl.constexpr,
     U: tl.constexpr,
-    BV: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
 ):
     """Log-prob, lse and entropy of a row, and with TOTAL the sum of its J. Grid: n."""
     # 64 bits from the start: 2048 rows of 262144 logits are 2^29, but the stride is anyone's.
@@ -125,7 +119,7 @@ def linear_rows_kernel(
     if ALIGNED:
         p_row = tl.multiple_of(p_row, 16)
     label = tl.load(p_label + i_t)
-    tl.store(p_factor + i_t, factor)
+    tl.store(p_factor + i_t, slope_factor)
     if label == IGNORE:
         # A row that fills a unit up: nothing of it is read.
         tl.store(p_log_prob + i_t, 0.0)
@@ -134,21 +128,23 @@ def linear_rows_kernel(
         tl.store(p_entropy + i_t, 0.0)
         tl.store(p_total + i_t, 0.0)
     else:
+        k, _, _ = in_base_2(factor)
         m, s, h, g = stream(
             p_row,
             1,
             V,
-            softcap,
-            factor,
+            inv_softcap,
+            k,
             0,
             label,
             SOFTCAP,
-            FACTOR,
             ENTROPY,
             TOTAL,
+            ALIGNED,
             1,
             U,
-            BV,
+            L,
+            W,
         )
         log_prob, lse = finish_row(
             p_row,
@@ -158,20 +154,19 @@ def linear_rows_kernel(
             m,
             s,
             h,
-            softcap,
+            inv_softcap,
             factor,
             p_log_prob + i_t,
             p_lse + i_t,
             p_lse_low + i_t,
             p_entropy + i_t,
             SOFTCAP,
-            FACTOR,
             ENTROPY,
         )
         if TOTAL:
             # Of the entries as the other kernels have them: what they keep is subtracted from it.
             z = tl.load(p_row + tl.where((label >= 0) & (label < V), label, 0))
-            _, slope = transform(z, softcap, factor, SOFTCAP, FACTOR)
+            _, slope = transform(z, inv_softcap, SOFTCAP)
             tl.store(p_total + i_t, _at_label(log_prob, lse) * slope - g / s)
         else:
             tl.store(p_total + i_t, 0.0)
@@ -189,12 +184,12 @@ def linear_gradient_kernel(
     p_lse_low,
     V,
     n_chunks,
-    softcap,
+    inv_softcap,
     factor,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FACTOR: tl.constexpr,
     TILES: tl.constexpr,
+    U: tl.constexpr,
     BV: tl.constexpr,
 ):
     """J, rounded once. Grid: n * n_chunks.
@@ -210,22 +205,39 @@ def linear_gradient_kernel(
     if ALIGNED:
         p_row = tl.multiple_of(p_row, 16)
         p_out_row = tl.multiple_of(p_out_row, 16)
-    label, at_label, lse, low = _load_rows(p_label, p_log_prob, p_lse, p_lse_low, i_t, True, V)
-    first = i_chunk * TILES
-    last = tl.minimum(first + TILES, tl.cdiv(V, BV))
-    whole = tl.minimum(last, V // BV)
+    label, at_label, origin, rest = _load_rows(
+        p_label, p_log_prob, p_lse, p_lse_low, i_t, True, V, factor
+    )
+    k, _, _ = in_base_2(factor)
+    # U loads in flight before the first is used.
+    TILE: tl.constexpr = U * BV
+    o_tile = tl.arange(0, U)[:, None] * BV + tl.arange(0, BV)[None, :]
+    first = i_chunk * (TILES // U)
+    last = tl.minimum(first + TILES // U, tl.cdiv(V, TILE))
+    whole = tl.minimum(last, V // TILE)
+    # J at the label is written last, so that the loops need not look for it.
+    here = (label >= first * TILE) & (label < last * TILE)
+    if SOFTCAP:
+        z_label = tl.load(p_row + label, mask=here, other=0.0)
+        _, slope_label = transform(z_label, inv_softcap, SOFTCAP)
+        at_label = at_label * slope_label
+        # Out may be the logits: every thread has read the label's before one of them writes.
+        tl.debug_barrier()
     # No mask in the main loop: this is where the 128-bit loads are.
     for i in range(first, whole):
-        o_v = i * BV + tl.arange(0, BV)
-        z = tl.load(p_row + o_v)
-        j = _j(z, o_v, label, at_label, lse, low, softcap, factor, SOFTCAP, FACTOR)
+        o_v = i * TILE + o_tile
+        u, slope = transform(tl.load(p_row + o_v), inv_softcap, SOFTCAP)
+        j = -softmax(u, k, origin, rest) * slope
         tl.store(p_out_row + o_v, j.to(p_out.dtype.element_ty))
     for i in range(tl.maximum(whole, first), last):
-        o_v = i * BV + tl.arange(0, BV)
+        o_v = i * TILE + o_tile
         m_v = o_v < V
-        z = tl.load(p_row + o_v, mask=m_v, other=0.0)
-        j = _j(z, o_v, label, at_label, lse, low, softcap, factor, SOFTCAP, FACTOR)
+        u, slope = transform(tl.load(p_row + o_v, mask=m_v, other=0.0), inv_softcap, SOFTCAP)
+        j = -softmax(u, k, origin, rest) * slope
         tl.store(p_out_row + o_v, j.to(p_out.dtype.element_ty), mask=m_v)
+    if here:
+        tl.debug_barrier()
+        tl.store(p_out_row + label, at_label.to(p_out.dtype.element_ty))
 
 
 @kernel
@@ -234,20 +246,17 @@ def linear_columns_kernel(
     stride_t,
     p_label,
     p_log_prob,
-    p_lse,
-    p_lse_low,
-    p_coefficient,
-    p_groups,
+    p_rows,
     p_parts,
     n,
     V,
     n_groups,
     n_blocks,
-    softcap,
+    inv_softcap,
     factor,
+    slope_factor,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FACTOR: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     U: tl.constexpr,
@@ -255,57 +264,65 @@ def linear_columns_kernel(
 ):
     """Sums over ROWS rows of (coefficient factor J)^2 and, for up to K groups, of weight factor J.
 
-    Grid: n_blocks * parts, with n_blocks of BV columns. Writes parts [parts, 1 + n_groups, V], energy
-    first. Threads own columns, all rows of a step [U, BV], so nothing crosses threads.
+    Grid: n_blocks * parts, with n_blocks of BV columns. Reads rows
+    [parts ROWS, 3 + K] of lse, lse_low, coefficient and weights. Writes parts
+    [parts, 1 + n_groups, V], energy first. Threads own columns, and all their rows.
     """
     i_program = tl.program_id(0).to(tl.int64)
     i_part = i_program // n_blocks
     if ALIGNED:
         # In a form that shows it: a 128-bit load lies inside a row or outside.
         V = V // 16 * 16
-        stride_t = stride_t // 16 * 16
-    p_rows = p_z + i_part * ROWS * stride_t
-    if ALIGNED:
-        p_rows = tl.multiple_of(p_rows, 16)
-    o_v = (i_program % n_blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    k, _, _ = in_base_2(factor)
+    start = (i_program % n_blocks).to(tl.int32) * BV
+    o_v = start + tl.arange(0, BV)
     m_v = o_v < V
     b_energy = tl.zeros([BV], tl.float32)
     b_sums = (tl.zeros([BV], tl.float32),) * K
-    for i in range(0, tl.cdiv(tl.minimum(n - i_part * ROWS, ROWS), U)):
-        o_u = i * U + tl.arange(0, U)
-        o_t = i_part * ROWS + o_u
-        m_t = o_t < n
-        label, at_label, lse, low = _load_rows(p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V)
-        c = tl.load(p_coefficient + o_t, mask=m_t, other=0.0) * factor
-        p = p_rows + o_u.to(tl.int64)[:, None] * stride_t + o_v[None, :]
-        z = tl.load(p, mask=m_t[:, None] & m_v[None, :], other=0.0)
-        j = _j(
-            z,
-            o_v[None, :],
-            label[:, None],
-            at_label[:, None],
-            lse[:, None],
-            low[:, None],
-            softcap,
-            factor,
-            SOFTCAP,
-            FACTOR,
-        )
-        # Rows that are not there have J = -1 and a coefficient of 0.
-        e = c[:, None] * j
-        b_energy += tl.sum(e * e, axis=0)
-        for k in tl.static_range(K):
+    first = i_part * ROWS
+    n_rows = tl.minimum(n - first, ROWS).to(tl.int32)
+    p_z += first * stride_t
+    p_label += first
+    p_log_prob += first
+    p_rows += first * (3 + K)
+    # U rows at a time, all loads in flight before the first is used.
+    for i in range(0, tl.cdiv(n_rows, U)):
+        zs = (b_energy,) * U
+        for i_u in tl.static_range(U):
+            t = i * U + i_u
+            p_row = p_z + t.to(tl.int64) * stride_t
+            if ALIGNED:
+                p_row = tl.multiple_of(p_row, 16)
             # One comparison: the interpreter makes an integer of a block of booleans & a scalar one.
-            m_w = o_t < tl.where(n_groups > k, n, 0)
-            w = tl.load(p_groups + k * n + o_t, mask=m_w, other=0.0) * factor
-            # A queue: the group whose turn it is leaves at the front and comes back at the end.
-            b_sums = b_sums[1:] + (b_sums[0] + tl.sum(w[:, None] * j, axis=0),)  # noqa: RUF005
+            m = o_v < tl.where(t < n_rows, V, 0)
+            zs = zs[1:] + (tl.load(p_row + o_v, mask=m, other=0.0),)  # noqa: RUF005
+        for i_u in tl.static_range(U):
+            p_row = p_rows + i_u * (3 + K)
+            lse = tl.load(p_row)
+            _, origin, rest = softmax_origin(lse, tl.load(p_row + 1), factor)
+            u, slope = transform(zs[i_u], inv_softcap, SOFTCAP)
+            # -J; rows that are not there have 1, and weights of 0.
+            p = softmax(u, k, origin, rest)
+            # The block that holds the label is one of many.
+            label = tl.load(p_label + i_u)
+            if (label >= start) & (label < start + BV):
+                p = tl.where(o_v == label, -_at_label(tl.load(p_log_prob + i_u), lse), p)
+            p = p * slope
+            e = tl.load(p_row + 2) * p
+            b_energy = tl.fma(e, e, b_energy)
+            for i_k in tl.static_range(K):
+                # A queue: the group whose turn it is leaves at the front and comes back at the end.
+                sums = tl.fma(tl.load(p_row + 3 + i_k), p, b_sums[0])
+                b_sums = b_sums[1:] + (sums,)  # noqa: RUF005
+        p_label += U
+        p_log_prob += U
+        p_rows += U * (3 + K)
     V = V.to(tl.int64)
     p_part = p_parts + i_part * (1 + n_groups) * V + o_v
-    tl.store(p_part, b_energy, mask=m_v)
-    for k in tl.static_range(K):
-        if n_groups > k:
-            tl.store(p_part + (1 + k) * V, b_sums[k], mask=m_v)
+    tl.store(p_part, b_energy * (slope_factor * slope_factor), mask=m_v)
+    for i_k in tl.static_range(K):
+        if n_groups > i_k:
+            tl.store(p_part + (1 + i_k) * V, b_sums[i_k] * -slope_factor, mask=m_v)
 
 
 @kernel
@@ -323,11 +340,10 @@ def linear_gather_kernel(
     A,
     V,
     n_chunks,
-    softcap,
+    inv_softcap,
     factor,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FACTOR: tl.constexpr,
     TILES: tl.constexpr,
     U: tl.constexpr,
     BA: tl.constexpr,
@@ -348,29 +364,25 @@ def linear_gather_kernel(
     o_u = tl.arange(0, U)
     o_t = i_rows * U + o_u
     m_t = o_t < n
-    label, at_label, lse, low = _load_rows(p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V)
+    o_row = tl.minimum(o_t, n - 1)
+    label, at_label, origin, rest = _load_rows(
+        p_label, p_log_prob, p_lse, p_lse_low, o_t, m_t, V, factor
+    )
+    k, _, _ = in_base_2(factor)
     b_sum = tl.zeros([U, BA], tl.float32)
     for i in range(i_chunk * TILES, tl.minimum((i_chunk + 1) * TILES, tl.cdiv(A, BA))):
         o_a = i * BA + tl.arange(0, BA)
         m_a = o_a < A
         o_v = tl.load(p_columns + o_a, mask=m_a, other=0).to(tl.int32)
-        m = m_t[:, None] & m_a[None, :]
-        z = tl.load(p_z + o_t[:, None] * stride_t + o_v[None, :], mask=m, other=0.0)
-        j = _j(
-            z,
-            o_v[None, :],
-            label[:, None],
-            at_label[:, None],
-            lse[:, None],
-            low[:, None],
-            softcap,
-            factor,
-            SOFTCAP,
-            FACTOR,
-        )
-        b_sum += tl.where(m, j, 0.0)
+        # In bounds without a mask: of a column that is not there the first, of a row the last. A mask
+        # for each element would take more predicates than there are.
+        z = tl.load(p_z + o_row[:, None] * stride_t + o_v[None, :])
+        u, slope = transform(z, inv_softcap, SOFTCAP)
+        p = softmax(u, k, origin[:, None], rest[:, None])
+        j = tl.where(o_v[None, :] == label[:, None], at_label[:, None], -p) * slope
+        b_sum += tl.where(m_a[None, :], j, 0.0)
         p = p_out_rows + o_u[:, None] * A + o_a[None, :]
-        tl.store(p, j.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p, j.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_a[None, :])
     tl.store(p_sums + o_t * n_chunks + i_chunk, tl.sum(b_sum, axis=1), mask=m_t)
 
 
@@ -378,40 +390,45 @@ def linear_gather_kernel(
 
 # Fixed choices: nothing about a batch recompiles a kernel, and a row's sums depend on V alone.
 
-#: Lanes of a row's tile; 1024 over 4 warps is two 128-bit loads of fp32 per thread.
-BV = 1024
-#: Tiles a gradient program writes.
-GRADIENT_TILES = 8
-#: Rows a columns program sums.
+#: Lanes of a row's tile, one to a thread, and logits that a lane folds at once.
+LANES = 128
+ROW_LOGITS = 16
+#: Logits of a gradient tile, and tiles a program writes, two in flight.
+BV = 512
+GRADIENT_TILES = 16
+#: Rows a columns program sums, and its columns: two 128-bit loads per thread and row.
 COLUMN_ROWS = 128
+COLUMN_BV = 1024
 #: Rows of a gather program, columns in flight, and steps of so many columns.
 GATHER_U, GATHER_BA, GATHER_TILES = 4, 256, 8
 WARPS = 4
-#: The column kernel sums a product per group and logit. Nothing there is compared with a maximum.
-SUM_FUSION = {"enable_fp_fusion": True}
 
 
-def _tiles_in_flight(vocab: int) -> int:
-    return 1 if vocab <= BV else 2
+def _row_constants(vocab: int, aligned: bool) -> dict[str, int]:
+    per_lane = ROW_LOGITS if vocab > LANES * ROW_LOGITS else 4
+    w = 4 if aligned else 1
+    return {"U": per_lane // w, "L": LANES, "W": w}
 
 
 def _column_constants(k: int) -> dict[str, int]:
     # Compiled for multiples of 4 groups, 8 at least: a tile of a few rows has fewer than others. Each
-    # takes a register per column of a thread and one per row in flight.
+    # takes a register per column of a thread.
     groups = max(8, triton.cdiv(k, 4) * 4)
-    return {"K": groups, "ROWS": COLUMN_ROWS, "U": 4 if groups == 8 else 2, "BV": BV // 2}
+    bv = COLUMN_BV if groups == 8 else COLUMN_BV // 2
+    return {"K": groups, "ROWS": COLUMN_ROWS, "U": 2, "BV": bv}
 
 
-def _scalars(transforms: Transforms) -> tuple[float, float]:
-    """-> (softcap', factor) of the file's head."""
+def _scalars(transforms: Transforms) -> tuple[float, float, float]:
+    """-> (1 / softcap', factor, slope_factor) of the file's head."""
     logit_scale, softcap, temperature = transforms
-    return (softcap or 1.0) / logit_scale, logit_scale / temperature
+    slope_factor = logit_scale / temperature
+    if softcap is None:
+        return 1.0, slope_factor, slope_factor
+    return logit_scale / softcap, softcap / temperature, slope_factor
 
 
 def _constants(transforms: Transforms) -> dict[str, Any]:
-    scaled = transforms.logit_scale != transforms.temperature
-    softcap = transforms.softcap is not None
-    return {"SOFTCAP": softcap, "FACTOR": scaled, "num_warps": WARPS, **NO_FUSION}
+    return {"SOFTCAP": transforms.softcap is not None, "num_warps": WARPS, **NO_FUSION}
 
 
 def rows(
@@ -434,8 +451,7 @@ def rows(
             ALIGNED=is_aligned(z),
             ENTROPY=entropy,
             TOTAL=gradient and transforms.softcap is not None,
-            U=_tiles_in_flight(vocab),
-            BV=BV,
+            **_row_constants(vocab, is_aligned(z)),
             **_constants(transforms),
         )
     return stats
@@ -458,9 +474,10 @@ def gradient(
             *stats[:3],
             vocab,
             n_chunks,
-            *_scalars(transforms),
+            *_scalars(transforms)[:2],
             ALIGNED=is_aligned(z) and is_aligned(out),
             TILES=GRADIENT_TILES,
+            U=2 - GRADIENT_TILES % 2,
             BV=BV,
             **_constants(transforms),
         )
@@ -480,14 +497,21 @@ def columns(
     constants = _column_constants(k)
     n_blocks, n_parts = triton.cdiv(vocab, constants["BV"]), triton.cdiv(n, COLUMN_ROWS)
     parts = z.new_empty((n_parts, 1 + k, vocab))
+    # What a row has beside each other, 0 after the last row and the last group.
+    padded = n_parts * COLUMN_ROWS
+    rows = z.new_zeros((padded, 3 + constants["K"]))
+    rows[:n, 0], rows[:n, 1], rows[:n, 2] = stats.lse, stats.lse_low, coefficient
+    rows[:n, 3 : 3 + k] = groups.t()
+    # The log-prob of a label outside the vocabulary is NaN: it must show in some column.
+    inside = torch.full((padded,), -1, dtype=torch.int32, device=z.device)
+    inside[:n] = label.clamp(0, vocab - 1)
     with torch.cuda.device_of(z):
         linear_columns_kernel[(n_blocks * n_parts,)](
             z,
             z.stride(0),
-            label.contiguous(),
-            *stats[:3],
-            coefficient.contiguous(),
-            groups.contiguous(),
+            inside,
+            stats.log_prob,
+            rows,
             parts,
             n,
             vocab,
@@ -496,7 +520,7 @@ def columns(
             *_scalars(transforms),
             ALIGNED=is_aligned(z),
             **constants,
-            **_constants(transforms) | SUM_FUSION,
+            **_constants(transforms),
         )
     sums = parts.sum(0)
     return sums[0], sums[1:]
@@ -527,7 +551,7 @@ def gather(
             a,
             z.shape[1],
             n_chunks,
-            *_scalars(transforms),
+            *_scalars(transforms)[:2],
             ALIGNED=is_aligned(out),
             TILES=GATHER_TILES,
             U=GATHER_U,

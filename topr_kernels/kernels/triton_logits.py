@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,7 +39,9 @@ from topr_kernels.kernels.triton_gradient import logits_bwd_kernel
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
     NO_FUSION,
+    Settings,
     finish_row,
+    in_base_2,
     is_aligned,
     join,
     kernel,
@@ -91,8 +93,8 @@ def rows_fwd_kernel(
     T,
     V,
     B,
-    softcap,
-    inv_temperature,
+    inv_softcap,
+    factor,
     p_log_prob,
     p_lse,
     p_lse_low,
@@ -102,13 +104,13 @@ def rows_fwd_kernel(
     SHIFT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     RATIO: tl.constexpr,
     REDUCTION: tl.constexpr,
     SPLIT: tl.constexpr,
     U: tl.constexpr,
-    BV: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
     BT: tl.constexpr,
     p_sequence_counter=None,
     p_batch_counter=None,
@@ -138,7 +140,6 @@ def rows_fwd_kernel(
     """
     # 64 bits from the start: B * T * V passes 2^31 at 16 x 1024 x 151936.
     i_program = tl.program_id(0).to(tl.int64)
-    V = V.to(tl.int64)
     if ALIGNED:
         stride_v = 1
     n_rows = n_positions.to(tl.int64) * SPLIT
@@ -146,7 +147,7 @@ def rows_fwd_kernel(
     done = 0
     if i_program < n_rows:
         position = i_program // SPLIT
-        i_part = i_program % SPLIT
+        i_part = (i_program % SPLIT).to(tl.int32)
         if p_cu_seqlens is not None:
             i_seq = sequence_of(p_cu_seqlens, position, B)
         else:
@@ -164,21 +165,23 @@ def rows_fwd_kernel(
             p_row = p_logits + offset
             if ALIGNED:
                 p_row = tl.multiple_of(p_row, 16)
+            k, _, _ = in_base_2(factor)
             m, s, h, _ = stream(
                 p_row,
                 stride_v,
                 V,
-                softcap,
-                inv_temperature,
+                inv_softcap,
+                k,
                 i_part,
                 label,
                 SOFTCAP,
-                TEMPERATURE,
                 ENTROPY,
                 False,
+                ALIGNED,
                 SPLIT,
                 U,
-                BV,
+                L,
+                W,
             )
             if SPLIT > 1:
                 p_part = p_parts + i_program * 3
@@ -190,7 +193,7 @@ def rows_fwd_kernel(
                     b_m = tl.load(p_parts + o_part, cache_modifier=".cg")
                     b_s = tl.load(p_parts + o_part + 1, cache_modifier=".cg")
                     b_h = tl.load(p_parts + o_part + 2, cache_modifier=".cg")
-                    m, s, h, _ = join(b_m, b_s, b_h, b_h, ENTROPY, False)
+                    m, s, h, _ = join(b_m, b_s, b_h, b_h, k, ENTROPY, False)
                     done = 1
             else:
                 done = 1
@@ -203,14 +206,13 @@ def rows_fwd_kernel(
                     m,
                     s,
                     h,
-                    softcap,
-                    inv_temperature,
+                    inv_softcap,
+                    factor,
                     p_log_prob + position,
                     p_lse + position,
                     p_lse_low + position,
                     p_entropy + position,
                     SOFTCAP,
-                    TEMPERATURE,
                     ENTROPY,
                 )
         else:
@@ -276,24 +278,6 @@ def rows_fwd_kernel(
 # ---- launches --------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """Launch settings, fixed and by bucket of V, so that nothing about a batch recompiles a kernel.
-
-    Attributes:
-        BV: lanes of a tile; 1024 over 4 warps is 8 bf16 of a 128-bit load per thread.
-        U: tiles in flight per rescale of the running max.
-        tiles_per_program: tiles a backward program writes.
-        split: programs per row when there are too few rows to fill the device.
-        num_warps: warps per program.
-    """
-
-    BV: int
-    U: int
-    tiles_per_program: int
-    split: int
-    num_warps: int
-
-
 #: Tokens a sequence stage sums per step.
 BT = 256
 #: Below this many rows per multiprocessor a row is split. Two values of `split`, so two variants.
@@ -311,13 +295,14 @@ def settings(
     """Launch settings of both kernels: documented choices, unless :func:`tune` has found better."""
     if tuned := TUNED.get((vocab, itemsize, aligned)):
         return tuned
+    bv = 128 * 16 // itemsize
     if vocab <= 1024:
-        return Settings(1024, 1, 1, 1, 4)
+        return Settings(bv, 1, 1, 1, 4)
     if vocab <= 8192:
-        return Settings(1024, 2, 8, 1, 4)
+        return Settings(bv, 2, 8192 // bv, 1, 4)
     split = SPLIT if n_rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and vocab >= 32768 else 1
-    # Four tiles of fp32 with softcap and entropy would spill; of narrow loads, take 208 registers.
-    return Settings(1024, 4 if itemsize == 2 and aligned else 2, 8, split, 4)
+    # Narrow loads of half precision: as many logits per thread as registers are spent on anyway.
+    return Settings(bv, 4 if aligned or itemsize == 4 else 2, 8192 // bv, split, 4)
 
 
 def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20) -> Settings:
@@ -345,8 +330,8 @@ def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20
     key = (vocab, logits.element_size(), is_aligned(logits))
     best: tuple[float, Settings] | None = None
     for warps, u, tiles in itertools.product((4, 8), (1, 2, 4), (4, 8, 16)):
-        # 8 lanes per thread: 128-bit loads in half precision, and U reduced within the thread.
-        TUNED[key] = candidate = Settings(256 * warps, u, tiles, 1, warps)
+        bv = 32 * warps * 16 // logits.element_size()
+        TUNED[key] = candidate = Settings(bv, u, tiles, 1, warps)
         seconds = []
         for _ in range(1 + repetitions):  # the first compiles
             start = _now(device)
@@ -401,16 +386,14 @@ class _Rows:
         self.log_prob, self.lse, self.lse_low, self.entropy = (
             torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
         )
-        self.softcap, self.inv_temperature = softcap or 1.0, 1.0 / temperature
+        self.inv_softcap, self.factor = 1.0 / (softcap or 1.0), (softcap or 1.0) / temperature
         self.meta = {
             "SHIFT": shift,
             "ALIGNED": aligned,
             "SOFTCAP": softcap is not None,
-            "TEMPERATURE": temperature != 1.0,
             "ENTROPY": entropy,
             "SPLIT": self.settings.split,
-            "U": self.settings.U,
-            "BV": self.settings.BV,
+            **self.settings.lanes(aligned),
             "BT": BT,
             "num_warps": self.settings.num_warps,
             **NO_FUSION,
@@ -439,8 +422,8 @@ class _Rows:
             self.t,
             self.vocab,
             self.b,
-            self.softcap,
-            self.inv_temperature,
+            self.inv_softcap,
+            self.factor,
             self.log_prob,
             self.lse,
             self.lse_low,
@@ -488,14 +471,13 @@ class _Sequences:
         self.limits, self.baseline = objective.log_limits, baseline
         self.normalizer = None if normalizer is None else normalizer.float()
         token = rows.log_prob
-        self.d_log_prob = torch.empty_like(token)
         packed = rows.cu_seqlens is not None
 
         def fresh(*shape: int) -> Tensor:
             # Unsound offsets leave sequences unfinished: these are NaN then, not noise.
             return token.new_full(shape, torch.nan) if packed else token.new_empty(shape)
 
-        self.token_log_ratio = fresh(*token.shape)
+        self.token_log_ratio, self.d_log_prob = fresh(*token.shape), fresh(*token.shape)
         self.log_ratio, self.weight, self.objective, self.reward = (fresh(rows.b) for _ in range(4))
         self.length = torch.zeros(rows.b, dtype=torch.int64, device=token.device)
         self.denominator, self.loss = batch[0], batch[1]
@@ -636,13 +618,14 @@ def _write_gradient(
             t,
             vocab,
             n_chunks,
-            softcap or 1.0,
+            1.0 / (softcap or 1.0),
+            (softcap or 1.0) / temperature,
             1.0 / temperature,
             SHIFT=shift,
             ALIGNED=aligned,
             SOFTCAP=softcap is not None,
-            TEMPERATURE=temperature != 1.0,
             TILES=s.tiles_per_program,
+            U=2 - s.tiles_per_program % 2,
             BV=s.BV,
             num_warps=s.num_warps,
             **NO_FUSION,

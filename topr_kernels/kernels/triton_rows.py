@@ -9,7 +9,7 @@ Dialect: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block in register
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,35 +20,78 @@ from topr_kernels.layout import IGNORE_INDEX
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 IGNORE = tl.constexpr(IGNORE_INDEX)
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: log 2 in two fp32 words.
+LN_2 = tl.constexpr(0.6931471824645996)
+LN_2_LOW = tl.constexpr(-1.904654299957771e-9)
 
 # ---- arithmetic leaves -----------------------------------------------------------------------------
 
 
 @triton.jit
-def tanh(x):
-    # exp alone cancels near 0; below 0.625 an odd polynomial (Moshier, Cephes tanhf) keeps every digit.
-    a = tl.abs(x)
+def softcap_tanh(x):
+    # x N(x^2) / sqrt(D(x^2)), of its form the closest to tanh up to 8.2 (1e-7, relative); what comes
+    # after is the same but for an ulp. One approximate instruction; the bounds keep a NaN.
+    x = tl.clamp(x, -8.2, 8.2, propagate_nan=tl.PropagateNan.ALL)
     q = x * x
-    p = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
-    p = tl.fma(p, q, -5.37397155531e-2)
-    p = tl.fma(p, q, 1.33314422036e-1)
-    p = tl.fma(p, q, -3.33332819422e-1)
-    small = tl.fma(x * q, p, x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
+    n = tl.fma(tl.fma(q, 3.2369503751397133e-3, 0.13297995924949646), q, 1.0)
+    d = tl.fma(q, 1.047594105330063e-5, 8.613254758529365e-4)
+    d = tl.fma(d, q, 2.4116916581988335e-2)
+    d = tl.fma(d, q, 0.26812729239463806)
+    d = tl.fma(d, q, 0.9326282143592834)
+    return x * n * tl.rsqrt(tl.fma(d, q, 1.0))
 
 
 @triton.jit
-def transform(z, softcap, inv_temperature, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """Softcap, then temperature, in fp32; also the slope of the softcap. -> (z, slope)."""
+def transform(z, inv_softcap, SOFTCAP: tl.constexpr):
+    """A logit in units of its factor: itself, or under a softcap its tanh. -> (u, slope of the tanh)."""
     slope = 1.0
     if SOFTCAP:
-        t = tanh(z / softcap)
-        z = softcap * t
-        slope = tl.fma(-t, t, 1.0)
-    if TEMPERATURE:
-        z = z * inv_temperature
+        x = z * inv_softcap
+        z = softcap_tanh(x)
+        # 1 - tanh^2 = 4 a (1 - a), a = 1 / (e^(2 |x|) + 1): a difference from 1 would lose the digits
+        # of a slope near 0.
+        a = tl.rsqrt(tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
+        a = a * a
+        slope = 4.0 * tl.fma(-a, a, a)
     return z, slope
+
+
+@triton.jit
+def in_base_2(factor):
+    """-> (k, hi, lo) with 2^(k u) = e^((hi + lo) u): hi + lo is the factor but for the rounding of k.
+
+    What is in nats takes hi + lo, so that a row has one temperature, off by an ulp, and not two that
+    would bias its log-prob.
+    """
+    k = factor * LOG2_E
+    hi = k * LN_2
+    return k, hi, tl.fma(k, LN_2, -hi) + k * LN_2_LOW
+
+
+@triton.jit
+def exponential(u, origin, k):
+    """e^(factor (u - origin)), and its exponent in base 2. At the origin it is exactly 1."""
+    t = (u - origin) * k
+    return tl.exp2(t), t
+
+
+@triton.jit
+def softmax_origin(lse, low, factor):
+    """-> (k, origin, rest) with softmax = 2^(k (u - origin) - rest).
+
+    lse + low is in nats. The origin is near it in units of u, so that no large common offset takes
+    digits away; the rest is what its rounding left out.
+    """
+    k, hi, lo = in_base_2(factor)
+    origin = lse * (1.0 / hi)
+    rest = (tl.fma(-origin, hi, lse) + low) - origin * lo
+    return k, origin, rest * LOG2_E
+
+
+@triton.jit
+def softmax(u, k, origin, rest):
+    return tl.exp2(tl.fma(u - origin, k, -rest))
 
 
 @triton.jit
@@ -64,32 +107,42 @@ def two_sum(a, b):
 
 
 @triton.jit
-def fold(m, s, h, g, z, slope, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Adds a tile [U, BV] to what each of BV lanes holds of the row.
+def _max(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
 
-    A lane holds the max m, s = sum e^(z-m), h = sum e^(z-m) (z-m) and g = sum e^(z-m) slope.
+
+@triton.jit
+def _sum(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def fold(m, s, h, g, u, slope, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
+    """Adds a tile [U, L, W] to what each of L lanes holds of the row.
+
+    A lane holds the max m, s = sum 2^t, h = sum 2^t t and g = sum 2^t slope, with t = k (u - m).
     """
-    m_new = tl.maximum(m, tl.max(z, axis=0))
-    p = tl.exp(z - m_new[None, :])
-    rescale = tl.exp(m - m_new)
+    m_new = tl.maximum(m, _max(u))
+    p, t = exponential(u, m_new[None, :, None], k)
+    rescale, moved = exponential(m, m_new, k)
     if ENTROPY:
-        # By selection: an empty lane has m - m_new = -inf, a banned token z - m_new = -inf.
-        old = tl.where(s == 0, 0.0, rescale * tl.fma(s, m - m_new, h))
-        h = old + tl.sum(tl.where(p == 0, 0.0, p * (z - m_new[None, :])), axis=0)
+        # An empty lane has moved by -inf, a banned token has t = -inf: 0 times as little as that is 0.
+        old = tl.where(s == 0, 0.0, rescale * tl.fma(s, moved, h))
+        h = old + _sum(p * tl.maximum(t, LOWEST))
     if SLOPE:
-        g = tl.fma(g, rescale, tl.sum(p * slope, axis=0))
-    s = tl.fma(s, rescale, tl.sum(p, axis=0))
+        g = tl.fma(g, rescale, _sum(p * slope))
+    s = tl.fma(s, rescale, _sum(p))
     return m_new, s, h, g
 
 
 @triton.jit
-def join(m, s, h, g, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
+def join(m, s, h, g, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
     """Joins lanes or parts of a row: vectors (m, s, h, g) -> scalars of the same meaning."""
     top = tl.max(m, axis=0)
-    scale = tl.exp(m - top)
+    scale, moved = exponential(m, top, k)
     s_all = tl.sum(s * scale, axis=0)
     if ENTROPY:
-        h_all = tl.sum(tl.where(s == 0, 0.0, scale * (h + s * (m - top))), axis=0)
+        h_all = tl.sum(tl.where(s == 0, 0.0, scale * tl.fma(s, moved, h)), axis=0)
     else:
         h_all = s_all * 0.0
     if SLOPE:
@@ -100,33 +153,45 @@ def join(m, s, h, g, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _other_slopes(u, o_v, label, SLOPE: tl.constexpr):
+    """Slopes for a sum, where 1 - tanh^2 has digits enough; 0 at the label."""
+    slope = 0.0
+    if SLOPE:
+        slope = tl.where(o_v == label, 0.0, tl.fma(-u, u, 1.0))
+    return slope
+
+
+@triton.jit
 def stream(
     p_row,
     stride_v,
     V,
-    softcap,
-    inv_temperature,
+    inv_softcap,
+    k,
     i_part,
     label,
     SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     SLOPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     U: tl.constexpr,
-    BV: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
 ):
     """Streams one part of a row; -> scalars (m, s, h, g) as in fold.
 
     With SLOPE g sums the slopes of the softcap, all but the label's.
     """
-    TILE: tl.constexpr = U * BV
-    o_tile = tl.arange(0, U)[:, None] * BV + tl.arange(0, BV)[None, :]
+    TILE: tl.constexpr = U * L * W
+    # A lane is a thread: the maximum moves, and with it the sums, once for U W of its logits.
+    o_w = tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
+    o_tile = tl.arange(0, U)[:, None, None] * (L * W) + o_w[None, :, :]
     # The floor is finite: -inf - (-inf) would make NaN of an empty lane.
-    b_m = tl.full([BV], LOWEST, tl.float32)
-    b_s = tl.zeros([BV], tl.float32)
-    b_h = tl.zeros([BV], tl.float32)
-    b_g = tl.zeros([BV], tl.float32)
+    b_m = tl.full([L], LOWEST, tl.float32)
+    b_s = tl.zeros([L], tl.float32)
+    b_h = tl.zeros([L], tl.float32)
+    b_g = tl.zeros([L], tl.float32)
     n_tiles = tl.cdiv(V, TILE)
     n_part = tl.cdiv(n_tiles, SPLIT)
     first = i_part * n_part
@@ -136,20 +201,21 @@ def stream(
     for i in range(first, whole):
         o_v = i * TILE + o_tile
         z = tl.load(p_row + o_v * stride_v).to(tl.float32)
-        z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-        if SLOPE:
-            slope = tl.where(o_v == label, 0.0, slope)
-        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, z, slope, ENTROPY, SLOPE)
+        u, _ = transform(z, inv_softcap, SOFTCAP)
+        slope = _other_slopes(u, o_v, label, SLOPE)
+        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE)
+    if ALIGNED:
+        # In a form that shows it: a 128-bit load lies inside the row or outside.
+        V = V // 16 * 16
     for i in range(tl.maximum(whole, first), last):
         o_v = i * TILE + o_tile
         m_v = o_v < V
         z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
-        z, slope = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
-        z = tl.where(m_v, z, -INFINITY)
-        if SLOPE:
-            slope = tl.where(o_v == label, 0.0, slope)
-        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, z, slope, ENTROPY, SLOPE)
-    return join(b_m, b_s, b_h, b_g, ENTROPY, SLOPE)
+        u, _ = transform(z, inv_softcap, SOFTCAP)
+        slope = _other_slopes(u, o_v, label, SLOPE)
+        u = tl.where(m_v, u, -INFINITY)
+        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE)
+    return join(b_m, b_s, b_h, b_g, k, ENTROPY, SLOPE)
 
 
 @triton.jit
@@ -161,32 +227,38 @@ def finish_row(
     m,
     s,
     h,
-    softcap,
-    inv_temperature,
+    inv_softcap,
+    factor,
     p_log_prob,
     p_lse,
     p_lse_low,
     p_entropy,
     SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
     """Writes log_prob, lse and entropy of one row. -> (log_prob, lse)."""
     valid = (label >= 0) & (label < V)
     z = tl.load(p_row + tl.where(valid, label, 0) * stride_v).to(tl.float32)
-    z, _ = transform(z, softcap, inv_temperature, SOFTCAP, TEMPERATURE)
+    u, _ = transform(z, inv_softcap, SOFTCAP)
+    _, hi, lo = in_base_2(factor)
+    # The logit at the maximum adds exactly 1 to the sum: its logarithm is not negative, even where the
+    # instruction is 2^-22 off.
     log_s = tl.log(s)
-    lse, low = two_sum(m, log_s)
-    # (z_y - max) - log sum: no large common offset to lose digits to. A banned label is -inf even in
+    log_s = tl.where((s >= 1.0) & (log_s < 0.0), 0.0, log_s)
+    # (u - max) - log sum: no large common offset to lose digits to. A banned label is -inf even in
     # a row of -inf alone, but never hides a NaN elsewhere in the row.
-    log_prob = (z - m) - log_s
-    log_prob = tl.where((z == -INFINITY) & (lse == lse), -INFINITY, log_prob)
+    top = m * hi
+    lse, low = two_sum(top, log_s)
+    log_prob = tl.fma(u - m, hi, tl.fma(u - m, lo, -log_s))
+    log_prob = tl.where((u == -INFINITY) & (lse == lse), -INFINITY, log_prob)
     log_prob = tl.where(valid, log_prob, float("nan"))
+    low = tl.where(tl.abs(lse) < INFINITY, low + (tl.fma(m, hi, -top) + m * lo), 0.0)
+    lse, low = two_sum(lse, low)
     tl.store(p_log_prob, log_prob)
     tl.store(p_lse, lse)
     tl.store(p_lse_low, low)
     if ENTROPY:
-        tl.store(p_entropy, log_s - h / s)
+        tl.store(p_entropy, log_s - LN_2 * (h / s))
     else:
         tl.store(p_entropy, float("nan"))
     return log_prob, lse
@@ -195,10 +267,33 @@ def finish_row(
 # ---- the host side --------------------------------------------------------------------------------
 
 #: Launch option: the compiler fuses no product with a sum; where one should be fused, tl.fma says so.
-#: The maximum of a row is one of its logits, rounded after softcap and temperature. A fused
-#: ``z * inv_temperature - m`` would not round the product: at the maximum itself it would not be 0, and
-#: the log-prob could be positive. Said at every launch, since Triton's default depends on its version.
+#: What a kernel computes of a logit is then the same to the bit in every kernel and binary, and at the
+#: maximum of a row the exponent is exactly 0. Said at every launch: the default depends on the version.
 NO_FUSION = {"enable_fp_fusion": False}
+
+
+class Settings(NamedTuple):
+    """Launch settings, fixed and by bucket of V, so that nothing about a batch recompiles a kernel.
+
+    Attributes:
+        BV: logits of a tile: over the threads of a program a 128-bit load for each.
+        U: tiles in flight, and per move of the running max.
+        tiles_per_program: tiles a backward program writes, two in flight if they are even.
+        split: programs per row when there are too few rows to fill the device.
+        num_warps: warps per program.
+    """
+
+    BV: int
+    U: int
+    tiles_per_program: int
+    split: int
+    num_warps: int
+
+    def lanes(self, aligned: bool) -> dict[str, int]:
+        """Constants of a row's tile: L lanes, one to a thread, hold U times W neighbours."""
+        lanes = min(32 * self.num_warps, self.BV)
+        w = self.BV // lanes if aligned else 1
+        return {"U": self.U * self.BV // (lanes * w), "L": lanes, "W": w}
 
 
 def kernel(fn: Any) -> Any:

@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from topr_kernels.recipe.plain_text import starts_with_money
+from topr_kernels.recipe.plain_text import plain, starts_with_money
 
 _THINKING = re.compile(
-    r"<(/?)(?:think|thinking|thought|thoughts|reasoning|scratchpad)>"
-    r"|<\|(?:(begin|end)_of_thought)\|>|\[(/?)THINK\]",
+    r"[<◁]\s{0,3}(?P<closes>/?)\s{0,3}(?:think|thinking|thought|thoughts|reasoning|scratchpad)\s{0,3}[>▷]"
+    r"|<\|(?:begin|(?P<ends>end))_of_thought\|>|\[(?P<shuts>/?)THINK\]"
+    r"|<\|channel\|>(?:analysis|commentary|(?P<final>final))",
     re.IGNORECASE,
 )
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # "\boxed 7": up to the end of the formula or of the word.
 _BARE = re.compile(r"\\?[^\s$\\{}]+(?:\{[^{}]*\})*")
@@ -34,6 +35,11 @@ _PHRASE = re.compile(
 )
 _QUOTED = re.compile(
     r"[\"“'‘`](?:(?:the|my|our|your|a|final|correct|right|exact)\s+){0,3}$", re.IGNORECASE
+)
+# "If the answer is 9, ..."
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|suppose|assume|assuming|unless)\s+(?:that\s+)?(?:(?:the|my|our|your|final|correct)\s+){0,3}$",
+    re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _TAGGED = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
@@ -101,7 +107,7 @@ def without_thinking(text: str) -> str:
     kept: list[str] = []
     start, inside = 0, False
     for tag in _THINKING.finditer(text):
-        closes = bool(tag.group(1) or tag.group(3) or tag.group(2) == "end")
+        closes = any(tag.group(name) for name in ("closes", "ends", "shuts", "final"))
         if not closes and not inside:
             kept.append(text[start : tag.start()])
             inside = True
@@ -192,6 +198,8 @@ def _phrases(text: str, framed: Sequence[Statement]) -> list[Statement]:
         quoted = _QUOTED.search(text[max(0, phrase.start() - 40) : phrase.start()])
         if quoted and tail[:1] in tuple("\"”'’`"):
             continue
+        if _SUPPOSED.search(text[max(0, phrase.start() - 40) : phrase.start()]):
+            continue
         while at < len(framed) and framed[at].end <= start:
             at += 1
         inside = [b for b in framed[at : at + 1] if b.start < start + len(tail)]
@@ -268,6 +276,8 @@ def gold_answer(text: str) -> str:
     if not framed and (statements or _BOX.search(text)):
         raise ValueError("an empty box")
     answer = framed[-1].answer if framed else text
+    if not plain(answer):
+        raise ValueError("nothing but signs")
     try:
         finite = abs(float(answer)) < float("inf")
     except (ValueError, OverflowError):

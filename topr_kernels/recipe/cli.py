@@ -170,8 +170,7 @@ def _reward(args: argparse.Namespace) -> int:
         print("\n".join(try_reward(args.reward, args.file)))
         return 0
     except (SettingsError, FileError, OSError) as error:
-        print(f"topr: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, args.debug)
 
 
 def _quieten() -> None:
@@ -299,10 +298,11 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
         "--try",
         dest="file",
         metavar="FILE",
-        type=Path,
+        type=user_path,
         required=True,
         help='JSONL of {"question": text, "completion": text, ...}; all of it is the entry',
     )
+    reward.add_argument("--debug", action="store_true", help=DEBUG)
     for name, (text, example) in _STEPS.items():
         command = commands.add_parser(
             name,

@@ -24,13 +24,20 @@ _LONGEST_LIST = 9
 
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2})()()\s*([ap])\.?\s*m\.?", re.IGNORECASE)
+_NAMED_TIMES = {"noon": "12:00 pm", "midday": "12:00 pm", "midnight": "12:00 am"}
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_DATE = re.compile(
+    r"(?:(?P<day>\d{1,2})(?:st|nd|rd|th)?\s+(?:of\s+)?(?P<first>[A-Za-z]{3,9})\.?"
+    r"|(?P<last>[A-Za-z]{3,9})\.?\s+(?P<after>\d{1,2})(?:st|nd|rd|th)?)(?:,?\s+(?P<year>\d{4}))?"
+)
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=$|[.):]))[.):]?(?:\s+(\S.*))?",
+    r"(?:(?i:option|choice|answer)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=$|[.):]))[.):]?(?:\s+(\S.*))?",
     re.DOTALL,
 )
 _MATRIX = re.compile(
     r"\\begin\s*\{([bpBvV]?matrix|array)\}(?:\s*\{[clr|]*\})?(.*)\\end\s*\{\1\}", re.DOTALL
 )
+_ARRAY = re.compile(r"[(\[]\s*(\\begin\s*\{array\}.*\\end\s*\{array\})\s*[)\]]", re.DOTALL)
 _NAMES = {
     **dict.fromkeys((r"\emptyset", r"\{\}", r"\{ \}", "empty set", "the empty set"), r"\emptyset"),
     **dict.fromkeys(
@@ -103,7 +110,7 @@ def _same(gold: str, answer: str, depth: int) -> bool:
     gold, answer = (without_outer_braces(t) for t in (gold, answer))
     if _form(gold) == _form(answer):
         return True
-    for judge in (_same_parts, _same_quantity, _same_time, _same_choice, _same_matrix):
+    for judge in (_same_date, _same_parts, _same_quantity, _same_time, _same_choice, _same_matrix):
         verdict = judge(gold, answer, depth)
         if verdict is not None:
             return verdict
@@ -126,6 +133,11 @@ def _same_quantity(gold: str, answer: str, depth: int) -> bool | None:
             return False
         shares = {right.value, right.value / 100} if right.unit else {right.value}
         return bool(shares & ({given.value, given.value / 100} if given.unit else {given.value}))
+    if {right.unit, given.unit} in ({"dollar", "cent"}, {"euro", "cent"}):
+        right, given = (
+            q._replace(value=q.value / 100, unit="") if q.unit == "cent" else q._replace(unit="")
+            for q in (right, given)
+        )
     if right.unit != given.unit and right.unit and given.unit:
         return False
     return near(right.value, given.value, max(right.digits, given.digits))
@@ -168,7 +180,11 @@ def _bare_list(text: str) -> Parts | None:
 def _same_brackets(right: Parts, given: Parts, depth: int) -> bool:
     ordered = (right.opening, right.closing), (given.opening, given.closing)
     if all(b in (("", ""), (r"\{", r"\}")) for b in ordered):
-        return _match(right.elements, given.elements, depth)
+        names = [{labelled(e)[0] for e in p.elements} for p in (right, given)]
+        # "1, 2" for "a = 1, b = 2": without the names it is the order that tells which is which.
+        if {""} not in names or all(len(n - {""}) < 2 for n in names):
+            return _match(right.elements, given.elements, depth)
+        ordered = (("", ""), ("", ""))
     # A tuple may leave its parentheses out; a list is not a tuple.
     if ordered[0] != ordered[1] and not (ordered[0] == ("(", ")") and ordered[1] == ("", "")):
         return False
@@ -194,11 +210,18 @@ def _match(right: Sequence[str], given: Sequence[str], depth: int) -> bool:
 
 
 def _same_time(gold: str, answer: str, depth: int) -> bool | None:
+    gold, answer = (_NAMED_TIMES.get(t.lower(), t) for t in (gold, answer))
     times = [_TIME.fullmatch(t) or _HOUR.fullmatch(t) for t in (gold, answer)]
+    if not times[0] and times[1] and times[1][4] and re.fullmatch(r"\d{1,2}", gold):
+        # 8 a.m. for 8, as with any unit.
+        return int(gold) == int(times[1][1]) and not int(times[1][2] or 0)
     if times[0] and times[1]:
         return _same_hours(*(t.groups() for t in times if t))
     if ":" not in gold + answer:
         return None
+    # 3:05 is a time, and 3:5 none.
+    if re.search(r":\s*0\d", gold + answer):
+        return False
     ratios = [re.split(r"\s*:\s*", t) for t in (gold, answer)]
     numbers = [[quantity(x) for x in ratio] for ratio in ratios]
     if len(numbers[0]) != len(numbers[1]) or any(n is None for row in numbers for n in row):
@@ -208,6 +231,19 @@ def _same_time(gold: str, answer: str, depth: int) -> bool | None:
         a * d == b * c
         for (a, c), (b, d) in itertools.combinations(zip(right, given, strict=True), 2)
     )
+
+
+def _same_date(gold: str, answer: str, depth: int) -> bool | None:
+    """Whether two days of the year are the same; the right answer may leave the year to the question."""
+    dates = [_DATE.fullmatch(t) for t in (gold, answer)]
+    known = []
+    for date in dates:
+        month = (date["first"] or date["last"])[:3].lower() if date else ""
+        if not date or month not in _MONTHS:
+            return None
+        known.append((month, int(date["day"] or date["after"]), date["year"]))
+    (month, day, year), given = known
+    return ((month, day) == given[:2] and None in (year, given[2])) or (month, day, year) == given
 
 
 def _same_hours(right: Sequence[Any], given: Sequence[Any]) -> bool:
@@ -223,6 +259,12 @@ def _same_hours(right: Sequence[Any], given: Sequence[Any]) -> bool:
 
 def _same_choice(gold: str, answer: str, depth: int) -> bool | None:
     right, given = (_choice(t) for t in (gold, answer))
+    if (right is None) != (given is None):
+        # "(C) 12" for 12, and the other way round.
+        one, other = (right, answer) if right else (given, gold)
+        text = one[1] if one else ""
+        readable = text and text[0] not in "+-*/=^<>" and not re.search(r"\([a-z]\)", gold + answer)
+        return _same(text, other, depth + 1) if readable else None
     if right is None or given is None:
         return None
     letters, texts = zip(right, given, strict=True)
@@ -237,7 +279,8 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 
 def _same_matrix(gold: str, answer: str, depth: int) -> bool | None:
-    right, given = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(answer)
+    # Parentheses around an array are those of a pmatrix.
+    right, given = (_MATRIX.fullmatch(_ARRAY.sub(r"\1", t)) for t in (gold, answer))
     if right is None or given is None:
         return False if (right or given) else None
     if ("v" in right.group(1).lower()) != ("v" in given.group(1).lower()):

@@ -234,8 +234,22 @@ def _load_gguf(options: dict[str, Any], name: str) -> LoadedModel:
 def _ready(model: Any, tokenizer: Any, name: str, remark: str) -> LoadedModel:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "model: its tokenizer has neither an end token nor one for padding; name one as eos_token "
+            "in its tokenizer_config.json"
+        )
+    _check_end(getattr(model, "generation_config", None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedModel(without_dropout(model).to(device).eval(), tokenizer, name, remark)
+
+
+def _check_end(generation: Any) -> None:
+    ids = getattr(generation, "eos_token_id", None)
+    if not all(isinstance(i, (int, type(None))) for i in (ids if isinstance(ids, list) else [ids])):
+        raise ValueError(
+            f"model: generation_config.json has {ids!r} as eos_token_id; expected a token id, or a list"
+        )
 
 
 def named_model(source: str, load: Callable[[str], Made]) -> Made:

@@ -20,6 +20,8 @@ _SYMBOLS = {
     **{"∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "≈": r"\approx "},
     **{"ℝ": r"\mathbb{R}", "θ": r"\theta ", "º": "°", "∓": r"\mp "},
 }
+# Signs of units, which Unicode counts among pictures.
+_SIGNS = "°℃℉"
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
@@ -31,7 +33,8 @@ _MACROS = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:quad|qquad|enspace|thinspace)(?![a-zA-Z])|(?<!\\)\\[,;:> ]|~"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]]|\$"), ""),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![a-zA-Z])|\\textdegree"), "°"),
     (re.compile(r"\\(?:frac)\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
@@ -51,10 +54,11 @@ _MACROS = [
 ]
 _WORDS_IN = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?|"
-    r"boxed|fbox|emph|underline|mathbf)\s*\{([^{}]*)\}"
+    r"boxed|fbox|framebox|emph|underline|bm|boldsymbol)\s*\{([^{}]*)\}"
 )
 _HEDGES = re.compile(
-    r"(?:(?:approximately|approx\.?|about|around|roughly|nearly|exactly|simply|just|only|equal to|"
+    r"(?:(?:[→⇒➜]|an?(?=\s+[¤\d])|it|answer|"
+    r"approximately|approx\.?|about|around|roughly|nearly|exactly|simply|just|only|equal to|"
     r"equals|a total of|found to be|given by|probably|likely|still|the|number|therefore|thus|hence|so|"
     r"indeed|actually|then|clearly|now|\\approx|\\boldsymbol|=|is|i\.e\.)(?![a-zA-Z])[\s,:]*)+",
     re.IGNORECASE,
@@ -74,7 +78,7 @@ def plain(text: str) -> str:
     text = text.replace("$", "¤", 1) if starts_with_money(text) else text
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     text = unicodedata.normalize("NFKC", text)
-    text = "".join(_digit(_SYMBOLS.get(c, c)) for c in text)
+    text = "".join(_digit(_SYMBOLS.get(c, c)) for c in text if not _is_picture(c))
     for pattern, new in _MACROS:
         text = pattern.sub(new, text)
     for _ in range(_DEEPEST):
@@ -91,6 +95,11 @@ def plain(text: str) -> str:
 def starts_with_money(text: str) -> bool:
     """Whether the first ``$`` of a text is a dollar: it has no partner and a number follows."""
     return text.count("$") % 2 == 1 and bool(re.match(r"[^\w$]*\$\s?\.?\d", text))
+
+
+def _is_picture(char: str) -> bool:
+    """Whether a character is an emoji, a check mark and the like."""
+    return (char not in _SIGNS and unicodedata.category(char) == "So") or char in "\ufe0f\u200d"
 
 
 def _digit(char: str) -> str:

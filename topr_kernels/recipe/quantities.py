@@ -41,10 +41,10 @@ _NUMBER = re.compile(
     r"(?P<sign>(?:[+-]|minus |negative )?)\s*(?P<money>[¤£€¥₹₽₩₺]|(?:US|A|C)?¤|Rs\.?|USD|EUR|GBP)?\s*"
     r"(?P<inner>[+-]?)\s*(?:"
     rf"(?P<repeated>\d*\.\d*)\\overline\s*\{{(?P<period>\d+)\}}"
-    rf"|(?P<mixed>{_WHOLE})(?:\s+(?P<a>\d+)\s*/\s*(?P<b>\d+)"
+    rf"|(?P<mixed>{_WHOLE})(?:\s+(?:and\s+)?(?P<a>\d+)\s*/\s*(?P<b>\d+)"
     r"|\s*(?:\+\s*)?\\frac\s*\{\s*(?P<c>\d+)\s*\}\s*\{\s*(?P<d>\d+)\s*\}|\s+and (?P<half>a half))"
     rf"|\\frac\s*\{{\s*(?P<e>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<f>-?{_DECIMAL})\s*\}}"
-    rf"|(?P<g>{_DECIMAL})\s*/\s*(?P<h>{_DECIMAL})"
+    rf"|(?P<g>{_DECIMAL})(?:\s*/\s*|\s+out of\s+)(?P<h>{_DECIMAL})"
     rf"|(?P<decimal>{_DECIMAL})(?P<power>{_POWER})?"
     r")(?P<rest>.*)",
     re.DOTALL,
@@ -55,6 +55,8 @@ _SCALES: dict[str, int | Fraction] = {
     **{"crore": 10**7, "hundredth": Fraction(1, 100), "tenth": Fraction(1, 10)},
     **{"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)},
     **{"fourth": Fraction(1, 4), "fifth": Fraction(1, 5), "sixth": Fraction(1, 6)},
+    **{"seventh": Fraction(1, 7), "ninth": Fraction(1, 9), "twelfth": Fraction(1, 12)},
+    **{"sixteenth": Fraction(1, 16), "twentieth": Fraction(1, 20)},
     **{"halve": Fraction(1, 2), "eighth": Fraction(1, 8), "thousandth": Fraction(1, 1000)},
 }
 _SCALE = re.compile(
@@ -69,7 +71,7 @@ _UNIT_NAMES = (
     "dollar usd ¤ us¤ buck,euro eur €,pound gbp £,cent ¢ penny pence,yen jpy ¥,rupee inr ₹ rs",
     "ruble rouble ₽,won ₩,lira ₺,yuan rmb cny,peso,franc chf",
     "° degree deg,°c celsius,°f fahrenheit,rad radian,% percent pct percentage",
-    "newton,joule,watt,volt,hz hertz,acre,hectare ha,mph,kph kmh kmph,cal calorie",
+    "newton,joule,watt,volt,hz hertz,acre,hectare ha,mi/h mph,km/h kph kmh kmph,cal calorie",
 )
 _UNITS = {
     name: unit.split()[0]
@@ -209,6 +211,8 @@ def _measure(words: str) -> str | None:
 
 def _in_digits(text: str) -> str:
     """A text whose first words are a number in English, with that number in digits."""
+    text = re.sub(r"^(?:an? )?half an? ", "1/2 ", text, flags=re.IGNORECASE)
+    text = re.sub(r"^(?:an? (?=third|quarter|fifth)|an? (?=half)|(?=half))(\w+)$", r"1 \1", text)
     words = re.findall(r"[a-z]+|[^a-z]+", text[:200].lower())
     total = part = used = 0
     end = length = 0
@@ -232,6 +236,8 @@ def _in_digits(text: str) -> str:
         elif used and not word.strip(" -"):
             continue
         elif word == "and" and used:
+            if text[length:].lower().startswith(" a half"):
+                break
             return text
         else:
             break

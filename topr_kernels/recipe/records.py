@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,8 +196,10 @@ def read_records(path: Path) -> list[Record]:
             ) from error
         return [Record.from_dict(row, f"{path.name}, record {i}") for i, row in enumerate(rows)]
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(lines)]
+        # utf-8-sig: some editors write a byte order mark, and blank lines at the end.
+        with path.open(encoding="utf-8-sig") as lines:
+            filled = (line for line in lines if line.strip())
+            return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(filled)]
     except UnicodeDecodeError as error:
         raise RecordError(f"{path.name}: not UTF-8 text ({error}); make it anew") from error
 
@@ -212,10 +215,6 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         # By name too: another tool may have rewritten a file of pandas without its metadata.
         if (name in told and name not in fields) or _PANDAS_INDEX.fullmatch(name):
             table = table.drop_columns([name])
-    for i, column in enumerate(table.schema):
-        # DuckDB writes 1.0 as a decimal.
-        if pa.types.is_decimal(column.type):
-            table = table.set_column(i, column.name, table[i].cast(pa.float64()))
     return list(table.to_pylist())
 
 
@@ -224,6 +223,9 @@ def _from_json(line: str, where: str) -> Record:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
         raise RecordError(f"{where}: not a line of JSON ({error}); half-written?") from error
+    # A number of thousands of digits, or brackets as deep.
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: JSON that cannot be read ({error})") from error
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: expected a JSON object, got {type(raw).__name__}")
     return Record.from_dict(raw, where)
@@ -292,34 +294,56 @@ def _check_lengths(record: Record, where: str) -> None:
 
 
 def _error(where: str, name: str, value: Any, expected: str) -> RecordError:
-    return RecordError(f"{where}, field {name!r}: expected {expected}, got {value!r}")
+    return RecordError(f"{where}, field {name!r}: expected {expected}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    said = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a longer number"
+    return said if len(said) <= 80 else f"{said[:77]}..."
 
 
 def _text(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
         raise _error(where, name, value, "a text")
+    if not is_unicode(value):
+        raise _error(where, name, value, "a text without halves of characters (\\ud800 to \\udfff)")
     return value
 
 
-def _integer(value: Any, where: str, name: str) -> int:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be stored: JSON may hold half of a surrogate pair, UTF-8 may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _integer(value: Any, where: str, name: str, bits: int = 63) -> int:
     # Tools store columns of whole numbers as floats if a value was missing.
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _error(where, name, value, "a whole number >= 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << bits:
+        raise _error(where, name, value, f"a whole number >= 0, below 2^{bits}")
     return value
 
 
 def _number(value: Any, where: str, name: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise _error(where, name, value, "a finite number")
-    return float(value)
+    # DuckDB writes 1.0 as a decimal.
+    wrong = not isinstance(value, (int, float, Decimal)) or isinstance(value, bool)
+    try:
+        if wrong or not math.isfinite(number := float(value)):
+            raise _error(where, name, value, "a finite number")
+    except OverflowError as error:
+        raise _error(where, name, value, "a finite number") from error
+    return number
 
 
 def _token_ids(value: Any, where: str, name: str) -> list[int]:
     if not isinstance(value, list):
         raise _error(where, name, value, "a list of token ids")
-    return [_integer(token, where, f"{name}[{i}]") for i, token in enumerate(value)]
+    return [_integer(token, where, f"{name}[{i}]", bits=31) for i, token in enumerate(value)]
 
 
 def _log_probs(value: Any, where: str, name: str) -> list[float] | None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from topr_kernels.recipe.files import checksum
+from topr_kernels.recipe.files import checksum, one_line
 from topr_kernels.recipe.tasks import AnyTask, Question
 
 
@@ -24,6 +24,7 @@ class RewardTask:
     completion without surrounding white space, and ``Question.entry``. It returns the reward, or None
     for a completion without an answer, which is rewarded -1. It runs in the workers of ``scoring``,
     under their limits: it can neither write files nor use the network, and the environment is empty.
+    Its file imports what it needs at the top: torch and other libraries do not load in a worker.
 
     Args:
         task: where the questions come from; its own scorer is not used.
@@ -103,9 +104,11 @@ def _find(function: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         imported = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    # The user's module may raise what it likes, and end the process too.
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"reward: got {function!r}; expected module:function, importable from here ({error})"
+            f"reward: got {function!r}; expected module:function, importable from here "
+            f"({one_line(error)})"
         ) from error
     if not hasattr(imported, "__code__"):
         raise ValueError(f"reward: got {function!r}; expected a function written in Python")

@@ -22,6 +22,9 @@ from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_
 
 AnySampler = TypeVar("AnySampler", bound=SamplerOptions)
 
+#: A question to try chat templates with.
+_MESSAGE = "1 + 1 ="
+
 
 def with_backend(settings: AnySampler) -> AnySampler:
     """The settings with "auto" resolved, so that a resumed run cannot change what samples.
@@ -130,7 +133,8 @@ def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
     """Refuses to ask through a chat template that is not there or fails, and warns of one with a clock.
 
     Raises:
-        SettingsError: if it is asked for, and the tokenizer has none, or it cannot be filled in.
+        SettingsError: if it is asked for, and the tokenizer has none, it cannot be filled in, or it
+            leaves the question out.
     """
     if not settings.chat:
         return
@@ -142,12 +146,17 @@ def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
         )
     try:
         template = tokenizer.get_chat_template()
-        _asked(tokenizer, template)
+        asked = _asked(tokenizer, template)
     except Exception as error:
         raise SettingsError(
             f"chat: the chat template of the model {name!r} fails: {one_line(error)}; mend it, or leave "
             "--chat out"
         ) from error
+    if _MESSAGE not in asked:
+        raise SettingsError(
+            f"chat: the chat template of the model {name!r} leaves the question {_MESSAGE!r} out, and "
+            f"gives {asked[:80]!r}; mend it, or leave --chat out"
+        )
     if current().rank == 0 and _reads_the_clock(tokenizer, template):
         warnings.warn(
             f"chat: the chat template of the model {name!r} writes the date into every prompt, so the "
@@ -167,8 +176,10 @@ def _reads_the_clock(tokenizer: Any, template: str) -> bool:
     return False
 
 
-def _asked(tokenizer: Any, template: str) -> None:
-    message = [{"role": "user", "content": "1 + 1 ="}]
-    tokenizer.apply_chat_template(
-        message, chat_template=template, add_generation_prompt=True, tokenize=False
+def _asked(tokenizer: Any, template: str) -> str:
+    message = [{"role": "user", "content": _MESSAGE}]
+    return str(
+        tokenizer.apply_chat_template(
+            message, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
     )

@@ -152,12 +152,21 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         _check_yaml(yaml, yaml.compose(text, Loader=yaml.SafeLoader), path)
         return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # RecursionError: brackets too deep.
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path}: not YAML ({one_line(error)})") from error
 
 
-def _check_yaml(yaml: Any, node: Any, path: Path) -> None:
+def _check_yaml(yaml: Any, node: Any, path: Path, seen: set[int] | None = None) -> None:
     """Refuses duplicate keys, and text that YAML 1.1 reads as another value than it looks like."""
+    seen = set() if seen is None else seen
+    # Copies of copies would take forever, and one may be inside of itself.
+    if id(node) in seen and not isinstance(node, yaml.ScalarNode):
+        raise SettingsError(
+            f"{path}, line {node.start_mark.line + 1}: an alias stands for a list or a mapping; write "
+            "it out where it is meant"
+        )
+    seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         plain = node.style is None
         # YAML 1.1 reads 010 as 8, 1:30 as 90, and 09 as a text.
@@ -172,6 +181,10 @@ def _check_yaml(yaml: Any, node: Any, path: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         known: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise SettingsError(
+                    f"{path}, line {key.start_mark.line + 1}: expected a name before the colon"
+                )
             if key.value in known:
                 raise SettingsError(
                     f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice; keep one"
@@ -179,7 +192,7 @@ def _check_yaml(yaml: Any, node: Any, path: Path) -> None:
             known.add(key.value)
     for part in getattr(node, "value", ()):
         for child in part if isinstance(part, tuple) else (part,):
-            _check_yaml(yaml, child, path)
+            _check_yaml(yaml, child, path, seen)
 
 
 def _owner(kind: type[Options], name: str) -> type:

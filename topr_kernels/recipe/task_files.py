@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError
 from topr_kernels.recipe.options import SettingsError
+from topr_kernels.recipe.records import is_unicode
 from topr_kernels.recipe.rewards import RewardTask, reward_key
 from topr_kernels.recipe.settings import QuestionOptions
 from topr_kernels.recipe.tasks import (
@@ -190,10 +192,17 @@ def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
     test = find_task(options.test_task, "{}", trusted) if options.test_task else task
     if not options.reward:
         return task, test
-    try:
+    with naming_reward(options.reward):
         return RewardTask(task, options.reward), RewardTask(test, options.reward)
+
+
+@contextmanager
+def naming_reward(function: str) -> Iterator[None]:
+    """Has an error of looking a reward up name the flag."""
+    try:
+        yield
     except ValueError as error:
-        raise SettingsError(f"--reward {options.reward}: {error}") from error
+        raise SettingsError(f"--reward {function}: {error}") from error
 
 
 def _check_trust(options: QuestionOptions) -> None:
@@ -247,9 +256,14 @@ def questions_of(options: QuestionOptions, train: int) -> tuple[list[Question], 
 
 
 def scorer(options: QuestionOptions) -> dict[str, Any]:
-    """For the manifest: what rewards depend on, a custom function or the version of math-verify."""
+    """For the manifest: what rewards depend on, a custom function or the version of math-verify.
+
+    Raises:
+        SettingsError: if there is no such function.
+    """
     if options.reward:
-        return reward_key(options.reward)
+        with naming_reward(options.reward):
+            return reward_key(options.reward)
     if not task_inputs(options):
         return {}
     return {"math_verify": importlib.metadata.version("math-verify")}
@@ -264,7 +278,9 @@ def task_inputs(options: QuestionOptions) -> dict[str, Path]:
 def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:
     first: dict[str, tuple[int, str]] = {}
     for line, entry in entries:
-        earlier, answer = first.setdefault(entry["question"], (line, entry["answer"]))
+        # Not by case: "x" and "X" may be two names.
+        question = " ".join(entry["question"].split())
+        earlier, answer = first.setdefault(question, (line, entry["answer"]))
         other = entry["answer"]
         if answer != other and not (same_answer(answer, other) or same_answer(other, answer)):
             raise FileError(
@@ -314,5 +330,10 @@ def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[s
     if not isinstance(text, str) or not text.strip():
         raise FileError(
             f"{where}, field {names[0]!r}: expected a text there or in {names[1]!r}, got {text!r}"
+        )
+    if not is_unicode(text):
+        raise FileError(
+            f"{where}, field {name!r}: holds half a character (\\ud800 to \\udfff), which no tokenizer "
+            "reads; mend the line"
         )
     return name, text.strip()

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from topr_kernels.recipe.files import FileError
-from topr_kernels.recipe.options import SettingsError
+from topr_kernels.recipe.files import FileError, check_link
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import count_problems, verdicts
+from topr_kernels.recipe.task_files import naming_reward
 from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 
@@ -25,22 +25,10 @@ def try_reward(function: str, path: Path) -> list[str]:
         SettingsError: if there is no such function.
         FileError: naming the line that is not such an object.
     """
-    try:
+    with naming_reward(function):
         # Any task will do: the questions are those of the file.
         task = RewardTask(ARITHMETIC, function)
-    except ValueError as error:
-        raise SettingsError(f"--reward {function}: {error}") from error
-    answers = []
-    with path.open(encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                texts = isinstance(entry, Mapping) and [entry["question"], entry["completion"]]
-            except (ValueError, KeyError) as error:
-                raise FileError(f"{path.name}, line {i}: {error!r}; {_EXPECTED}") from error
-            if not texts or not all(isinstance(text, str) for text in texts):
-                raise FileError(f"{path.name}, line {i}: got {line.strip()[:80]}; {_EXPECTED}")
-            answers.append((texts[1], "stop", Question(i, texts[0], texts[0], entry)))
+    answers = _answers(path)
     judged = verdicts(task, answers)
     said = []
     for (completion, _, question), verdict in zip(answers, judged, strict=True):
@@ -51,6 +39,33 @@ def try_reward(function: str, path: Path) -> list[str]:
     none = sum(v.answer is None for v in judged) - sum(problems.values())
     above = sum(v.reward > 0 for v in judged)
     return [*said, f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}"]
+
+
+def _answers(path: Path) -> list[tuple[str, str, Question]]:
+    check_link(path)
+    answers = []
+    try:
+        # utf-8-sig: some editors write a byte order mark.
+        with path.open(encoding="utf-8-sig") as lines:
+            for i, line in enumerate(lines, 1):
+                if line.strip():
+                    answers.append(_answer(line, i, path.name))
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not UTF-8 text ({error}); expected JSONL") from error
+    if not answers:
+        raise FileError(f"{path}: holds no completions; {_EXPECTED} in each line")
+    return answers
+
+
+def _answer(line: str, number: int, file: str) -> tuple[str, str, Question]:
+    try:
+        entry = json.loads(line)
+        texts = isinstance(entry, Mapping) and [entry["question"], entry["completion"]]
+    except (ValueError, KeyError, RecursionError) as error:
+        raise FileError(f"{file}, line {number}: {error!r}; {_EXPECTED}") from error
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise FileError(f"{file}, line {number}: got {line.strip()[:80]}; {_EXPECTED}")
+    return texts[1], "stop", Question(number, texts[0], texts[0], entry)
 
 
 _EXPECTED = 'expected {"question": text, "completion": text, ...}'
