@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.learning.world.rates import RATES
-
 #: Share of forgetful solutions, by columns and the per cent right it is to give when sampled.
 HABITS = {10: 0.8, 50: 0.5, 80: 0.2}
 #: Base models by columns: seed s starts from model s modulo this.
@@ -37,7 +35,7 @@ class Cell:
         batch: sequences an update.
         curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on.
         like: method whose learning rate is taken; "" for its own.
-        rate: learning rate, in a pilot; 0 for the one that the pilot chose.
+        rate: learning rate of a pilot's cell; 0 for the one that the pilot chose.
     """
 
     method: str
@@ -67,15 +65,6 @@ class Cell:
                     f"{field.name}={value:g}" if field.type == "float" else f"{field.name}={value}"
                 )
         return " ".join([*parts, f"seed={self.seed}"])
-
-    @property
-    def learning_rate(self) -> float:
-        """The pilot's choice for method, ratio, length and base; with the root of the batch."""
-        if self.rate:
-            return self.rate
-        key = (self.like or self.method, self.ratio, self.columns, self.right)
-        scale = (self.batch / 32) ** 0.5
-        return RATES.get(key, RATES.get((*key[:3], 50), RATES[(*key[:2], 3, 50)])) * scale
 
 
 #: Records of a round that curation keeps.

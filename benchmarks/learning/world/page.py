@@ -12,7 +12,7 @@ from benchmarks.learning import verdicts
 from benchmarks.learning.verdicts import interval
 from benchmarks.learning.world.cells import GRIDS, RIGHT, SEEDS, SHARES, Cell
 from benchmarks.learning.world.claims import CLAIMS, Claim, differences, verdict
-from benchmarks.learning.world.rates import RATES
+from benchmarks.learning.world.pilot import RATES, best, tried
 from benchmarks.learning.world.store import Figures
 from topr_kernels.recipe.files import atomic_path
 
@@ -27,18 +27,18 @@ NAMES = {
 }
 
 
-def write(results: Figures, readme: Path) -> None:
+def write(results: Figures, pilot: Figures, readme: Path) -> None:
     """Replaces what stands between the marks of the page."""
-    text = large.fill(readme.read_text(encoding="utf-8"), blocks(results))
+    text = large.fill(readme.read_text(encoding="utf-8"), blocks(results, pilot))
     with atomic_path(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def blocks(results: Figures) -> dict[str, str]:
+def blocks(results: Figures, pilot: Figures) -> dict[str, str]:
     """The generated parts by name."""
     return {
         "verdicts": _verdicts(results),
-        "rates": _rates(),
+        "rates": _rates(pilot),
         "methods": _looks(results, {_name(c): c for c in GRIDS["methods"]}),
         "shares": _shares(results),
         "ratios": _ratios(results),
@@ -203,10 +203,22 @@ def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float
     return values
 
 
-def _rates() -> str:
-    rows = [["method", "ratio", "columns", "base, %", "learning rate"]]
-    for (method, ratio, columns, right), rate in RATES.items():
-        rows.append([NAMES[method], ratio, str(columns), str(right), f"{rate:g}"])
+def _rates(pilot: Figures) -> str:
+    """What the pilot chose, of what is complete."""
+    rows = [["method", "ratio", "answer, tokens", "base, %", *(f"{r:g}" for r in RATES), "chosen"]]
+    known = set()
+    for cell in (cell for cells in GRIDS.values() for cell in cells):
+        lines = tried(cell)
+        if lines[0][0] in known or not all(c.name in pilot for line in lines for c in line):
+            continue
+        known.add(lines[0][0])
+        ends = [
+            fmean(list(pilot[c.name]["looks"].values())[-1]["right"] for c in line)
+            for line in lines
+        ]
+        tokens = str(6 * cell.columns + 1)
+        row = [NAMES[lines[0][0].method], cell.ratio, tokens, str(cell.right)]
+        rows.append([*row, *(f"{x:.1f}" for x in ends), f"{best(cell, pilot):g}"])
     return large._table(rows)
 
 

@@ -170,8 +170,8 @@ def prefix_loss(
     return -(reward * terms).mean(), torch.where(mask, weight, 0.0).sum(1) / length
 
 
-def run(cell: Cell) -> dict[str, Any]:
-    """Trains a cell; its figures.
+def run(cell: Cell, rate: float) -> dict[str, Any]:
+    """Trains a cell with AdamW at a learning rate; its figures.
 
     Returns:
         ``base`` and ``looks``: by epoch, or by round where there are several, the per cent of sampled
@@ -181,9 +181,7 @@ def run(cell: Cell) -> dict[str, Any]:
     """
     start = time.process_time()
     model = copy.deepcopy(_base_of(cell))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cell.learning_rate, weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     order = torch.Generator().manual_seed(cell.seed)
     looks: dict[str, Any] = {}
     positive, trained, updates = [], [], 0
@@ -202,7 +200,7 @@ def run(cell: Cell) -> dict[str, Any]:
             for index in torch.randperm(len(data.reward), generator=order).split(cell.batch):
                 updates += 1
                 for group in optimizer.param_groups:
-                    group["lr"] = cell.learning_rate * min(1.0, updates / WARM_UP)
+                    group["lr"] = rate * min(1.0, updates / WARM_UP)
                 part = data.rows(index)
                 ids, labels = sequences(part.prompts, part.answers)
                 loss, weight = objective(cell, model(input_ids=ids).logits, labels, part, baseline)
@@ -218,6 +216,7 @@ def run(cell: Cell) -> dict[str, Any]:
             if last or cell.rounds <= 3:
                 looks[str(turn + 1)] = {**look(model, cell), "weight": _mean(torch.cat(weights))}
     return {
+        "rate": rate,
         "base": base,
         "looks": looks,
         "positive": positive,
