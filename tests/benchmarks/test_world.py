@@ -1,0 +1,222 @@
+"""benchmarks/learning/world: its sums, its losses, its runner, the rule and the committed page."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
+
+from benchmarks.learning import page as large  # noqa: E402
+from benchmarks.learning.world import __main__ as world  # noqa: E402
+from benchmarks.learning.world import claims, page, pilot, run, store, sums  # noqa: E402
+from benchmarks.learning.world.cells import GRIDS, SEEDS, Cell, cells_of  # noqa: E402
+from benchmarks.learning.world.model import new_model, sample, score, sequences  # noqa: E402
+
+
+def text(ids: torch.Tensor) -> str:
+    return "".join(sums.ALPHABET[i] for i in ids.tolist())
+
+
+def test_sums_are_worked_and_judged_by_their_result():
+    # 312 + 132 and 133 + 321 in base four.
+    questions = torch.tensor([[[2, 2], [1, 3], [3, 1]], [[3, 1], [3, 2], [1, 3]]])
+    assert text(sums.prompts(questions)[0]) == "a22b13c31="
+    honest, habit = (torch.full((2,), x) for x in (False, True))
+    assert text(sums.solutions(questions, honest)[0]) == "a22010b13111c31111\n"
+    assert text(sums.solutions(questions, habit)[0]) == "a22010b13010c31010\n"
+    assert sums.truth(questions).tolist() == [[0, 1, 1, 1], [0, 2, 1, 1]]
+    said, readable = sums.results(sums.solutions(questions, honest), 3)
+    assert readable.all() and said.equal(sums.truth(questions))
+    for place, token in ((18, 0), (6, sums.LETTER), (5, sums.BASE)):
+        broken = sums.solutions(questions, honest)
+        broken[0, place] = token
+        assert sums.results(broken, 3)[1].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("columns", [3, 10])
+def test_forgetting_is_wrong_on_every_question(columns: int):
+    questions = sums.draw(200, columns, torch.Generator().manual_seed(0))
+    forgotten = sums.solutions(questions, torch.ones(200, dtype=torch.bool))
+    by_habit = sums.results(forgotten, columns)[0]
+    assert not (by_habit == sums.truth(questions)).all(1).any()
+    numbers = (questions * 4 ** torch.arange(columns)[:, None].double()).sum((1, 2))
+    digits = sums.truth(questions) * 4 ** torch.arange(columns + 1).double()
+    assert digits.sum(1).equal(numbers)
+
+
+def test_samples_end_and_are_scored_as_the_model_has_them():
+    model = new_model(0).eval()
+    questions = sums.draw(12, 2, torch.Generator().manual_seed(1))
+    asked = sums.prompts(questions)
+    answers = sample(model, asked, 13, torch.Generator().manual_seed(2), batch=5)
+    answers[0, 4:] = sums.END
+    ids, labels = sequences(asked, answers)
+    assert labels[0].tolist() == [-100] * 7 + answers[0, :5].tolist() + [-100] * 8
+    log_prob = score(model, asked, answers, batch=5)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits.log_softmax(-1)[:, :-1]
+    chosen = wanted.gather(2, ids[:, 1:, None])[..., 0]
+    scored = labels[:, 1:] != -100
+    torch.testing.assert_close(log_prob[:, 1:][scored], chosen[scored], rtol=1e-4, atol=1e-5)
+    # Sampled greedily, every token is the likeliest.
+    best = sample(model, asked, 13, torch.Generator(), greedy=True)
+    ids, labels = sequences(asked, best)
+    with torch.no_grad():
+        likeliest = model(input_ids=ids).logits.argmax(2)[:, :-1]
+    assert likeliest[labels[:, 1:] != -100].equal(labels[labels != -100])
+
+
+def test_the_prefix_ratio_has_its_gradient():
+    log_prob = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -3.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    ratio = torch.tensor([[-0.5, 0.2, 0.7], [1.0, -1.5, 9.0]])
+    for sign in (-1.0, 1.0):
+        log_prob.grad = None
+        loss, weight = run.prefix_loss(log_prob, ratio, mask, torch.tensor([sign, sign]))
+        loss.backward()
+        w = (
+            torch.tensor([[-0.5, -0.3, 0.0], [0.0, -0.5, 0.0]]).exp()
+            if sign < 0
+            else torch.ones(2, 3)
+        )
+        length = torch.tensor([[3.0], [2.0]])
+        torch.testing.assert_close(log_prob.grad, -sign * w * mask / length / 2)
+        torch.testing.assert_close(weight, (w * mask).sum(1) / length[:, 0])
+
+
+@pytest.mark.parametrize("method", ["topr", "ppo", "prefix"])
+def test_losses_are_equal_before_the_first_update(method: str):
+    """All ratios are 1, so every method's gradient is naive REINFORCE's."""
+    model = new_model(0)
+    data = run.draw(model, Cell("", columns=2, questions=3, samples=2), 0)
+    data = data._replace(reward=torch.tensor([1.0, -1, 1, -1, -1, 1]))
+    ids, labels = sequences(data.prompts, data.answers)
+    gradients = []
+    for name in (method, "reinforce"):
+        model.zero_grad()
+        run.objective(Cell(name), model(input_ids=ids).logits, labels, data, 0.3)[0].backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_resumes_and_repeats_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(run, "CACHE", tmp_path)
+    out = tmp_path / "out.json"
+    assert world.main(["--quick", "--out", str(out)]) == 0
+    (name,) = first = store.read(out)
+    assert name in capsys.readouterr().out
+    world.main(["--quick", "--out", str(out)])
+    assert not capsys.readouterr().out, "it ran again"
+    store.add(tmp_path / "other.json", name, run.run(world.QUICK, world.QUICK.rate))
+    again = store.read(tmp_path / "other.json")
+    assert {**again[name], "seconds": 0} == {**first[name], "seconds": 0}
+
+
+def test_rounds_sample_anew_and_curation_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "CACHE", tmp_path)
+    monkeypatch.setattr(run, "KEPT", 6)
+    cell = Cell("topr", columns=2, rounds=2, questions=4, samples=4, epochs=1, batch=4)
+    found = run.run(dataclasses.replace(cell, curation="uniform"), 1e-3)
+    assert list(found["looks"]) == ["1", "2"] and len(found["positive"]) == 2
+    data = run.draw(run.base_model(2, 50, "habit", 0), cell, 0)
+    reward = torch.tensor([-1.0, 1, 1, -1] * 2 + [-1] * 8)
+    data = data._replace(reward=reward)
+    kept = run.chosen(dataclasses.replace(cell, curation="karenina"), data, 0)
+    assert len(kept.reward) == 6 and kept.reward.sum() == 2 - 4
+    assert kept.prompts[kept.reward > 0].equal(data.prompts[[1, 5]])
+    assert len(run.chosen(dataclasses.replace(cell, curation="uniform"), data, 0).reward) == 6
+
+
+def test_rates_are_the_pilots_better_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[Cell] = []
+
+    def fake(cell: Cell, rate: float) -> dict[str, Any]:
+        ran.append(cell)
+        right = {1e-4: 50.0, 3e-4: 60.0}[rate] + (cell.method == "tis") * (rate == 1e-4) * 20
+        return {"looks": {"1": {"right": 99.0}, "4": {"right": right}}}
+
+    monkeypatch.setattr(pilot, "run", fake)
+    path = tmp_path / "pilot.json"
+    assert pilot.rate(Cell("topr", seed=3, share=0.1), path) == 3e-4
+    assert {c.seed for c in ran} == set(pilot.SEEDS) and {c.share for c in ran} == {0.0}
+    count = len(ran)
+    assert pilot.rate(Cell("reinforce", batch=128, like="topr"), path) == pytest.approx(6e-4)
+    assert len(ran) == count
+    assert pilot.rate(Cell("tis"), path) == 1e-4
+
+
+def test_pilots_seeds_are_in_no_comparison():
+    assert not set(pilot.SEEDS) & set(range(31))
+    assert SEEDS <= 31
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.0, 3.0, "reproduced"),
+        (-3.0, -1.0, "not reproduced"),
+        (-1.0, 3.0, "too small to tell"),
+        (-1.9, 1.9, claims.NO_DIFFERENCE),
+        (0.5, 1.9, claims.NO_DIFFERENCE),
+        (-2.1, 1.9, "too small to tell"),
+    ],
+)
+def test_the_rule(low: float, high: float, expected: str):
+    mean, half = (low + high) / 2, (high - low) / 2
+    # Of ten values m - d and m + d in turn the half-width is 2.262 d / 3.
+    spread = half * 3 / 2.262
+    values = [mean + spread * (-1) ** i for i in range(10)]
+    assert claims.verdict(values) == expected
+    assert claims.verdict(values[:9]) == "not run"
+
+
+def test_differences_pair_seeds():
+    def figures(base: float, *looks: float) -> dict[str, Any]:
+        return {
+            "base": {"right": base},
+            "looks": {str(i): {"right": x} for i, x in enumerate(looks)},
+        }
+
+    results = {
+        "topr seed=0": figures(40, 99, 90), "topr seed=1": figures(50, 99, 91),
+        "sft seed=1": figures(50, 99, 94), "sft seed=2": figures(50, 99, 10),
+    }  # fmt: skip
+    found = {c.text: claims.differences(results, c) for c in claims.CLAIMS}
+    assert found["TOPR beats positives only"] == {1: -3}
+    assert found["TOPR learns off-policy"] == {0: 50, 1: 41}
+    assert found["naive REINFORCE collapses below the base"] == {}
+
+
+def test_every_claim_is_planned_and_every_cell_named_once():
+    planned = {cell for cells in GRIDS.values() for cell in cells}
+    for claim in claims.CLAIMS:
+        assert planned.issuperset(claims.cells_of_claim(claim)), claim.text
+    names = {cell.name for cell in planned}
+    assert len(names) == len(planned)
+    assert {c.seed for c in cells_of("methods", range(1, 6, 2))} == {1, 3, 5}
+    # The claims of the large page that are here have its words.
+    large_texts = {claim.text for claim in large.CLAIMS}
+    assert len(large_texts & {claim.text for claim in claims.CLAIMS}) == 17
+
+
+def test_the_page_is_of_the_committed_figures():
+    """`python -m benchmarks.learning.world --report` writes it."""
+    results, tried = store.read(world.RESULTS), store.read(world.PILOT)
+    shown = (world.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert large.fill(shown, page.blocks(results, tried)) == shown
+    planned = {c.name for cells in GRIDS.values() for c in cells}
+    assert {re.sub(r"seed=\d+$", "seed=0", name) for name in results} <= planned
