@@ -141,6 +141,26 @@ def test_rounds_sample_anew_and_curation_chooses(tmp_path: Path, monkeypatch: py
     assert len(run.chosen(dataclasses.replace(cell, curation="uniform"), data, 0).reward) == 6
 
 
+def test_votes_count_the_commonest_result(monkeypatch: pytest.MonkeyPatch):
+    honest, habit = torch.tensor([False]), torch.tensor([True])
+
+    def answers(_: Any, asked: torch.Tensor, tokens: int, __: torch.Generator) -> torch.Tensor:
+        questions = asked[:, :-1].unflatten(1, (3, 3))[:, :, 1:]
+        # Two of three right for the first question, one of three for the second.
+        forgets = (habit, honest, honest, habit, habit, honest)
+        rows = [sums.solutions(q[None], f) for q, f in zip(questions, forgets, strict=True)]
+        return torch.cat(rows)
+
+    monkeypatch.setattr(run, "sample", answers)
+    found = run.vote(new_model(0), Cell("topr", votes=3), questions=2)
+    assert found == {"single": 50.0, "majority": 50.0}
+    monkeypatch.setattr(run, "sample", lambda *a: answers(*a)[[1, 1, 0, 4, 5, 5]])
+    assert run.vote(new_model(0), Cell("topr", votes=3), questions=2)["majority"] == 100.0
+    results = {"topr epochs=1 votes=8 seed=4": {"votes": {"single": 80.0, "majority": 83.0}}}
+    claim = next(c for c in claims.CLAIMS if "majority of 8" in c.text)
+    assert claims.differences(results, claim) == {4: 3.0}
+
+
 def test_rates_are_the_pilots_better_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[Cell] = []
 

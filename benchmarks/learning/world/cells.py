@@ -34,6 +34,7 @@ class Cell:
         epochs: passes over a round's samples.
         batch: sequences an update.
         curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on.
+        votes: answers to each held-out question that vote at the last look; 0 for no vote.
         like: method whose learning rate is taken; "" for its own.
         rate: learning rate of a pilot's cell; 0 for the one that the pilot chose.
     """
@@ -51,6 +52,7 @@ class Cell:
     epochs: int = 4
     batch: int = 32
     curation: str = ""
+    votes: int = 0
     like: str = ""
     rate: float = 0.0
 
@@ -117,6 +119,8 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         _c(m, ratio=ratio, rounds=16, epochs=1)
         for m, ratio in (("topr", "sequence"), ("topr", "geometric"), ("sft", "sequence"))
     ),
+    # After one epoch right answers are not yet all the same, so that votes have room.
+    "votes": tuple(_c(m, epochs=1, votes=8) for m in ("topr", "sft")),
     "length-200": (
         *(_c("topr", columns=33, ratio=r) for r in ("sequence", "geometric", "token")),
         *(_c(m, columns=33) for m in ("sft", "prefix")),

@@ -24,7 +24,7 @@ class Claim:
     Args:
         text: the claim; where the page of the large world has it, in the same words.
         better: what should be ahead, its seed left open; None for the base model.
-        worse: the other one.
+        worse: the other one; equal to ``better`` where its votes are compared with its single answers.
     """
 
     text: str
@@ -32,6 +32,7 @@ class Claim:
     worse: Cell | None
 
 
+_VOTES = Cell("topr", epochs=1, votes=8)
 _TOPR, _SFT = Cell("topr"), Cell("sft")
 
 
@@ -134,6 +135,7 @@ CLAIMS: tuple[Claim, ...] = (
         Cell("topr", epochs=16),
         Cell("sft", epochs=16),
     ),
+    Claim("majority of 8 answers beats single ones, TOPR", _VOTES, _VOTES),
     Claim(
         "errors of noise: TOPR beats positives only",
         Cell("topr", errors="noise"),
@@ -161,6 +163,11 @@ def differences(results: Figures, claim: Claim) -> dict[int, float]:
     """By seed, in points, in the direction of the claim."""
     found = {}
     for seed in range(31):
+        if claim.better is not None and claim.better == claim.worse:
+            cell = results.get(dataclasses.replace(claim.better, seed=seed).name)
+            if cell:
+                found[seed] = cell["votes"]["majority"] - cell["votes"]["single"]
+            continue
         better = end(results, claim.better, seed, claim.worse)
         worse = end(results, claim.worse, seed, claim.better)
         if better is not None and worse is not None:
@@ -182,4 +189,4 @@ def verdict(values: Sequence[float]) -> str:
 
 def cells_of_claim(claim: Claim) -> list[Cell]:
     """The cells that decide it, seeds left open."""
-    return [cell for cell in (claim.better, claim.worse) if cell is not None]
+    return list({cell for cell in (claim.better, claim.worse) if cell is not None})

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.learning import page as large
 from benchmarks.learning import verdicts
@@ -172,7 +173,7 @@ def _ratios(results: Figures) -> str:
 
 def _map(results: Figures) -> str:
     """TOPR minus positives only at each look."""
-    settings = (
+    settings: tuple[tuple[str, dict[str, Any]], ...] = (
         ("19 tokens, 32 x 16 samples, batch 32", {}),
         ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
         ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
@@ -184,10 +185,7 @@ def _map(results: Figures) -> str:
         for epoch in ("1", "2", "4"):
             row = [name, epoch]
             for right in RIGHT:
-                pair = [
-                    Cell(m, right=right, **changes)  # type: ignore[arg-type]
-                    for m in ("topr", "sft")
-                ]
+                pair = [Cell(m, right=right, **changes) for m in ("topr", "sft")]
                 row.append(shown(_between(results, pair[0], pair[1], epoch)))
             rows.append(row)
     return large._table(rows)

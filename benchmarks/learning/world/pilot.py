@@ -39,4 +39,5 @@ def best(cell: Cell, figures: store.Figures) -> float:
 
 
 def _last(figures: store.Figures, cell: Cell) -> float:
-    return float(list(figures[cell.name]["looks"].values())[-1]["right"])
+    looks = figures[cell.name]["looks"]
+    return float(looks[max(looks, key=int)]["right"])

@@ -29,6 +29,7 @@ from topr_kernels import baseline_for_positive_share, log_prob, topr_loss
 from topr_kernels.limits import PRESETS
 from topr_kernels.recipe.curate import anna_karenina
 from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.voting import weighted_majority
 
 CACHE = Path(__file__).parents[3] / "runs" / "learning" / "world"
 #: Epochs after which the model is looked at.
@@ -89,6 +90,25 @@ def look(model: LlamaForCausalLM, cell: Cell) -> dict[str, float]:
     """Accuracy on held-out questions; questions and noise are those of every look of a seed."""
     generator = torch.Generator().manual_seed(500_000 + cell.seed)
     return accuracy(model, sums.draw(HELD_OUT[cell.columns], cell.columns, generator), generator)
+
+
+def vote(model: LlamaForCausalLM, cell: Cell, questions: int = 128) -> dict[str, float]:
+    """Of held-out questions: per cent right of single answers and of the majority of ``votes``."""
+    generator = torch.Generator().manual_seed(600_000 + cell.seed)
+    asked = sums.draw(questions, cell.columns, generator).repeat_interleave(cell.votes, 0)
+    answers = sample(model, sums.prompts(asked), sums.STEP * cell.columns + 1, generator)
+    right, readable = judge(asked, answers)
+    said = sums.results(answers, cell.columns)[0].tolist()
+    votes = [
+        (str(form) if known else None, good, 1.0)
+        for form, known, good in zip(said, readable.tolist(), right.tolist(), strict=True)
+    ]
+    rows = [votes[i : i + cell.votes] for i in range(0, len(votes), cell.votes)]
+    majority, _ = weighted_majority(rows, votes=cell.votes, draws=1, seed=0)
+    return {
+        "single": round(100 * right.float().mean().item(), 3),
+        "majority": round(100 * majority, 3),
+    }
 
 
 @functools.lru_cache(maxsize=2)
@@ -177,7 +197,8 @@ def run(cell: Cell, rate: float) -> dict[str, Any]:
         ``base`` and ``looks``: by epoch, or by round where there are several, the per cent of sampled
         answers that are right and that cannot be read, and the mean weight of negatives in the last
         epoch or round; ``positive``: right answers in per cent of each round's samples; ``trained``:
-        of the records trained on; ``seconds`` of processor time.
+        of the records trained on; ``votes``: of ``vote``, where the cell has them; ``seconds`` of
+        processor time.
     """
     start = time.process_time()
     model = copy.deepcopy(_base_of(cell))
@@ -221,6 +242,7 @@ def run(cell: Cell, rate: float) -> dict[str, Any]:
         "looks": looks,
         "positive": positive,
         "trained": trained,
+        **({"votes": vote(model, cell)} if cell.votes else {}),
         "seconds": round(time.process_time() - start, 2),
     }
 
