@@ -132,7 +132,8 @@ def test_rounds_sample_anew_and_curation_chooses(tmp_path: Path, monkeypatch: py
     cell = Cell("topr", columns=2, rounds=2, questions=4, samples=4, epochs=1, batch=4)
     found = run.run(dataclasses.replace(cell, curation="uniform"), 1e-3)
     assert list(found["looks"]) == ["1", "2"] and len(found["positive"]) == 2
-    data = run.draw(run.base_model(2, 50, "habit", 0), cell, 0)
+    data, other = (run.draw(run.base_model(2, 50, "habit", 0), cell, turn) for turn in (0, 1))
+    assert not data.prompts.equal(other.prompts)
     reward = torch.tensor([-1.0, 1, 1, -1] * 2 + [-1] * 8)
     data = data._replace(reward=reward)
     kept = run.chosen(dataclasses.replace(cell, curation="karenina"), data, 0)
