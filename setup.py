@@ -35,6 +35,8 @@ UNIX_ISA = {
     # Python's -Wall prints 4000 lines of false alarms from GCC's own AVX-512 headers (its bug 105593).
     "rows_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-uninitialized",
 }
+# Without the names of what is not exported: a third of the library. Apple's linker knows no -s.
+STRIP = ["-Wl,-s"] if sys.platform.startswith("linux") else []
 # The baseline alone: csrc detects instruction sets with what GCC and Clang offer.
 MSVC_FLAGS = "/O2 /std:c++17 /EHsc"
 
@@ -130,7 +132,7 @@ class BuildLibrary(build_ext):
     def link(self, objects: list[str], openmp: list[str], folder: str) -> str:
         """Path of a shared library of these objects."""
         linked = str(Path(folder, LIBRARY.name))
-        flags = [] if self.compiler.compiler_type == "msvc" else openmp
+        flags = [] if self.compiler.compiler_type == "msvc" else [*openmp, *STRIP]
         self.compiler.link_shared_object(objects, linked, extra_postargs=flags, target_lang="c++")
         return linked
 

@@ -204,6 +204,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=None, help="fewer repetitions in this time"
     )
+    parser.add_argument(
+        "--red-tests",
+        default="",
+        metavar="NAMES",
+        help="tests of the kernels that failed before, for the note of every row",
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what this commit finished")
     parser.add_argument("--list", action="store_true", help="jobs and providers; runs nothing")
     parser.add_argument("--compare", metavar="REV", help="this tree against a revision")
@@ -218,8 +224,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--minutes: expected at least 0, got {args.minutes}; leave it out for no limit"
         )
     if args.compare:
-        ignored = ("providers", "minutes", "out", "resume", "list")
-        given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [], False)]
+        ignored = ("providers", "minutes", "out", "red_tests", "resume", "list")
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ignored
+            if getattr(args, name) not in (None, [], False, "")
+        ]
         if given:
             parser.error(
                 f"--compare: expected no {', '.join(given)}, which it has no use for: it measures two "
@@ -283,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         full=args.full,
         repetitions=args.repetitions or (2 if args.quick else 5),
         wanted=args.providers,
+        red_tests=args.red_tests,
     )
     with terminated_as_interrupted():
         return run(bench, jobs, args.minutes)

@@ -67,14 +67,20 @@ class Case:
     def repetition(
         self, provider: Provider, loss: Loss, clock: Clock, trained: bool
     ) -> dict[str, float]:
-        """One repetition: milliseconds, and on CUDA bytes of peak beyond inputs and gradients."""
+        """One repetition: milliseconds, and on CUDA bytes of peak beyond inputs and gradients.
+
+        ``host_ms``, on CUDA, is how long Python takes to queue both; NaN where one waits for the device.
+        """
         leaves = self.leaves(trained, copy=provider.inplace)
         held = _held(clock)
         result: list[Tensor] = []
         forward = clock(lambda: result.append(loss(self, *leaves)))
+        host_ms = clock.host_ms
         backward = clock(lambda: result[0].backward())
+        host_ms += clock.host_ms
         found = {"forward_ms": forward, "backward_ms": backward, "total_ms": forward + backward}
         if held is not None:
+            found["host_ms"] = host_ms
             peak = torch.cuda.max_memory_allocated() - held
             found["peak_bytes"] = float(peak - gradient_bytes(leaves))
         return found

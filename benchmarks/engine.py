@@ -46,6 +46,8 @@ HOPELESS = 1.5
 #: Every time is also shown as a ratio to this provider's in the same round.
 REFERENCE = "torch eager"
 UNCHECKED = "not compared with fp64 at this size"
+#: What the note of a row starts with whose kernels had failed a test before.
+AFTER_RED = "measured after red tests: "
 
 
 class Job(NamedTuple):
@@ -125,6 +127,7 @@ class Bench:
         full: the sizes that take hours on a CPU.
         repetitions: of a provider in a case.
         wanted: words, one of which a provider's name must contain; empty for all.
+        red_tests: names of tests that failed before, which the note of every row tells; "" for none.
         say: prints a line.
         tick: told what runs.
     """
@@ -138,11 +141,13 @@ class Bench:
         full: bool = False,
         repetitions: int = 5,
         wanted: Iterable[str] = (),
+        red_tests: str = "",
         say: Callable[[str], None] = print,
         tick: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.device, self.results, self.quick, self.full = device, results, quick, full
         self.repetitions, self.wanted = repetitions, tuple(wanted)
+        self.mark = AFTER_RED + red_tests if red_tests else ""
         self.say, self.tick = say, tick
         self.clock = Clock(device)
         self.now: Callable[[], float] = time.monotonic
@@ -187,6 +192,9 @@ class Bench:
     def flush(self) -> None:
         """Writes what was kept."""
         rows, self._rows = self._rows, []
+        if self.mark:
+            for row in rows:
+                row["note"] = "; ".join(filter(None, (row.get("note"), self.mark)))
         self.results.append(rows)
 
     def drop(
@@ -398,7 +406,9 @@ def measure_case(
             count |= {"setting": chosen[name][0], "kind": found[name].kind}
             count |= {} if checked else {"note": UNCHECKED}
         for metric in runs[0]:
-            bench.add(facts, name, metric, deciles([run[metric] for run in runs]), **count)
+            values = [run[metric] for run in runs if not math.isnan(run[metric])]
+            if values:
+                bench.add(facts, name, metric, deciles(values), **count)
         if unit and name != "matmul":
             ratios = [total / one for total, one in zip(totals[name], unit, strict=True)]
             bench.add(facts, name, "total_per_matmul", deciles(ratios), **count)

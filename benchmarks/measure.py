@@ -24,6 +24,8 @@ PACKAGES = ("trl", "liger_kernel", "cut_cross_entropy", "quack_kernels", "verl",
 SOURCES = ("topr_kernels", "csrc", "benchmarks")
 #: Larger than the last-level cache of what this has run on: 32 MiB of a CPU, 50 MiB of an H200.
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+#: How long the device sleeps before a timed call: several times what Python takes for one of ours.
+SLEEP_MS = 5.0
 #: A case that is over its share of the time stops after as many repetitions.
 FEWEST = 3
 
@@ -31,11 +33,21 @@ Sample = TypeVar("Sample")
 
 
 class Clock:
-    """Times a call on a device, cold: the last-level cache is overwritten first."""
+    """Times a call on a device, cold: the last-level cache is overwritten first.
+
+    On CUDA the device sleeps before the first event while Python queues the call. On an empty queue the
+    events would show how long Python takes, which is longer than small kernels do.
+
+    Attributes:
+        host_ms: milliseconds until the last call had returned, on CUDA, if that was while the device
+            slept; NaN if the call waited for the device, so that it cannot be told from its work.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.flush = torch.empty(FLUSH_BYTES[device], dtype=torch.int8, device=device)
+        self.host_ms = math.nan
+        self.sleep = self._sleep_cycles() if self.cuda else 0
 
     def __call__(self, call: Callable[[], Any]) -> float:
         """Milliseconds of one call."""
@@ -45,11 +57,29 @@ class Clock:
             call()
             return 1e3 * (time.perf_counter() - start)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # What came before must not lengthen the sleep.
+        torch.cuda.synchronize()
+        torch.cuda._sleep(self.sleep)
         before.record()
+        start = time.perf_counter()
         call()
+        host_ms = 1e3 * (time.perf_counter() - start)
+        self.host_ms = host_ms if host_ms < SLEEP_MS else math.nan
         after.record()
         torch.cuda.synchronize()
         return float(before.elapsed_time(after))
+
+    @staticmethod
+    def _sleep_cycles() -> int:
+        """Cycles of the device's clock in SLEEP_MS."""
+        tried = 10_000_000
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(tried)
+        before.record()
+        torch.cuda._sleep(tried)
+        after.record()
+        torch.cuda.synchronize()
+        return round(tried * SLEEP_MS / before.elapsed_time(after))
 
 
 def deciles(xs: Sequence[float]) -> tuple[float, float, float]:

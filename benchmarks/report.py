@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import COLUMNS, QUICK, REFERENCE, UNCHECKED
+from benchmarks.engine import AFTER_RED, COLUMNS, QUICK, REFERENCE, UNCHECKED
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
@@ -172,7 +172,7 @@ def absent(
     there = dict.fromkeys(numbers)
     part = [r for r in part if r["provider"]]
     why = {
-        (r["provider"], case_of(r)): r["metric"] + (f": {r['note']}" if r["note"] else "")
+        (r["provider"], case_of(r)): r["metric"] + (f": {why_absent(r)}" if why_absent(r) else "")
         for r in part
         if r["metric"] in NO_NUMBER
     }
@@ -189,13 +189,31 @@ def absent(
     return ["Without a number: " + "; ".join(listed) + "."] if listed else []
 
 
+def why_absent(row: Row) -> str:
+    """Note of a row without what all rows of its run say."""
+    return row["note"].partition(AFTER_RED)[0].removesuffix("; ")
+
+
 def unfinished(rows: list[Row]) -> Iterator[str]:
     """A line with the jobs that did not run to their end the last time, and why."""
     jobs = [r for r in rows if not r["provider"] and r["metric"] != "finished"]
     for (device, machine), here in groups(jobs, "device", "machine"):
         where = "" if device == "cpu" else f" on {machine}"
-        listed = (f"{r['job']} ({r['metric']}{': ' * bool(r['note'])}{r['note']})" for r in here)
+        listed = (
+            f"{r['job']} ({r['metric']}{': ' * bool(why_absent(r))}{why_absent(r)})" for r in here
+        )
         yield f"Jobs that did not run to their end{where}: " + "; ".join(listed) + "."
+
+
+def after_red(rows: list[Row]) -> Iterator[str]:
+    """A line with the tests that had failed where a row was measured."""
+    suites: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        _, marked, names = row["note"].partition(AFTER_RED)
+        if marked:
+            suites.setdefault((row["machine"], names), {})[row["suite"]] = None
+    for (machine, names), found in suites.items():
+        yield f"Measured on {machine} after red tests ({', '.join(found)}): {names}."
 
 
 def nats(row: Row) -> str:
@@ -484,7 +502,7 @@ def scaling(rows: list[Row]) -> Iterator[str]:
             yield table(lines)
         timed = [(name, f"{n} x {v}") for name, n, v in found]
         yield from absent(part, lambda r: f"{r['rows']} x {r['vocab']}", timed)
-        large = dict.fromkeys(f"{r['rows']} x {r['vocab']}" for r in part if r["note"] == UNCHECKED)
+        large = dict.fromkeys(f"{r['rows']} x {r['vocab']}" for r in part if UNCHECKED in r["note"])
         if large:
             yield f"{UNCHECKED[0].upper()}{UNCHECKED[1:].replace('this size', ', '.join(large))}."
 
@@ -499,6 +517,7 @@ TABLES = (
     end_to_end,
     scaling,
     unfinished,
+    after_red,
 )
 
 

@@ -72,7 +72,8 @@ def results(out: Any, *leaves: Tensor | None) -> str:
     """Hash of every field of a result and of every gradient."""
     first = out[0]
     first.backward(torch.linspace(0.5, 1.5, first.numel(), dtype=first.dtype).view(first.shape))
-    return digest(*out, *(None if x is None else x.grad for x in leaves))
+    # The weights of sequences are an input.
+    return digest(*out[:11], *(None if x is None else x.grad for x in leaves))
 
 
 def logits_case(impl: str, function: str, options: dict[str, Any]) -> str:

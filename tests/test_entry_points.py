@@ -37,6 +37,7 @@ RUN_BY = {
     "tests/specialisation.py": (
         "core/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation"
     ),
+    "topr_kernels/__main__.py": "core/test_report.py::test_the_report_of_this_installation",
     "topr": "benchmarks/test_scripts.py::test_the_demo_is_run_for_a_seed",
     "topr_kernels/recipe/__main__.py": (
         "recipe/test_recipe_processes.py::test_a_launcher_starts_it_as_a_module"

@@ -18,13 +18,13 @@ PACKAGE = ROOT / "topr_kernels"
 #: its own floor and from those below. The package of ``ops`` and its options are leaves.
 FLOORS = (
     {"_version", "baseline", "choices", "layout", "limits", "taper", "ops", "ops.options"},
-    {"output", "reference", "rows", "sequence", "testing", "validation"},
+    {"output", "reference", "rows", "segments", "sequence", "testing", "validation"},
     {"ops.linear", "ops.logits"},
     {"linear"},
     {"kernels"},
     {"distributed"},
     {"log_prob", "loss", ""},
-    {"hf", "integrations"},
+    {"__main__", "hf", "integrations"},
     {"recipe"},
 )
 #: Lines a file may have, by package; the algorithm and the process groups are parted finer.
@@ -181,7 +181,7 @@ def test_a_choice_list_is_spelled_once(path: Path) -> None:
 def test_native_numbers_of_choices_are_their_places() -> None:
     """The kernels get the place of a choice in its list; the enums of csrc name the same places."""
     header = (ROOT / "csrc" / "topr_kernels.h").read_text()
-    for kind, names in (("ratio", choices.RATIOS), ("reduction", choices.REDUCTIONS)):
+    for kind, names in (("ratio", choices.KERNEL_RATIOS), ("reduction", choices.REDUCTIONS)):
         expected = ", ".join(f"TOPR_{name.upper()} = {i}" for i, name in enumerate(names))
         assert f"enum topr_{kind} {{ {expected} }};" in header, f"enum topr_{kind}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -111,8 +112,11 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         "prompts": Dataset.from_list([{"prompt": "2+2="}] * 8),
     }
-    exec(block("With Hugging Face", 1), names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cast_lm_head_to_fp32")
+        exec(block("With Hugging Face", 1), names)
     assert len(calls) == 1
+    assert names["args"].bf16, "the default that the comment names"
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -149,6 +153,29 @@ def test_other_loops(epochs: int) -> None:
     for step, window in zip(steps, windows, strict=True):
         for name, gradient in big_batch(window, "sequence_mean").items():
             torch.testing.assert_close(step[name], gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_a_plain_loop_over_a_hugging_face_model() -> None:
+    pytest.importorskip("transformers")
+    from tiny import random_model, tiny_tokenizer
+
+    model, norms = random_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: norms.append(model.lm_head.weight.grad.norm()))
+    records = [
+        {"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "reward": (-1.0) ** i}
+        for i in range(12)
+    ]
+    names: dict[str, Any] = {
+        "model": model,
+        "tokenizer": tiny_tokenizer(),
+        "records": records,
+        "optimizer": optimizer,
+        "DataLoader": torch.utils.data.DataLoader,
+        "torch": torch,
+    }
+    exec(block("With Hugging Face", 3), names)
+    assert len(norms) == 2 and min(norms) > 1e-3
 
 
 def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

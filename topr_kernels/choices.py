@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-#: Levels of the ratio. The index is the number in the kernels, enum topr_ratio of csrc.
-RATIOS = ("sequence", "geometric", "token")
+#: Levels of the ratio in the kernels. The index is the number there, enum topr_ratio of csrc.
+KERNEL_RATIOS = ("sequence", "geometric", "token")
+
+#: Levels per segment -> the level that each segment has in the place of its sequence.
+SEGMENT_RATIOS = {"segment": "sequence", "segment_geometric": "geometric"}
+
+#: Levels of the ratio.
+RATIOS = (*KERNEL_RATIOS, *SEGMENT_RATIOS)
+
+#: Those that the log mu of whole sequences suffices for; the others need it per token.
+SUMMED_RATIOS = RATIOS[:2]
 
 #: Reductions that divide by a count. Trainers offer these: they normalise over the accumulated batch.
 MEAN_REDUCTIONS = ("sequence_mean", "token_mean")

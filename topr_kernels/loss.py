@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from topr_kernels import choices, kernels, validation
 from topr_kernels.distributed import calls
 from topr_kernels.distributed.agreement import Groups
-from topr_kernels.limits import TOPR, Limits
+from topr_kernels.layout import IGNORE_INDEX, scored_labels
+from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
-from topr_kernels.ops.options import Tokens, Transforms
-from topr_kernels.output import TOPROutput
-from topr_kernels.sequence import topr_from_log_prob
+from topr_kernels.ops.options import Objective, Tokens, Transforms
+from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.segments import with_units
+from topr_kernels.sequence import topr_from_log_prob, without_unknown
 
 #: ``grad_tolerance`` of a frozen head in half precision; benchmarks/LOG.md says why.
 FROZEN_HEAD_TOLERANCE = 2.0**-11
@@ -28,11 +30,14 @@ def topr_loss(
     reward: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
+    sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -57,14 +62,30 @@ def topr_loss(
             taken per token. A sum is best kept in fp64.
         reward: [B] floating, signed.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
-        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT.
-        ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO)
-            or "token" (each token clipped alone; needs per-token ``behavior_log_prob``).
+        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT. Or a taper of
+            one's own, ``(log_ratio, positive) -> (objective, weight)``, see ``limits.Taper``: the value
+            of the loss is what it says, the gradient of each scored token is its weight
+            (``testing.check_taper`` compares them). At "geometric" it gets the mean log-ratio, and its
+            objective is multiplied by |y|. Every implementation then computes rows and gradient in its
+            kernels, and the sequence stage in torch.
+        ratio: "sequence" (the paper: product over tokens), "geometric" (its |y|-th root, as in GSPO),
+            "token" (each token clipped alone), "segment" (O_s = sum_k rho of the product over segment
+            k) or "segment_geometric" (sum_k |k| rho of its |k|-th root). The last three need
+            ``behavior_log_prob`` per token.
         baseline: subtracted from every reward; the difference also decides the sign.
         reduction: "sequence_mean" (the paper: n_s = 1 / (B |y_s|), B the non-empty sequences),
             "token_mean" (1 / total tokens) or "sum".
         normalizer: denominator that replaces the count of non-empty sequences (or of tokens, for
             "token_mean"): number or 0-dim tensor. Makes accumulation and data parallelism exact.
+        sequence_weight: [B] floating, finite, >= 0; multiplies n_s. Not part of the reward, so it never
+            changes a sign: 2 is the sequence twice under one normalizer, 0 leaves it out of the
+            gradient, though not out of the count. None is 1.
+        behavior_known: [B] bool, False for a sequence without log mu (records of a teacher, of people);
+            its ``behavior_log_prob`` is then not read. Served where the limits of its sign are equal
+            (positives under TOPR, SFT), since its weight is that limit whatever mu was.
+        segments: integers, shaped and aligned like log mu per token, for the ratios per segment: runs of
+            scored tokens of equal value. None: a token that is not scored ends a segment, nothing
+            else does (the turns of a trajectory).
         temperature: logits are divided by it, after ``softcap``.
         softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
         entropy: also compute the entropy of every scored row.
@@ -91,22 +112,30 @@ def topr_loss(
     tokens, transforms = Tokens(labels, cu_seqlens, shift), Transforms(1.0, softcap, temperature)
     given = validation.LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
     sequences = validation.SequenceArguments(
-        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
+        *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
+        sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
+        segments=segments,
     )
     if process_group is not None or sequence_group is not None:
         return calls.topr_loss(Groups(process_group, sequence_group), given, sequences, inplace)
     x, tokens, transforms, *_ = validation.check_logits(given)
     objective = validation.check_objective(tokens, sequences)
     if inplace:
-        _check_inplace(x)
+        _check_inplace(x, objective)
     if validation.values_readable(x, debug):
-        validation.check_values(tokens, x.shape[-1], objective.reward, normalizer)
+        validation.check_values(tokens, x.shape[-1], objective, normalizer)
+    impl = kernels.resolve(impl, x)
+    if not objective.in_kernels:
+        given = given._replace(logits=x, tokens=tokens, transforms=transforms, impl=impl)
+        return _staged(given, objective).shaped(labels.shape)
     options = transforms.temperature, transforms.softcap, entropy, shift, inplace
-    out = ops.topr_fwd(x, *tokens[:2], *objective, *options, kernels.resolve(impl, x))
+    out = ops.topr_fwd(x, *tokens[:2], *objective[:10], *options, impl)
     loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
     nan = torch.full_like(loss, torch.nan, requires_grad=False)
-    rest += nan, nan
-    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
+    rest += nan, nan, weights_or_ones(None, rest[3])
+    result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
+    return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
 
 def linear_topr_loss(
@@ -119,11 +148,14 @@ def linear_topr_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
+    sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -160,6 +192,9 @@ def linear_topr_loss(
         baseline: as in :func:`topr_loss`.
         reduction: as in :func:`topr_loss`.
         normalizer: as in :func:`topr_loss`.
+        sequence_weight: as in :func:`topr_loss`.
+        behavior_known: as in :func:`topr_loss`.
+        segments: as in :func:`topr_loss`.
         temperature: as in :func:`topr_loss`.
         softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``).
         entropy: as in :func:`topr_loss`.
@@ -204,7 +239,10 @@ def linear_topr_loss(
         *(entropy, grad_tolerance, workspace_bytes, impl, debug),
     )
     sequences = validation.SequenceArguments(
-        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
+        *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
+        sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
+        segments=segments,
     )
     if process_group is not None or sequence_group is not None:
         groups = Groups(process_group, sequence_group)
@@ -215,13 +253,18 @@ def linear_topr_loss(
     workspace = validation.check_workspace(workspace_bytes, x, vocab)
     name = kernels.resolve(impl, x, kernels.LINEAR)
     if validation.values_readable(x, debug):
-        validation.check_values(tokens, vocab, objective.reward, normalizer)
+        validation.check_values(tokens, vocab, objective, normalizer)
+    objective = with_units(objective, tokens)
+    lent = linear_ops.lend(objective.taper)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
-        *(entropy, shift, wanted.grad_tolerance, workspace, *wanted[1:], name),
+        *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
+        *(weights.compute_dtype, *transforms, entropy, shift),
+        *(wanted.grad_tolerance, workspace, *wanted[1:], name),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
-    return TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest).shaped(labels.shape)
+    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
+    result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
+    return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
 
 def topr_loss_from_log_prob(
@@ -231,11 +274,14 @@ def topr_loss_from_log_prob(
     reward: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    limits: Limits = TOPR,
+    limits: Limits | Taper = TOPR,
     ratio: str = "sequence",
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | Tensor | None = None,
+    sequence_weight: Tensor | None = None,
+    behavior_known: Tensor | None = None,
+    segments: Tensor | None = None,
     sequence_group: Any = None,
     debug: bool = False,
 ) -> TOPROutput:
@@ -257,6 +303,9 @@ def topr_loss_from_log_prob(
         baseline: as in :func:`topr_loss`.
         reduction: as in :func:`topr_loss`.
         normalizer: as in :func:`topr_loss`.
+        sequence_weight: as in :func:`topr_loss`.
+        behavior_known: as in :func:`topr_loss`.
+        segments: as in :func:`topr_loss`.
         sequence_group: of ``torch.distributed``, over whose processes the tokens of each sequence are
             spread: the tensors per token are this process's part, ``reward`` and a log mu per sequence
             the same on each. Log-ratios are summed over the group before any weight. Results per
@@ -272,18 +321,39 @@ def topr_loss_from_log_prob(
     """
     given = validation.TokenArguments(log_prob, mask, cu_seqlens, debug)
     sequences = validation.SequenceArguments(
-        behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction
+        *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
+        sequence_weight=sequence_weight,
+        behavior_known=behavior_known,
+        segments=segments,
     )
     if sequence_group is not None:
         return calls.topr_loss_from_log_prob(sequence_group, given, sequences)
     x, scored, offsets, _ = validation.check_token_log_prob(given)
-    objective = validation.check_objective(Tokens(scored, offsets, False), sequences)
+    tokens = Tokens(scored, offsets, False)
+    objective = validation.check_objective(tokens, sequences)
     if validation.values_readable(x, debug):
-        validation.check_sequence_values(scored, offsets, objective.reward, normalizer)
+        validation.check_sequence_values(tokens, objective, normalizer)
+    objective = with_units(objective, tokens)
     return topr_from_log_prob(x, scored, offsets, objective).shaped(log_prob.shape)
 
 
-def _check_inplace(logits: Tensor) -> None:
+def _staged(given: validation.LogitsArguments, objective: Objective) -> TOPROutput:
+    """The loss in two stages, for an objective that no kernel has compiled in: rows, sequences."""
+    x, tokens, transforms, entropy, impl, _ = given
+    options = transforms.temperature, transforms.softcap, entropy, tokens.shift, impl
+    log_prob, _, _, row_entropy = ops.log_prob_fwd(x, *tokens[:2], *options)
+    scored = scored_labels(*tokens) != IGNORE_INDEX
+    objective = with_units(objective, tokens)
+    out = topr_from_log_prob(log_prob, scored, tokens.cu_seqlens, objective)
+    return out._replace(entropy=row_entropy)
+
+
+def _check_inplace(logits: Tensor, objective: Objective) -> None:
+    if not objective.in_kernels:
+        raise ValueError(
+            "inplace: got True with sequence_weight, a ratio per segment or a callable in limits, where "
+            "it is not served; pass inplace=False"
+        )
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True writes into the saved logits, which a compiled graph cannot track; pass "
@@ -300,20 +370,24 @@ def _check_inplace(logits: Tensor) -> None:
         span += stride * (size - 1)
 
 
+#: Keywords of a call, not of a module.
+_PER_CALL = {"cu_seqlens", "normalizer", "sequence_weight", "behavior_known", "segments"}
+
+
 class TOPRLoss(nn.Module):
     """Module twin of :func:`topr_loss`: options once, tensors at every call.
 
     Args:
-        **options: every keyword of :func:`topr_loss` but ``cu_seqlens`` and ``normalizer``.
+        **options: every keyword of :func:`topr_loss` but those of its ``forward``.
 
     Raises:
-        TypeError: on an unknown option, or limits that are not ``Limits``.
+        TypeError: on an unknown option, or limits that are neither ``Limits`` nor callable.
         ValueError: on an unknown ratio or reduction.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        allowed = set(topr_loss.__kwdefaults__ or {}) - {"cu_seqlens", "normalizer"}
+        allowed = set(topr_loss.__kwdefaults__ or {}) - _PER_CALL
         if unknown := sorted(set(options) - allowed):
             raise TypeError(
                 f"TOPRLoss: unknown options {unknown}; expected some of {sorted(allowed)}"
@@ -334,6 +408,9 @@ class TOPRLoss(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        sequence_weight: Tensor | None = None,
+        behavior_known: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> TOPROutput:
         """Calls :func:`topr_loss` with the options of the module."""
         return topr_loss(
@@ -343,6 +420,9 @@ class TOPRLoss(nn.Module):
             reward,
             cu_seqlens=cu_seqlens,
             normalizer=normalizer,
+            sequence_weight=sequence_weight,
+            behavior_known=behavior_known,
+            segments=segments,
             **self.options,
         )
 

@@ -15,6 +15,11 @@ from topr_kernels.ops.options import Tokens
 DEAD_WEIGHT = 1e-6
 
 
+def weights_or_ones(weight: Tensor | None, reward: Tensor) -> Tensor:
+    """``sequence_weight`` of a result, [B] like its rewards."""
+    return torch.ones_like(reward) if weight is None else weight.to(reward.dtype)
+
+
 class LogProbOutput(NamedTuple):
     """Token results aligned with ``labels``, in its shape; fp32 (fp64 for fp64 logits).
 
@@ -45,6 +50,7 @@ class SequenceResults(NamedTuple):
         objective: [B].
         reward: [B].
         length: [B].
+        sequence_weight: [B].
         entropy: 0-dim, summed over the tokens.
         kl_k3: 0-dim, exp(d) - 1 - d for d = log pi - log mu, summed over the tokens.
     """
@@ -54,18 +60,23 @@ class SequenceResults(NamedTuple):
     objective: Tensor
     reward: Tensor
     length: Tensor
+    sequence_weight: Tensor
     entropy: Tensor
     kl_k3: Tensor
 
     def metrics(self) -> dict[str, Tensor]:
         """``TOPROutput.metrics`` of these sequences."""
         counted = self.length > 0
+        # Where the ratio is NaN and the weight is not, log mu was not needed and is not known.
+        known = counted & ~(self.log_ratio.isnan() & ~self.weight.isnan())
+        known_tokens = torch.where(known, self.length, 0).sum().to(self.weight.dtype)
         tokens = self.length.sum().to(self.weight.dtype)
         positive, negative = counted & (self.reward > 0), counted & (self.reward < 0)
-        magnitude = torch.where(counted, self.reward.abs(), 0.0)
-        per_token_objective = self.reward * self.objective / self.length.clamp(min=1)
-        objective = torch.where(self.reward == 0, 0.0, per_token_objective)
-        w = torch.where(negative, self.weight, 0.0)
+        amount = self.reward * self.sequence_weight
+        magnitude = torch.where(counted, amount.abs(), 0.0)
+        per_token_objective = amount * self.objective / self.length.clamp(min=1)
+        objective = torch.where(amount == 0, 0.0, per_token_objective)
+        w = torch.where(negative, self.weight * self.sequence_weight, 0.0)
         # Scaled to a largest weight of 1: squares of the small weights of a late epoch underflow.
         scaled = w / _extreme(w, negative, torch.amax)
         ess = scaled.sum().square() / scaled.square().sum()
@@ -82,11 +93,11 @@ class SequenceResults(NamedTuple):
             "saturated_share": _mean((self.weight == 1).to(w.dtype), negative),
             "ess_negative": ess,
             "ess_negative_share": ess / negative.sum(),
-            "kl_k1": -torch.where(counted, self.log_ratio, 0.0).sum() / tokens,
-            "kl_k3": self.kl_k3 / tokens,
+            "kl_k1": -torch.where(known, self.log_ratio, 0.0).sum() / known_tokens,
+            "kl_k3": self.kl_k3 / known_tokens,
             "weight_overflow": (counted & self.weight.isposinf()).sum().to(w.dtype),
         }
-        for name, members in (("positive", positive), ("negative", negative)):
+        for name, members in (("positive", positive & known), ("negative", negative & known)):
             mean = _mean(self.log_ratio, members)
             variance = _mean((self.log_ratio - mean).square(), members)
             result |= {
@@ -114,6 +125,11 @@ class TOPROutput(NamedTuple):
         length: [B] int64, number of scored tokens.
         active_share: 0-dim, share of the vocabulary the backward touched; NaN where not measured.
         left_out: 0-dim, relative norm of the logits' gradient left out; NaN where not measured.
+        sequence_weight: [B] as given, or ones; it is in ``loss``, not in ``weight``, ``objective`` or
+            ``reward``.
+
+    A sequence whose log mu is not known (``behavior_known``) has a log_ratio of NaN, and 0 in
+    token_log_ratio; its weight is its limit, its objective that of log mu = 0.
     """
 
     loss: Tensor
@@ -127,6 +143,7 @@ class TOPROutput(NamedTuple):
     length: Tensor
     active_share: Tensor
     left_out: Tensor
+    sequence_weight: Tensor
 
     def shaped(self, shape: torch.Size) -> TOPROutput:
         """The same, what is per token in another shape."""
@@ -137,7 +154,9 @@ class TOPROutput(NamedTuple):
         """Summarises one batch; every value is a 0-dim tensor on the device of the loss.
 
         Only sequences with a scored token count. Positive means reward minus baseline > 0, negative < 0.
-        A figure without data (no negatives in the batch, say) is NaN. Keys:
+        A figure without data (no negatives in the batch, say) is NaN. A ``sequence_weight`` v
+        multiplies R in ``objective`` and ``effective_positive_share`` and w in ``ess_negative``;
+        everything else counts sequences, those of weight 0 too. Keys:
 
         - ``objective``: mean over sequences of R * O / |y|, the Eq. 6 estimate being maximised.
         - ``reward_mean``; ``length_mean`` in scored tokens; ``entropy`` per token, in nats.
@@ -150,6 +169,7 @@ class TOPROutput(NamedTuple):
         - ``log_ratio_{positive,negative}_{mean,std,min,max}``: of the sequence log-ratio, in nats.
         - ``kl_k1``, ``kl_k3``: per-token estimates of KL(mu || pi) from samples of mu, mean of -d and of
           exp(d) - 1 - d for d = log pi - log mu. k3 needs per-token log mu and is NaN without it.
+          These and the log-ratios are of the sequences whose log mu is known.
         - ``weight_overflow``: number of infinite weights (only possible with an infinite limit).
         """
         return self.sequences().metrics()
@@ -164,6 +184,7 @@ class TOPROutput(NamedTuple):
             self.objective,
             self.reward,
             self.length,
+            self.sequence_weight,
             self.entropy.sum(),
             kl_k3,
         )

@@ -63,6 +63,41 @@ def token_log_probs(
     return (logits / temperature).log_softmax(-1)[torch.arange(len(labels)), labels]
 
 
+def per_segment(
+    token_log_ratio: Tensor, scored: Tensor, value: Tensor, a: float, b: float, ratio: str
+) -> tuple[Tensor, Tensor]:
+    """O_s = sum_k rho(prod r), or sum_k |k| rho((prod r)^(1/|k|)), over the segments of a sequence.
+
+    Args:
+        token_log_ratio: [n] of the scored tokens.
+        scored: [T] bool.
+        value: [T] integers.
+        a: lower limit.
+        b: upper limit.
+        ratio: "segment" or "segment_geometric".
+
+    Returns:
+        (objective, mean weight over the tokens), 0-dim.
+    """
+    segments: list[list[int]] = []
+    numbers = scored.cumsum(0) - 1
+    for t in scored.nonzero().flatten().tolist():
+        if t > 0 and scored[t - 1] and value[t - 1] == value[t]:
+            segments[-1].append(int(numbers[t]))
+        else:
+            segments.append([int(numbers[t])])
+    objective = weight = token_log_ratio.new_zeros(())
+    for k in segments:
+        log_ratio, size = token_log_ratio[k].sum(), len(k)
+        if ratio == "segment":
+            objective = objective + rho(log_ratio, a, b)
+            weight = weight + size * clipped(log_ratio, a, b)
+        else:
+            objective = objective + size * rho(log_ratio / size, a, b)
+            weight = weight + size * clipped(log_ratio / size, a, b)
+    return objective, weight / len(token_log_ratio)
+
+
 def topr_loss(
     logits: Tensor,
     labels: Tensor,
@@ -75,6 +110,8 @@ def topr_loss(
     baseline: float = 0.0,
     reduction: str = "sequence_mean",
     normalizer: float | None = None,
+    sequence_weight: Tensor | None = None,
+    segments: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     shift: bool = True,
@@ -83,27 +120,29 @@ def topr_loss(
 
     Computes in the dtype of ``logits``: pass fp64.
     """
+    if segments is None:
+        segments = torch.zeros_like(labels)
     if cu_seqlens is not None:
         logits = logits.reshape(-1, logits.shape[-1])
         labels = labels.reshape(-1)
         bounds = cu_seqlens.tolist()
         spans = list(pairwise(bounds))
         per_token = behavior_log_prob.numel() == labels.numel()
-        behavior = behavior_log_prob.reshape(-1)
+        behavior, of = behavior_log_prob.reshape(-1), segments.reshape(-1)
         sequences = [
-            (logits[i:j], labels[i:j], behavior[i:j] if per_token else behavior[s])
+            (logits[i:j], labels[i:j], behavior[i:j] if per_token else behavior[s], of[i:j])
             for s, (i, j) in enumerate(spans)
         ]
     else:
-        sequences = list(zip(logits, labels, behavior_log_prob, strict=True))
+        sequences = list(zip(logits, labels, behavior_log_prob, segments, strict=True))
 
     count = tokens = 0
     parts = []
     zero = logits.new_zeros(())
     log_ratios, weights, objectives = [], [], []
-    for s, (z, y, mu) in enumerate(sequences):
+    for s, (z, y, mu, value) in enumerate(sequences):
         if shift:
-            z, y, mu = z[:-1], y[1:], mu[1:] if mu.dim() else mu
+            z, y, mu, value = z[:-1], y[1:], mu[1:] if mu.dim() else mu, value[1:]
         scored = y != -100
         length = int(scored.sum())
         if length == 0:  # contributes nothing and is not counted
@@ -124,10 +163,15 @@ def topr_loss(
         elif ratio == "geometric":
             objective = length * rho(log_ratio / length, a, b)
             weight = clipped(log_ratio / length, a, b)
+        elif ratio != "token":
+            assert token_log_ratio is not None
+            objective, weight = per_segment(token_log_ratio, scored, value, a, b, ratio)
         else:
             assert token_log_ratio is not None
             objective = torch.stack([rho(t, a, b) for t in token_log_ratio]).sum()
             weight = torch.stack([clipped(t, a, b) for t in token_log_ratio]).mean()
+        if sequence_weight is not None:  # after the sign has been taken
+            advantage *= float(sequence_weight[s])
         if advantage != 0:  # a reward of 0 contributes nothing, whatever the ratio
             parts.append(advantage * objective / (length if reduction == "sequence_mean" else 1))
         log_ratios.append(log_ratio.detach())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from topr_kernels.layout import sequence_index, sequence_offsets
 from topr_kernels.ops.options import Objective
-from topr_kernels.output import TOPROutput
-from topr_kernels.taper import taper
+from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.taper import taper, taper_by
 
 
 class SequenceStage(NamedTuple):
@@ -50,7 +50,53 @@ def effective_reward(objective: Objective) -> Tensor:
 
     In that dtype 0.7 - 0.7 is 0, and not a negative of 1e-8 that would take the other branch.
     """
-    return objective.reward - torch.full_like(objective.reward, objective.baseline)
+    reward, baseline = objective.reward, objective.baseline
+    if reward.dtype in (torch.float32, torch.float64):
+        return reward - baseline  # where a number is rounded to the dtype of the tensor
+    return reward - torch.full_like(reward, baseline)
+
+
+def signed_weight(objective: Objective, dtype: torch.dtype) -> Tensor:
+    """[B] what multiplies the objective of a sequence: reward less baseline, times its weight.
+
+    A weight that is negative, infinite or NaN turns it into NaN; the sign of the reward alone chooses
+    the limits.
+    """
+    reward, weight = effective_reward(objective).to(dtype), objective.sequence_weight
+    if weight is None:
+        return reward
+    sound = (weight >= 0) & (weight < torch.inf)
+    return reward * torch.where(sound, weight, torch.nan).to(dtype)
+
+
+def needs_behavior(objective: Objective) -> Tensor:
+    """[B] bool: whether the weight of a sequence depends on log mu; with equal limits it does not."""
+    if objective.taper is not None:
+        return torch.ones_like(objective.reward, dtype=torch.bool)
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
+    negative = effective_reward(objective) < 0
+    return torch.where(negative, neg_min != neg_max, pos_min != pos_max)
+
+
+def of_tokens(x: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Repeats a value per sequence for its tokens: [B] -> [O, T], or [O, 1] where that broadcasts."""
+    if cu_seqlens is None:
+        return x.unsqueeze(1)
+    offsets, _ = sequence_offsets(labels, cu_seqlens)
+    return x[sequence_index(offsets, labels.numel())].view(labels.shape)
+
+
+def without_unknown(
+    out: TOPROutput, objective: Objective, labels: Tensor, cu_seqlens: Tensor | None
+) -> TOPROutput:
+    """Log-ratios of sequences without log mu: NaN, and 0 for their tokens."""
+    known = objective.behavior_known
+    if known is None:
+        return out
+    token = out.token_log_ratio.view(labels.shape)
+    token = torch.where(of_tokens(known, labels, cu_seqlens), token, 0.0)
+    log_ratio = torch.where(known, out.log_ratio, torch.nan)
+    return out._replace(token_log_ratio=token, log_ratio=log_ratio)
 
 
 def loss_denominator(length: Tensor, sound: Tensor, objective: Objective) -> Tensor:
@@ -113,7 +159,8 @@ def sequence_stage(
             sum_pieces(log_ratio64)
         token_log_ratio = difference.to(dtype)
     else:
-        log_ratio64 = segment_sum(torch.where(scored, log_prob, 0.0).reshape(-1), offsets)
+        difference = torch.where(scored, log_prob, 0.0).reshape(-1)
+        log_ratio64 = segment_sum(difference, offsets)
         if sum_pieces is not None:
             sum_pieces(log_ratio64)
         # A sequence without a scored token has nothing to subtract from.
@@ -122,23 +169,24 @@ def sequence_stage(
 
     reward = effective_reward(objective).to(dtype)
     negative = reward < 0  # NaN takes the positive branch and poisons it below
-    pos_min, pos_max, neg_min, neg_max = objective.log_limits
-    log_min = torch.full_like(reward, pos_min).masked_fill(negative, neg_min)
-    log_max = torch.full_like(reward, pos_max).masked_fill(negative, neg_max)
-
     sequence = sequence_index(offsets, scored_flat.numel())
     tokens = length.clamp(min=1).to(dtype)
     if ratio == "token":
-        value, token_weight = taper(token_log_ratio, log_min[sequence], log_max[sequence])
+        value, token_weight = _tapered(objective, token_log_ratio, negative[sequence])
         token_weight = torch.where(scored_flat, token_weight, 0.0)
         values = (torch.where(scored_flat, value, 0.0), token_weight)
         sums = torch.stack([segment_sum(x, offsets) for x in values])
         if sum_pieces is not None:
             sum_pieces(sums)
         tapered, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
+    elif objective.units is not None:
+        tapered, total, token_weight = _tapered_units(
+            objective, difference, scored_flat, reward, sum_pieces
+        )
+        weight = (total / tokens).to(dtype)
     else:
         scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
-        value, weight = taper((log_ratio64 / scale).to(dtype), log_min, log_max)
+        value, weight = _tapered(objective, (log_ratio64 / scale).to(dtype), negative)
         tapered = (value.double() * scale).to(dtype)
         token_weight = weight[sequence]
     log_ratio = log_ratio64.to(dtype)
@@ -146,12 +194,13 @@ def sequence_stage(
 
     counted = length > 0
     denominator = loss_denominator(length, sound, objective).to(dtype)
-    share = -reward / tokens if objective.reduction == "sequence_mean" else -reward
+    amount = reward if objective.sequence_weight is None else signed_weight(objective, dtype)
+    share = -amount / tokens if objective.reduction == "sequence_mean" else -amount
 
     # Selected, not multiplied: a reward of 0 cancels an infinite objective, never a NaN.
-    silent = ~counted | ((reward == 0) & ~tapered.isnan())
+    silent = ~counted | ((amount == 0) & ~tapered.isnan())
     contribution = torch.where(silent, 0.0, share * tapered)
-    token_silent = ~scored_flat | ((reward == 0)[sequence] & ~token_weight.isnan())
+    token_silent = ~scored_flat | ((amount == 0)[sequence] & ~token_weight.isnan())
     d_log_prob = torch.where(token_silent, 0.0, share[sequence] * token_weight)
     loss = (contribution.double().sum() / denominator.double()).to(dtype)
     return SequenceStage(
@@ -166,6 +215,52 @@ def sequence_stage(
         length=length,
         d_log_prob=d_log_prob.view_as(log_prob),
     )
+
+
+def _tapered(objective: Objective, log_ratio: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Objective and weight of some log-ratios, given which of them are of negative sequences."""
+    if objective.taper is not None:
+        return taper_by(objective.taper, log_ratio, ~negative)
+    pos_min, pos_max, neg_min, neg_max = objective.log_limits
+    log_min = torch.full_like(log_ratio, pos_min).masked_fill(negative, neg_min)
+    log_max = torch.full_like(log_ratio, pos_max).masked_fill(negative, neg_max)
+    return taper(log_ratio, log_min, log_max)
+
+
+def _tapered_units(
+    objective: Objective,
+    difference: Tensor,
+    scored: Tensor,
+    reward: Tensor,
+    sum_pieces: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The taper of every unit of the sequences, summed over them.
+
+    Args:
+        objective: with units.
+        difference: [N] log pi - log mu, 0 where not scored.
+        scored: [N] bool.
+        reward: [B] in the dtype of the results.
+        sum_pieces: as in :func:`sequence_stage`.
+
+    Returns:
+        (objective [B], weight summed over the tokens [B] fp64, weight of the unit of each token [N]).
+    """
+    units = objective.units
+    assert units is not None
+    dtype, owner = reward.dtype, units.owner
+    sums = torch.stack([segment_sum(x, units.offsets) for x in (difference, scored)])
+    if sum_pieces is not None:
+        sum_pieces(sums)
+    log_ratio, size = sums
+    scale = size.clamp(min=1) if objective.ratio == "geometric" else torch.ones_like(size)
+    value, weight = _tapered(objective, (log_ratio / scale).to(dtype), (reward < 0)[owner])
+    # Units lie in the order of their sequences.
+    number = torch.arange(len(reward) + 1, device=owner.device)
+    of_sequences = torch.searchsorted(owner, number)
+    values = value.double() * scale, weight.double() * size
+    tapered, total = (segment_sum(torch.where(size > 0, x, 0.0), of_sequences) for x in values)
+    return tapered.to(dtype), total, weight[sequence_index(units.offsets, scored.numel())]
 
 
 class SequenceLoss(torch.autograd.Function):
@@ -216,11 +311,13 @@ def topr_from_log_prob(
         )
     )
     not_measured = torch.full_like(stage.loss, torch.nan, requires_grad=False)
-    return TOPROutput(
+    out = TOPROutput(
         stage.loss,
         log_prob.detach(),
         not_measured.expand(log_prob.shape),
         *stage[2:8],
         not_measured,
         not_measured,
+        weights_or_ones(objective.sequence_weight, stage.reward),
     )
+    return without_unknown(out, objective, scored, cu_seqlens)

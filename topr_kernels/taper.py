@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 Bound = float | Tensor
+Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def clip_log_ratio(log_ratio: Tensor, log_min: Bound, log_max: Bound) -> Tensor:
@@ -44,4 +47,41 @@ def taper(log_ratio: Tensor, log_min: Bound, log_max: Bound) -> tuple[Tensor, Te
     # Inside the limits the excess is exactly 0, also at log x = +inf where inf - inf is NaN.
     excess = torch.where(log_ratio == c, 0.0, log_ratio - c)
     value = torch.where(weight == 0, 0.0, weight * (1 + excess))
+    return value, weight
+
+
+def taper_by(function: Function, log_ratio: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and weight by a taper of the caller's own, see ``limits.Taper``.
+
+    Args:
+        function: the taper.
+        log_ratio: [n] floating.
+        positive: [n] bool.
+
+    Returns:
+        (value, weight), shape and dtype of ``log_ratio``. NaN in gives NaN out in both.
+
+    Raises:
+        TypeError: if it returns anything but two floating tensors.
+        ValueError: if their shape is another.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    results = function(log_ratio, positive)
+    if not isinstance(results, (tuple, list)) or len(results) != 2:
+        raise TypeError(
+            f"limits: {name} returned {type(results).__name__}; expected two tensors, (objective, "
+            "weight)"
+        )
+    for kind, x in zip(("objective", "weight"), results, strict=True):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"limits: the {kind} of {name} is {got}; expected a floating tensor")
+        if x.shape != log_ratio.shape:
+            raise ValueError(
+                f"limits: the {kind} of {name} has shape {tuple(x.shape)}; expected that of the "
+                f"log-ratios, {tuple(log_ratio.shape)}, entry by entry"
+            )
+    # A NaN ratio never becomes a finite weight.
+    unknown = log_ratio.isnan()
+    value, weight = (torch.where(unknown, log_ratio, x.to(log_ratio.dtype)) for x in results)
     return value, weight

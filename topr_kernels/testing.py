@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from topr_kernels.layout import IGNORE_INDEX
+from topr_kernels.limits import Taper
+from topr_kernels.taper import taper_by
 
 
 class Batch(NamedTuple):
@@ -150,3 +152,57 @@ def make_linear_batch(
     return LinearBatch(
         hidden.to(dtype), weight.to(dtype), labels, behavior.to(wide), reward.to(wide)
     )
+
+
+def check_taper(taper: Taper, most: float = 12.0) -> str | None:
+    """Compares the weight of a taper of one's own with the slope of its objective.
+
+    The objective's steps over 8000 small intervals of the log-ratio are compared with the integral of
+    the weight, so that a jump shows as well as a wrong slope.
+
+    Args:
+        taper: as ``limits=`` of a loss takes it, see ``limits.Taper``.
+        most: nats of log-ratio that are tried, on both sides of 0.
+
+    Returns:
+        None where ``d objective / d log_ratio`` is the weight, for both signs. Else what differs where,
+        and what it means.
+
+    Raises:
+        TypeError: if it does not return two floating tensors.
+        ValueError: if they have another shape, or an entry depends on others than its own.
+    """
+    # Off the round numbers, at which limits lie.
+    x = torch.linspace(-most, most, 8001, dtype=torch.float64) + 1e-4 * torch.pi
+    step = float(x[1] - x[0])
+    for positive in (True, False):
+        _check_elementwise(taper, x, positive)
+        objective, weight = taper_by(taper, x, torch.full_like(x, positive, dtype=torch.bool))
+        slope, mean = objective.diff() / step, (weight[1:] + weight[:-1]) / 2
+        # At a kink the slope lies between the weights on its sides.
+        allowed = weight.diff().abs() / 2 + 1e-4 * mean.abs() + 1e-8
+        wrong = ((slope - mean).abs() / allowed).nan_to_num(torch.inf)
+        if wrong.max() > 1:
+            i = int(wrong.argmax())
+            kind = "positive" if positive else "negative"
+            return (
+                f"near a log-ratio of {float(x[i]):.4g} of a {kind} sequence the weight is "
+                f"{float(mean[i]):.4g}, the slope of the objective {float(slope[i]):.4g}: training "
+                "follows the weight, so the loss is a figure to log and not what is minimised, and its "
+                "finite differences are not its gradient. A mask that turns a value off makes it jump; "
+                "an objective that goes on without a jump, constant where the weight is 0, has none"
+            )
+    return None
+
+
+def _check_elementwise(taper: Taper, x: Tensor, positive: bool) -> None:
+    mixed = torch.arange(len(x)) % 2 == 0
+    whole = taper_by(taper, x, mixed)
+    for index in (mixed == positive, torch.tensor([len(x) // 2])):
+        parts = taper_by(taper, x[index], mixed[index])
+        for a, b in zip(whole, parts, strict=True):
+            if not torch.allclose(a[index], b, equal_nan=True):
+                raise ValueError(
+                    "limits: an entry of this taper depends on the others of a batch, but batches come "
+                    "in parts; compute what depends on the whole before the call, and close over it"
+                )

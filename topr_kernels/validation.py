@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topr_kernels.choices import RATIOS, REDUCTIONS
+from topr_kernels.choices import RATIOS, REDUCTIONS, SEGMENT_RATIOS, SUMMED_RATIOS
 from topr_kernels.layout import IGNORE_INDEX
-from topr_kernels.limits import PRESETS, Limits
+from topr_kernels.limits import IS, PRESETS, Limits, Taper
 from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.sequence import needs_behavior, of_tokens
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,15 +73,16 @@ def check_transforms(
     return Transforms(logit_scale, softcap, temperature)
 
 
-def check_limits(limits: object) -> Limits:
-    """Checks that ``limits`` is a Limits object."""
-    if not isinstance(limits, Limits):
-        names = ", ".join(PRESETS)
-        raise TypeError(
-            f"limits: expected a topr_kernels.Limits, got {type(limits).__name__} ({limits!r}); use a "
-            f"preset (topr_kernels.TOPR, ...; PRESETS has them by name: {names}) or Limits(...)"
-        )
-    return limits
+def check_limits(limits: object) -> Limits | Taper:
+    """Checks that ``limits`` is a Limits object, or a callable; a class is none."""
+    if isinstance(limits, Limits) or (callable(limits) and not isinstance(limits, type)):
+        return limits
+    names = ", ".join(PRESETS)
+    raise TypeError(
+        f"limits: expected a topr_kernels.Limits, got {type(limits).__name__} ({limits!r}); use a "
+        f"preset (topr_kernels.TOPR, ...; PRESETS has them by name: {names}), Limits(...) or a callable "
+        "(log_ratio, positive) -> (objective, weight)"
+    )
 
 
 def check_rows(
@@ -369,10 +372,13 @@ class SequenceArguments(NamedTuple):
     behavior_log_prob: Tensor
     reward: Tensor
     normalizer: float | Tensor | None
-    limits: Limits
+    limits: Limits | Taper
     ratio: str
     baseline: float
     reduction: str
+    sequence_weight: Tensor | None = None
+    behavior_known: Tensor | None = None
+    segments: Tensor | None = None
 
 
 def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
@@ -381,29 +387,22 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
     Args:
         tokens: checked; labels [O, T], or a mask in their place.
         given: behavior_log_prob [O, T] (packed: [N] or [1, N]) per token, or [B] per sequence;
-            reward [B]; normalizer a number > 0, a 0-dim tensor or None.
+            reward, sequence_weight and behavior_known [B]; normalizer a number > 0, a 0-dim tensor or
+            None.
 
     Returns:
         Objective; behavior_log_prob [O, T] or [B].
     """
     labels, cu_seqlens, _ = tokens
-    behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction = given
+    behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction = given[:7]
     check_choice("ratio", ratio, RATIOS)
     check_choice("reduction", reduction, REDUCTIONS)
     device = labels.device
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    reward = check_tensor(
-        "reward",
-        reward,
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        device,
-        "cast it with .float()",
-    )
-    if reward.shape != (sequences,):
-        raise ValueError(
-            f"reward: expected one per sequence, shape ({sequences},), got {tuple(reward.shape)}"
-        )
-    check_frozen("reward", reward)
+    reward = _per_sequence("reward", reward, sequences, device)
+    weight = given.sequence_weight
+    if weight is not None:
+        weight = _per_sequence("sequence_weight", weight, sequences, device)
     behavior = check_tensor(
         "behavior_log_prob",
         behavior_log_prob,
@@ -420,15 +419,73 @@ def check_objective(tokens: Tokens, given: SequenceArguments) -> Objective:
             f"behavior_log_prob: expected shape {tuple(per_token[-1])} (per token, aligned with "
             f"labels) or ({sequences},) (summed per sequence), got {tuple(behavior.shape)}"
         )
-    elif ratio == "token":
+    elif ratio not in SUMMED_RATIOS:
         raise ValueError(
-            f"behavior_log_prob: ratio='token' needs it per token, shape {tuple(per_token[-1])}, got "
+            f"behavior_log_prob: ratio={ratio!r} needs it per token, shape {tuple(per_token[-1])}, got "
             f"one sum per sequence {tuple(behavior.shape)}; pass token log-probs or another ratio"
         )
+    segments = _segments(tokens, given)
     normalizer = _normalizer(normalizer, reduction, device)
-    log_limits = check_limits(limits).log()
+    limits = check_limits(limits)
+    taper = None if isinstance(limits, Limits) else limits
+    log_limits = (limits if isinstance(limits, Limits) else IS).log()
     baseline = check_number("baseline", baseline)
-    return Objective(behavior, reward, normalizer, *log_limits, ratio, baseline, reduction)
+    options = SEGMENT_RATIOS.get(ratio, ratio), baseline, reduction
+    objective = Objective(behavior, reward, normalizer, *log_limits, *options, weight)
+    if segments is not None or taper is not None:
+        objective = objective._replace(segments=segments, taper=taper)
+    return objective if given.behavior_known is None else _filled(tokens, objective, given)
+
+
+def _segments(tokens: Tokens, given: SequenceArguments) -> Tensor | None:
+    """Values of the tokens by which segments are told apart, [O, T]; None for another ratio."""
+    labels, segments, ratio = tokens.labels, given.segments, given.ratio
+    if ratio not in SEGMENT_RATIOS:
+        if segments is not None:
+            raise ValueError(
+                f"segments: got some with ratio={ratio!r}, which does not read them; pass ratio="
+                f"{' or '.join(map(repr, SEGMENT_RATIOS))}, or drop them"
+            )
+        return None
+    if segments is None:
+        return torch.zeros_like(labels, dtype=torch.int64)
+    segments = check_tensor("segments", segments, INTEGERS, labels.device, "number them")
+    shapes = [labels.shape] if tokens.cu_seqlens is None else [labels.shape, labels.shape[1:]]
+    if segments.shape not in shapes:
+        raise ValueError(
+            f"segments: expected one per token, shape {tuple(shapes[-1])} like behavior_log_prob, got "
+            f"{tuple(segments.shape)}"
+        )
+    return segments.reshape(labels.shape)
+
+
+def _filled(tokens: Tokens, objective: Objective, given: SequenceArguments) -> Objective:
+    """The objective with something in the place of a log mu that is not known."""
+    labels, cu_seqlens, _ = tokens
+    known = check_tensor("behavior_known", given.behavior_known, (torch.bool,), labels.device)
+    if known.shape != objective.reward.shape:
+        raise ValueError(
+            f"behavior_known: expected one per sequence, shape {tuple(objective.reward.shape)}, got "
+            f"{tuple(known.shape)}"
+        )
+    # Without it the objective is that of mu = 1, up to a constant; a weight that needs it is NaN.
+    fill = torch.where(needs_behavior(objective), torch.nan, 0.0)
+    behavior, kept = objective.behavior_log_prob, known
+    if behavior.dim() == 2:
+        fill, kept = (of_tokens(x, labels, cu_seqlens) for x in (fill, known))
+    behavior = torch.where(kept, behavior, fill.to(behavior.dtype))
+    return objective._replace(behavior_log_prob=behavior, behavior_known=known)
+
+
+def _per_sequence(name: str, x: object, sequences: int, device: torch.device) -> Tensor:
+    """Checks a floating constant of the objective, one number per sequence."""
+    x = check_tensor(name, x, LOGITS_DTYPES, device, "cast it with .float()")
+    if x.shape != (sequences,):
+        raise ValueError(
+            f"{name}: expected one per sequence, shape ({sequences},), got {tuple(x.shape)}"
+        )
+    check_frozen(name, x)
+    return x
 
 
 def _normalizer(normalizer: object, reduction: str, device: torch.device) -> Tensor | None:
@@ -473,23 +530,33 @@ def values_readable(x: Tensor, debug: bool) -> bool:
 
 
 def check_values(
-    tokens: Tokens, vocab: int, reward: Tensor | None = None, normalizer: object = None
+    tokens: Tokens, vocab: int, objective: Objective | None = None, normalizer: object = None
 ) -> None:
     """Raises on values that are not sound; reads them on the host."""
     check_label_values(tokens.labels, vocab)
-    check_sequence_values(tokens.labels != IGNORE_INDEX, tokens.cu_seqlens, reward, normalizer)
+    check_sequence_values(tokens, objective, normalizer)
 
 
-def check_sequence_values(
-    scored: Tensor, cu_seqlens: Tensor | None, reward: Tensor | None, normalizer: object
-) -> None:
-    """Raises on values of sequences that are not sound; reads them on the host."""
-    if reward is not None:
-        check_reward_values(reward)
+def check_sequence_values(tokens: Tokens, objective: Objective | None, normalizer: object) -> None:
+    """Raises on values of sequences that are not sound; reads them on the host.
+
+    Args:
+        tokens: labels [O, T], or a mask in their place.
+        objective: checked, or None.
+        normalizer: as it came.
+    """
+    labels, cu_seqlens, _ = tokens
+    if objective is not None:
+        check_reward_values(objective.reward)
+        if objective.sequence_weight is not None:
+            check_weight_values(objective.sequence_weight)
+        if objective.behavior_known is not None:
+            check_known_values(objective)
     if isinstance(normalizer, Tensor):
+        scored = labels if labels.dtype == torch.bool else labels != IGNORE_INDEX
         check_normalizer_value(normalizer, bool(scored.any()))
     if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, scored.shape[1])
+        check_cu_seqlens_values(cu_seqlens, labels.shape[1])
 
 
 def check_label_values(labels: Tensor, vocab: int) -> None:
@@ -522,10 +589,35 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, n: int) -> None:
 
 def check_reward_values(reward: Tensor) -> None:
     """Raises when a reward is NaN or infinite."""
-    bad = ~reward.isfinite()
-    if bad.any():
-        i = int(bad.nonzero()[0])
+    finite = reward.isfinite()
+    if not finite.all():
+        i = int((~finite).nonzero()[0])
         raise ValueError(
             f"reward: expected finite numbers, got {float(reward[i])} for sequence {i}; drop the "
             "sequence or give it a reward"
+        )
+
+
+def check_weight_values(weight: Tensor) -> None:
+    """Raises when a weight of a sequence is NaN, infinite or negative."""
+    bad = ~(weight.isfinite() & (weight >= 0))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"sequence_weight: expected finite numbers >= 0, got {float(weight[i])} for sequence {i}; a "
+            "sign belongs to the reward, 0 leaves a sequence out"
+        )
+
+
+def check_known_values(objective: Objective) -> None:
+    """Raises when the log mu of a sequence is not known whose weight depends on it."""
+    known = objective.behavior_known
+    assert known is not None
+    bad = ~known & needs_behavior(objective)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])}, whose "
+            "weight depends on pi/mu; score its log mu, leave it out, or choose limits that are equal "
+            "for its sign (TOPR's of positives are)"
         )

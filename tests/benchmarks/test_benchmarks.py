@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks import __main__ as runner  # noqa: E402
-from benchmarks import data, hidden_states, providers, report  # noqa: E402
+from benchmarks import data, hidden_states, measure, providers, report  # noqa: E402
 from benchmarks.case import Case, LinearCase, LogitsCase, Provider, per_token  # noqa: E402
 from benchmarks.compare import judge  # noqa: E402
 from benchmarks.engine import COLUMNS, QUICK, Bench, Results, errors, measure_case  # noqa: E402
@@ -640,65 +640,137 @@ SCRIPT = (ROOT / "benchmarks" / "gpu_suite.sh").read_text(encoding="utf-8")
 def test_the_gpu_suite_takes_less_than_nine_minutes() -> None:
     parts = [int(n) for n in re.findall(r"^ *(?:tests|bench) (\d+) ", SCRIPT, re.MULTILINE)]
     check = int(re.findall(r"^timeout --kill-after=5 (\d+) ", SCRIPT, re.MULTILINE)[0])
-    assert len(parts) == 9
-    total = sum(parts) + check + 5 * (len(parts) + 1)
-    assert total < 540 and f"; {total} in all." in SCRIPT
+    assert len(parts) == 8
+    total = sum(parts) + check + 5 * (len(parts) + 2)
+    assert total < 540 and f"# {total} in all." in SCRIPT
 
 
 #: Stands for python: says what it was called with, and ends as the file of its kind says.
 STUB = """#!/bin/sh
 [ "$1" = - ] && exit 0
-for word in "$@"; do printf '%s\\t' "$word"; done >> "{log}"
-echo >> "{log}"
-case "$2 $*" in
-  "pytest "*test_gpu*) kind=gpu ;; "pytest "*) kind=triton ;; *) kind=bench ;;
-esac
+[ "$1" = -c ] && exit {xdist}
+case "$2 $*" in "pytest "*) kind=tests ;; *"--repetitions 1"*) kind=warm ;; *) kind=bench ;; esac
+log="{log}.$kind.calls"
+[ $kind = warm ] && log="$log.$$"
+for word in "$@"; do printf '%s\\t' "$word"; done >> "$log"
+echo >> "$log"
 [ -f "{log}.$kind" ] && . "{log}.$kind"
 exit 0
 """
 
 
-def gpu_suite(folder: Path, **kinds: str) -> tuple[int, list[str]]:
-    """Exit status of gpu_suite.sh and the calls of python, each kind ended by a line of shell."""
+class SuiteRun(NamedTuple):
+    """Exit status of gpu_suite.sh, and its calls of python by kind."""
+
+    status: int
+    tests: list[str]
+    bench: list[str]
+    warm: list[str]
+
+
+def gpu_suite(folder: Path, xdist: bool = True, **kinds: str) -> SuiteRun:
+    """Runs gpu_suite.sh with a python that ends each kind of call by a line of shell."""
     (folder / "benchmarks" / ".cache").mkdir(parents=True)
     (folder / "benchmarks" / ".cache" / "hidden_states.pt").touch()
     shutil.copy(ROOT / "benchmarks" / "gpu_suite.sh", folder / "benchmarks")
     log, stub = folder / "log", folder / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(STUB.format(log=log))
+    stub.write_text(STUB.format(log=log, xdist=int(not xdist)))
     stub.chmod(0o755)
     for kind, line in kinds.items():
         (folder / f"log.{kind}").write_text(line)
     environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
     command = ["bash", str(folder / "benchmarks" / "gpu_suite.sh"), str(folder / "out")]
     done = subprocess.run(command, env=environment, check=False, capture_output=True)
-    return done.returncode, log.read_text().replace(str(folder), "").splitlines()
+
+    def calls(kind: str) -> list[str]:
+        files = sorted(folder.glob(f"log.{kind}.calls*"))
+        text = "".join(f.read_text() for f in files).replace(str(folder), "")
+        return text.splitlines()
+
+    return SuiteRun(done.returncode, calls("tests"), calls("bench"), calls("warm"))
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU timeout")
 def test_the_gpu_suite(tmp_path: Path) -> None:
-    status, calls = gpu_suite(tmp_path / "right")
-    assert status == 0
-    assert (
-        "tests/core/test_gpu.py\ttests/core/test_gpu_linear.py" in calls[0]
-    )  # those that need a GPU first
-    assert "pytest" in calls[1] and len(calls) == 9
+    # The first call waits until those that compile for the benchmarks have begun.
+    right = gpu_suite(tmp_path / "right", tests="sleep 0.5")
+    assert right.status == 0
+    (tests,) = right.tests
+    for part in ("gpu", "gpu_linear", "triton", "triton_linear"):
+        assert f"tests/core/test_{part}.py" in tests
+    assert "--numprocesses\t" in tests
+    assert len(right.bench) == 7
     names = [f"{suite} {job.name}" for suite, job in runner.all_jobs("cuda", False)]
-    for call in calls[2:]:
+    for call in right.bench + right.warm:
         # Every part has a limit that its jobs share, less than that of the process, and has jobs.
         words = call.split("\t")
-        assert 10 / 60 <= float(words[words.index("--minutes") + 1]) <= 75 / 60
-        wanted = call.split("--filter\t")[1].split("\t--providers")[0].split("\t")
+        assert 10 / 60 <= float(words[words.index("--minutes") + 1]) <= 100 / 60
+        wanted = call.split("--filter\t")[1].split("\t--providers")[0].strip("\t").split("\t")
         assert any(all(word in name for word in wanted) for name in names), call
-    # Out of time is not red; a failure before it is, and so is any other status.
-    assert gpu_suite(tmp_path / "slow", gpu="exit 124") == (124, calls)
-    early = "echo 'tests/core/test_gpu.py::test_a FAILED [ 5%]'; exit 124"
-    for name, line in {"failed": "exit 1", "crashed": "kill -SEGV $$", "early": early}.items():
-        status, made = gpu_suite(tmp_path / name, gpu=line)
-        assert status == 1 and made == calls[:2], name  # the other tests run, no benchmark does
+    assert len(right.warm) == 3 and all("--providers\ttopr\t" in call for call in right.warm)
+    assert "--numprocesses" not in "".join(gpu_suite(tmp_path / "one", xdist=False).tests)
+    # Out of time is not red; a failure before it is, and so is any other status. The benchmarks come
+    # whatever happened, and are told.
+    assert gpu_suite(tmp_path / "slow", tests="exit 124")[::2] == (124, right.bench)
+    early = "echo 'tests/core/test_gpu.py::test_a[1] FAILED [ 5%]'; exit 124"
+    several = "echo '[gw0] [ 5%] FAILED tests/core/test_gpu.py::test_b '; exit 1"
+    for name, line, red in (
+        ("early", early, "test_gpu.py::test_a[1]"),
+        ("several", several, "test_gpu.py::test_b"),
+        ("crashed", "kill -SEGV $$", "pytest itself (status 139)"),
+    ):
+        status, _, bench, _ = gpu_suite(tmp_path / name, tests=line)
+        told = [call.replace(f"--red-tests\t{red}\t", "") for call in bench]
+        assert status == 1 and told == right.bench, name
+        assert all(f"--red-tests\t{red}" in call for call in bench), name
     # A part that crashes keeps the rest.
-    assert gpu_suite(tmp_path / "part", bench="exit 139") == (1, calls)
-    assert gpu_suite(tmp_path / "late", bench="exit 124") == (0, calls)
+    assert gpu_suite(tmp_path / "part", bench="exit 139")[::2] == (1, right.bench)
+    assert gpu_suite(tmp_path / "late", bench="exit 124")[::2] == (0, right.bench)
+
+
+def test_rows_after_a_red_test_name_it(tmp_path: Path) -> None:
+    argv = ("--filter", "throughput", "logits", "--providers", "torch eager")
+    status, rows = run(tmp_path, *argv, "--red-tests", "test_gpu.py::test_a")
+    assert status == 0 and rows
+    assert all(r["note"].endswith("measured after red tests: test_gpu.py::test_a") for r in rows)
+    text = "\n".join(report.tables(tmp_path / "quick"))
+    assert text.count("test_gpu.py::test_a") == 1
+    assert "after red tests (throughput): test_gpu.py::test_a." in text
+
+
+def test_the_device_sleeps_while_python_queues_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(f"sleep {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1, dtype=torch.int8))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    clock = measure.Clock("cuda")
+    # Ten million cycles took 2 ms, so 25 million take 5.
+    happened.clear()
+
+    def call(ms: float) -> None:
+        happened.append("call")
+        now[0] += ms / 1e3
+
+    assert clock(lambda: call(1.25)) == 2.0 and clock.host_ms == pytest.approx(1.25)
+    assert happened == ["wait", "sleep 25000000", "event", "call", "event", "wait"]
+    # A call that returns later than the device wakes has waited for it.
+    clock(lambda: call(7.0))
+    assert math.isnan(clock.host_ms)
 
 
 def test_the_vocabulary_is_cut_to_its_likely_columns() -> None:

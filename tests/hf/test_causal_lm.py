@@ -71,7 +71,7 @@ def eager_loss(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tenso
         impl="torch",
         **options,
     ).loss
-    balancing = getattr(seen[0], "aux_loss", None)
+    balancing = getattr(seen[-1], "aux_loss", None)
     if balancing is not None:
         loss = loss + model.config.router_aux_loss_coef * balancing
     return loss

@@ -72,6 +72,26 @@ MASKS = [
         ("weight", 0.5, "multiply the reward"),
         ("sample_weight", 2, "multiply the reward"),
         ("loss_weights", [1.0, 0.0, 1.0], "multiply the reward"),
+        ("masked", True, "leave the record out"),
+        ("masked", [0, 1, 0], "leave the record out"),
+        ("ignore_mask", [1, 1, 1], "leave the record out"),
+        ("remove_sample", True, "leave the record out"),
+        ("trainable", False, "leave the record out"),
+        ("loss_scale", [1.0, 0.5, 1.0], "multiply the reward"),
+        ("importance_sampling_ratio", 1.3, "drop the field"),
+        ("advantages", [-1.0, -1.0, 0.5], "give the advantage as reward"),
+        ("advantage", -0.3, "give the advantage as reward"),
+        ("advantages", torch.tensor([[-0.3]]), "give the advantage as reward"),
+        ("token_level_rewards", [0.0, -0.5, 0.0], "sum as reward"),
+        ("rewards", {"correct": -1.0, "format": 0.5}, "sum as reward"),
+        ("rollout_routed_experts", [[[1, 2]]], "drop the field"),
+        *(
+            (name, "cat.png", "drop the field")
+            for name in ("img", "image_url", "image_path", "video_urls", "input_image", "_images")
+        ),
+        ("num_images", 2, "drop the field"),
+        ("multi_modal_data", {"image": ["cat.png"]}, "drop the field"),
+        ("multimodal_train_inputs", {"pixel_values": [1.0]}, "drop the field"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_refused(name: str, value: Any, remedy: str):
@@ -103,6 +123,22 @@ def test_a_field_that_would_be_ignored_is_refused(name: str, value: Any, remedy:
         ("weights", "of a checkpoint"),
         ("ref_logprobs", [-1.0]),
         ("note", {"anything": 1}),
+        ("masked", [False, False, False]),
+        ("remove_sample", False),
+        ("is_train", True),
+        ("train", "split"),
+        ("loss_scale", 1.0),
+        ("advantages", [-1.0, -1.0, -1.0]),
+        ("advantage", np.float32(-1)),
+        ("token_level_rewards", [0.0, 0.0, -1.0]),
+        ("rewards", {"correct": -1.5, "format": 0.5}),
+        ("routed_experts", None),
+        ("num_images", 0),
+        ("img", ""),
+        ("image_caption", "a cat"),
+        ("multi_modal_data", {}),
+        ("status", "completed"),
+        ("stop_reason", 128009),
     ],
 )
 def test_a_field_that_changes_nothing_is_kept(name: str, value: Any):
@@ -112,7 +148,15 @@ def test_a_field_that_changes_nothing_is_kept(name: str, value: Any):
 
 
 def test_log_mu_under_another_name_is_not_overlooked():
-    for name in ("logprobs", "old_log_probs", "rollout_log_probs", "sampling_per_token_logps"):
+    for name in (
+        "logprobs",
+        "old_log_probs",
+        "rollout_log_probs",
+        "sampling_per_token_logps",
+        "action_log_probs",
+        "response_logprobs",
+        "cumulative_logprob",
+    ):
         record = {k: v for k, v in tokens(**{name: MU}).items() if k != "behavior_log_prob"}
         with pytest.raises(ValueError, match=rf"field '{name}': expected log mu .*rename.*drop"):
             prepare(record)
@@ -135,6 +179,9 @@ def test_a_text_record_is_asked_too():
         ({"finish_reason": {"type": "length", "length": 8}}, True),
         ({"truncated": True}, True),
         ({"is_truncated": np.True_}, True),
+        ({"stop_reason": "max_tokens"}, True),
+        ({"status": "truncated"}, True),
+        ({"stop_reason": "end_turn"}, False),
         ({"finish_reason": "stop"}, False),
         ({"finish_reason": "tool_calls"}, False),
         ({"truncated": False}, False),
@@ -152,6 +199,7 @@ def test_a_reason_that_is_not_known_is_refused():
     for record, message in (
         (tokens(finish_reason="content_filter"), "'finish_reason': got 'content_filter'.*'length'"),
         (tokens(finish_reason="stop", truncated=True), "'truncated': got True with finish_reason"),
+        (tokens(truncated=False, status="truncated"), "'status': got 'truncated', but another"),
     ):
         with pytest.raises(ValueError, match=rf"record 0, field {message}"):
             prepare(record)

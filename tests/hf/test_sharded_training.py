@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -59,12 +60,16 @@ def save(run: TOPRTrainer, folder: Path, weights: dict[str, torch.Tensor]) -> No
         torch.save(weights, folder / "weights.pt")
 
 
-def fsdp_worker(folder: str, tied: bool) -> None:
+def fsdp_worker(folder: str, tied: bool, offload: bool) -> None:
+    import torch.distributed.fsdp as fsdp
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
+    # Memory is pinned for an accelerator only.
+    policy: Any = fsdp.CPUOffloadPolicy
+    fsdp.CPUOffloadPolicy = functools.partial(policy, pin_memory=False)  # type: ignore[misc]
 
     def pretend() -> None:
         # Accelerate turns FSDP on for accelerators only; torch's FSDP2 runs on a CPU as well.
@@ -74,9 +79,11 @@ def fsdp_worker(folder: str, tied: bool) -> None:
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_offload": offload,
     }
     run = train(Path(folder), tied, pretend, fsdp=True, fsdp_config=wrap, **TWO)
     assert isinstance(run.model.lm_head.weight, DTensor)
+    assert isinstance(run.accelerator.state.fsdp_plugin.cpu_offload, policy) == offload
     weights = {n: p.detach().full_tensor() for n, p in run.model.named_parameters()}
     save(run, Path(folder), weights)
 
@@ -139,13 +146,14 @@ def check(folder: Path, tied: bool, kind: str) -> None:
         assert not torch.equal(p, start[name])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fsdp2_ends_where_one_process_ends(tmp_path: Path, tied: bool):
+@pytest.mark.parametrize(("tied", "offload"), [(False, False), (True, False), (False, True)])
+def test_fsdp2_ends_where_one_process_ends(tmp_path: Path, tied: bool, offload: bool):
     launch(
         2,
         "test_sharded_training.fsdp_worker",
         str(tmp_path),
         tied,
+        offload,
         env={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     )
     check(tmp_path, tied, "FSDP")

@@ -319,7 +319,7 @@ def test_an_open_ended_forward_gets_positions():
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_padding_without_positions_is_refused(wrapped: bool):
+def test_padding_without_positions_is_moved_or_refused(wrapped: bool):
     class NoPositions(GPT2LMHeadModel):
         def forward(self, input_ids=None, attention_mask=None, use_cache=None):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask)
@@ -327,8 +327,10 @@ def test_padding_without_positions_is_refused(wrapped: bool):
     model = gpt2(NoPositions)
     asked = PeftLike(model).eval() if wrapped else model
     data = rows(4)
+    with torch.no_grad():
+        check_rows_alone(model, completion_logits(asked, CompletionCollator(0)(data)), data)
     with pytest.raises(ValueError, match=r"NoPositions.forward takes no position_ids.*one seq"):
-        completion_logits(asked, CompletionCollator(0)(data))
+        completion_logits(asked, CompletionCollator(0)(data), check_padded=False)
     # Without padding, or with padding after the tokens only, positions are the columns.
     same = [data[0], data[0]]
     with torch.no_grad():

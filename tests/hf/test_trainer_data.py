@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -328,6 +329,23 @@ def test_an_offloaded_model_scores_log_mu():
         score_behavior(model, rows(6), CompletionCollator(0), **{**options, "fused_head": True})
 
 
+def test_an_offloaded_model_is_not_trained(tmp_path: Path):
+    """Before anything runs; where it lies on its device, hooks do not matter."""
+    accelerate = pytest.importorskip("accelerate")
+    for offload in (
+        lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
+        lambda model: accelerate.dispatch_model(
+            model, {"model": "cpu", "lm_head": "disk"}, offload_dir=tmp_path, force_hooks=True
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"model: its .* is offloaded .*FSDP .*cpu_offload"):
+            trainer(tmp_path, rows(4), offload(random_model()), fused_head=False)
+    placed = accelerate.dispatch_model(random_model(), {"": "cpu"}, force_hooks=True)
+    run = trainer(tmp_path, rows(4), placed)
+    run.train()
+    assert run.state.log_history[0]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("fused_head", [False, True])
 def test_a_model_that_gives_nan_scores_no_log_mu(fused_head: bool):
     """Above all not 0, which would be a probability of 1."""
@@ -393,9 +411,24 @@ def test_a_resumed_run_does_not_score_the_model_of_its_checkpoint(tmp_path: Path
         other.train(resume_from_checkpoint=True)
     nearly = random_model()
     with torch.no_grad():
-        nearly.lm_head.weight.mul_(1 + 1e-4)
+        nearly.lm_head.weight.mul_(1 + 1e-3)
     with pytest.warns(UserWarning, match=r"behavior='initial': log mu of .*checkpoint-2 is not"):
         trainer(tmp_path, TEXT, nearly, max_steps=3, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("nats", "bf16", "warns"), [(5e-5, 0, 0), (5e-4, 0, 1), (5e-4, 1, 0)])
+def test_what_another_batch_rounds_apart_is_no_news(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, nats: float, bf16: int, warns: int
+):
+    """Scored in batches of another size, log mu has other last digits: more of them in bf16."""
+    run = trainer(tmp_path, TEXT[:2], behavior="initial", bf16=bool(bf16))
+    scored = run._scored_by
+    assert scored is not None
+    other = [scored.first[0] + nats, *scored.first[1:]]
+    (tmp_path / scored.NAME).write_text(json.dumps(other))
+    recwarn.clear()
+    scored.check(tmp_path)
+    assert len(recwarn) == warns
 
 
 def test_a_stream_cannot_be_scored_before_training(tmp_path: Path):

@@ -158,6 +158,13 @@ def initial_worker(folder: str) -> None:
         for p in model.parameters():
             p.data.zero_()
     found["weights"] = raised(lambda: make(folder, records, model, behavior="initial"))
+
+    def collate(features: list[Row]) -> dict[str, Any]:
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("a field of the second process")
+        return CompletionCollator(0)(features)
+
+    found["collator"] = raised(lambda: make(folder, records, collator=collate, behavior="initial"))
     records[3]["prompt_token_ids"] = []
     bad = Dataset.from_list(records)
     found["record"] = raised(lambda: make(folder, bad, behavior="initial"))
@@ -173,3 +180,5 @@ def test_all_processes_refuse_what_one_cannot_score(tmp_path: Path):
         assert "record 3, field 'prompt': has no tokens" in found["record"]
         assert "expected the same weights on each" in found["weights"]
         assert "'cpu_ram_efficient_loading': False" in found["weights"]
+        assert "a field of the second process" in found["collator"]
+    assert "not scored by process 1: ValueError" in first["collator"]

@@ -173,6 +173,13 @@ def gradients(run: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def logged(run: Any) -> dict[str, float]:
+    """What the trainer logs of the micro-batches since the last log."""
+    figures: dict[str, float] = {}
+    run.log(figures)
+    return figures
+
+
 def norm(grads: dict[str, torch.Tensor]) -> float:
     return torch.stack([g.norm() for g in grads.values()]).norm().item()
 
@@ -189,8 +196,8 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_nothing_of_trl_but_the_loss_is_overridden():
     """A new version of TRL has to be read for what we replace and no more."""
     own = {n for n in vars(TOPRGRPOTrainer) if not n.startswith("__")}
-    assert {n for n in own if hasattr(GRPOTrainer, n)} == {"_compute_loss"}
-    assert own == {"_compute_loss", "_topr_normalizer", "_topr_log"}
+    assert {n for n in own if hasattr(GRPOTrainer, n)} == {"_compute_loss", "log"}
+    assert own == {"_compute_loss", "log", "_topr_normalizer", "_topr_log", "_topr_gather"}
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -248,25 +255,41 @@ def test_a_log_prob_that_the_sampler_could_not_give_moves_nothing(tmp_path: Path
     )[0].detach()
     inputs["sampling_per_token_logps"][0, 1] = known[0, 1]
     assert loss.isfinite() and loss.item() != 0
+    figures = logged(run)
     assert loss.item() == run._compute_loss(run.model, inputs).item()
     # Of 5 + 3 + 4 scored tokens.
-    assert run._metrics["train"]["topr/unknown_mu_share"] == pytest.approx([1 / 12, 0])
+    assert figures["topr/unknown_mu_share"] == pytest.approx(1 / 12)
+    assert logged(run)["topr/unknown_mu_share"] == 0
 
 
 def test_metrics_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     inputs = micro_batch()
     run = prepared(trainer(tmp_path), [inputs])
     run._compute_loss(run.model, inputs)
-    alone = {n: values[0] for n, values in run._metrics["train"].items()}
-    run._metrics["train"].clear()
-    monkeypatch.setattr(run.accelerator, "gather", lambda x: torch.cat([x, x + 2, x * math.nan]))
+    alone = logged(run)
+    assert not any(name.startswith("topr/") for name in logged(run)), "what was logged is gone"
     run._compute_loss(run.model, inputs)
-    for name, shift in (("objective", 1), ("log_ratio_negative_min", 0), ("kl_k3", 1)):
-        assert run._metrics["train"][f"topr/{name}"] == [
-            pytest.approx(alone[f"topr/{name}"] + shift)
-        ]
-    (largest,) = run._metrics["train"]["topr/log_ratio_negative_max"]
-    assert largest == pytest.approx(alone["topr/log_ratio_negative_max"] + 2)
+    # Another process with the same completions: means stay, an effective number doubles.
+    monkeypatch.setattr(run.accelerator, "gather", lambda x: torch.cat([x, x]))
+    both = logged(run)
+    for name in ("objective", "log_ratio_negative_min", "log_ratio_negative_std", "kl_k3"):
+        assert both[f"topr/{name}"] == pytest.approx(alone[f"topr/{name}"])
+    assert both["topr/ess_negative"] == pytest.approx(2 * alone["topr/ess_negative"])
+
+
+def test_metrics_do_not_depend_on_the_micro_batches(tmp_path: Path):
+    """PITFALLS 52: standard deviations and effective sample sizes are no means of the batches'."""
+    run = trainer(tmp_path)
+    batches = [ragged(i) for i in range(4)]
+    found = []
+    for parts in ([joined(batches)], [joined(batches[:1]), joined(batches[1:])], batches):
+        prepared(run, parts, len(parts))
+        for inputs in parts:
+            run._compute_loss(run.model, inputs)
+        found.append({n: x for n, x in logged(run).items() if n.startswith("topr/")})
+    assert found[0]["topr/log_ratio_negative_std"] > 0.1 and found[0]["topr/ess_negative"] > 1
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
 
 
 def test_settings_reach_the_loss(tmp_path: Path):
@@ -295,10 +318,11 @@ def test_evaluation_normalises_a_batch_by_itself(tmp_path: Path):
     inputs = micro_batch()
     run = trainer(tmp_path)
     loss = prepared(run, [inputs])._compute_loss(run.model, inputs).item()
+    objective = logged(run)["topr/objective"]
     prepared(run, [micro_batch(1)] * 2, 2).model.eval()
     with torch.no_grad():
         assert run._compute_loss(run.model, inputs).item() == pytest.approx(loss, rel=1e-6)
-    assert run._metrics["eval"]["topr/objective"] == run._metrics["train"]["topr/objective"]
+    assert logged(run)["eval_topr/objective"] == objective
 
 
 def test_an_all_empty_batch_gives_zero(tmp_path: Path):

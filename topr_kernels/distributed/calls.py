@@ -13,14 +13,15 @@ from topr_kernels import kernels, validation
 from topr_kernels.distributed import agreement, pieces, shards
 from topr_kernels.distributed.agreement import PER_SEQUENCE, PER_TOKEN, Agreement, Groups
 from topr_kernels.distributed.collectives import over, sum_
-from topr_kernels.layout import IGNORE_INDEX, scored_labels
+from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
 from topr_kernels.linear.operators import linear_kernels
 from topr_kernels.linear.tile import Shard
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens
-from topr_kernels.output import LogProbOutput, TOPROutput
-from topr_kernels.sequence import topr_from_log_prob
+from topr_kernels.output import LogProbOutput, TOPROutput, weights_or_ones
+from topr_kernels.segments import scored_tokens, with_units
+from topr_kernels.sequence import topr_from_log_prob, without_unknown
 from topr_kernels.validation import LinearArguments, LogitsArguments, SequenceArguments
 
 
@@ -36,6 +37,7 @@ def topr_loss(
     checked, agreed = agreement.agree(groups, _device(given.logits), call)
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     tokens, objective = _at_rows(inputs.tokens, objective, groups)
+    objective = _with_units(objective, tokens, groups.sequence_group)
     scores = _log_probs(inputs._replace(tokens=tokens), checked.impl, agreed, groups)
     out = topr_from_log_prob(
         scores.log_prob,
@@ -69,15 +71,20 @@ def linear_topr_loss(
     checked, agreed = agreement.agree(groups, _device(given.hidden), call)
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     tokens, objective = _at_rows(inputs.tokens, objective, groups)
+    objective = _with_units(objective, tokens, groups.sequence_group)
     workspace = _workspace(given, inputs, agreed.shard)
     impl = _registered(checked.impl, agreed.shard, groups)
     x, weights, _, transforms, wanted = inputs
+    lent = linear_ops.lend(objective.taper)
     out = linear_ops.linear_topr_fwd(
-        *(x, *weights[:2], *tokens[:2], *objective, weights.compute_dtype, *transforms),
-        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, *wanted[1:], impl),
+        *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
+        *(weights.compute_dtype, *transforms, given.entropy, tokens.shift),
+        *(wanted.grad_tolerance, workspace, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
+    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, token, row_entropy, token_log_ratio, *rest)
+    result = without_unknown(result, objective, *tokens[:2])
     if tokens.shift != given.tokens.shift:
         summed = objective.behavior_log_prob.dim() == 1
         result = pieces.loss_at_labels(result, given.entropy, summed, groups.sequence_group)
@@ -109,6 +116,8 @@ def topr_loss_from_log_prob(
         groups, _device(given.log_prob), _TokenCall(groups, given, sequences)
     )
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
+    tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
+    objective = _with_units(objective, tokens, sequence_group)
     out = topr_from_log_prob(
         inputs.log_prob, inputs.mask, inputs.cu_seqlens, objective, over(sum_, sequence_group)
     )
@@ -182,17 +191,22 @@ def _statement(
     behavior = summed = None
     objective = checked.objective
     if objective is not None:
-        behavior = objective.behavior_log_prob
+        behavior, own = objective.behavior_log_prob, objective.taper
         summed = checked.summed().behavior_log_prob if checked.forms & PER_SEQUENCE else None
         shared |= {
-            "limits": objective.log_limits,
+            "limits": objective.log_limits
+            if own is None
+            else getattr(own, "__qualname__", type(own)),
             "ratio": objective.ratio,
+            "ratio per segment": objective.segments is not None,
             "baseline": objective.baseline,
             "reduction": objective.reduction,
             "dtype of behavior_log_prob": behavior.dtype,
         }
-        tensors = {"reward": objective.reward, "normalizer": objective.normalizer}
-    whole = {"labels": labels, "cu_seqlens": cu_seqlens, **tensors}
+        names = ("reward", "normalizer", "sequence_weight", "behavior_known")
+        tensors = {name: getattr(objective, name) for name in names}
+    segments = None if objective is None else objective.segments
+    whole = {"labels": labels, "cu_seqlens": cu_seqlens, "segments": segments, **tensors}
     vocabulary = agreement.Facts({**shared, "shape": tuple(shape)}, whole, behavior)
     return agreement.Statement(
         columns, vocabulary, agreement.Facts(shared, tensors, summed), checked.forms
@@ -281,8 +295,9 @@ class _TokenCall(NamedTuple):
         inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
             assert checked.objective is not None
-            rest = checked.objective.reward, self.sequences.normalizer
-            validation.check_sequence_values(inputs.mask, inputs.cu_seqlens, *rest)
+            rest = checked.objective, self.sequences.normalizer
+            tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
+            validation.check_sequence_values(tokens, *rest)
 
 
 def _check_values(
@@ -294,7 +309,7 @@ def _check_values(
     if objective is None or sequences is None:
         validation.check_values(tokens, vocab)
     else:
-        validation.check_values(tokens, vocab, objective.reward, sequences.normalizer)
+        validation.check_values(tokens, vocab, objective, sequences.normalizer)
 
 
 # ---- what runs -------------------------------------------------------------------------------------
@@ -314,7 +329,18 @@ def _at_rows(tokens: Tokens, objective: Any, groups: Groups) -> tuple[Tokens, An
     if objective is not None and objective.behavior_log_prob.dim() == 2:
         mu = pieces.next_tokens(objective.behavior_log_prob, 0.0, group)
         objective = objective._replace(behavior_log_prob=mu)
+    if objective is not None and objective.segments is not None:
+        objective = objective._replace(segments=pieces.next_tokens(objective.segments, 0, group))
     return moved, objective
+
+
+def _with_units(objective: Objective, tokens: Tokens, sequence_group: Any) -> Objective:
+    """The objective with the units of its segments, if it has any; across the pieces of sequences."""
+    if objective.segments is None or sequence_group is None:
+        return with_units(objective, tokens)
+    offsets, _ = sequence_offsets(tokens.labels, tokens.cu_seqlens)
+    here = objective.segments, scored_tokens(tokens), offsets
+    return objective._replace(units=pieces.find_units(*here, sequence_group))
 
 
 def _log_probs(

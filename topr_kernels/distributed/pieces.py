@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from topr_kernels.distributed.collectives import gathered, rank_in
-from topr_kernels.layout import IGNORE_INDEX
-from topr_kernels.ops.options import Tokens
+from topr_kernels.layout import IGNORE_INDEX, sequence_index
+from topr_kernels.ops.options import Tokens, Units
 from topr_kernels.output import LogProbOutput, TOPROutput
+from topr_kernels.segments import starts
+from topr_kernels.sequence import segment_sum
 
 
 def check_shift(tokens: Tokens, sequence_group: Any) -> None:
@@ -92,6 +94,65 @@ def previous_tokens(x: Tensor, fill: float, group: Any) -> Tensor:
     earlier = [border for border in borders[: rank_in(group)] if border is not None]
     before = earlier[-1] if earlier else torch.full_like(end, fill)
     return torch.cat([before, x], dim=1)[:, :-1]
+
+
+def find_units(segments: Tensor, scored: Tensor, offsets: Tensor, group: Any) -> Units:
+    """The segments of sequences in pieces; one that crosses a border is one unit on both sides.
+
+    Args:
+        segments: [O, T] integers, aligned with ``scored``.
+        scored: [O, T] bool, of the tokens here.
+        offsets: [B + 1] int64 offsets of the pieces in the flattened positions.
+        group: whose ranks hold the pieces in their order.
+
+    Returns:
+        Units, numbered alike on all processes; their number is copied to the host.
+    """
+    sequence = sequence_index(offsets, scored.numel())
+    begins = starts(segments, scored, sequence)
+    count = segment_sum(begins, offsets).to(torch.int64)
+    own = torch.stack([*_ends(segments, scored, offsets), count])
+    parts = gathered(own, group)
+    joined = _joined(parts)
+    # Segments that begin in each piece, [P, B]; in all pieces of a sequence.
+    fresh = parts[:, -1] - joined
+    total = fresh.sum(0)
+    rank = rank_in(group)
+    first = total.cumsum(0) - total + fresh[:rank].sum(0) - joined[rank]
+    within = begins.cumsum(0) - (count.cumsum(0) - count)[sequence] - 1
+    index = (first[sequence] + within).clamp_(min=0)
+    sequences = len(total)
+    number = torch.arange(max(int(total.sum()), min(sequences, 1)) + 1, device=offsets.device)
+    owner = torch.searchsorted(total.cumsum(0), number[:-1], right=True)
+    return Units(torch.searchsorted(index, number), owner.clamp_(max=sequences - 1))
+
+
+def _ends(segments: Tensor, scored: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """Whether a piece has tokens; whether its first is scored, its value; the same of its last; [B]."""
+    # A process may have no token.
+    value, known = (
+        torch.nn.functional.pad(x.reshape(-1).long(), (0, 1)) for x in (segments, scored)
+    )
+    first, last = offsets[:-1], (offsets[1:] - 1).clamp(min=0)
+    return offsets.diff() > 0, known[first], value[first], known[last], value[last]
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """Whether the first segment of a piece goes on with that of the piece before it.
+
+    Args:
+        parts: [P, 6, B] of each process what ``_ends`` says, and one thing more.
+
+    Returns:
+        [P, B] int64.
+    """
+    open_, value = torch.zeros_like(parts[0, 0]), torch.zeros_like(parts[0, 0])
+    joined = []
+    for present, first_scored, first, last_scored, last, _ in (x.unbind() for x in parts):
+        joined.append(present * first_scored * open_ * (first == value))
+        open_ = torch.where(present == 1, last_scored, open_)
+        value = torch.where(present == 1, last, value)
+    return torch.stack(joined)
 
 
 def _borders(x: Tensor, present: bool, group: Any) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.forward import completion_hidden, completion_logits
 from topr_kernels.hf.heads import Head, find_head
 from topr_kernels.hf.packing import check_packing
+from topr_kernels.hf.padding import check_padding
 from topr_kernels.hf.trainer import TOPRTrainer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "causal_lm_log_prob",
     "causal_lm_topr_loss",
     "check_packing",
+    "check_padding",
     "completion_hidden",
     "completion_logits",
     "find_head",

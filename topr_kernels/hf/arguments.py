@@ -47,7 +47,8 @@ def check_arguments(
 
     Raises:
         TypeError: naming an argument of the wrong type, what it was and what to give.
-        ValueError: naming an argument, or a setting, that would be without effect.
+        ValueError: naming an argument, or a setting, that would be without effect; if weights of the
+            model are offloaded.
     """
     for name, why in _NOT_TAKEN.items():
         if more.get(name) is not None:
@@ -58,6 +59,7 @@ def check_arguments(
             "and those of the loss: TOPRConfig(output_dir=...)"
         )
     _check_model(model, args, more)
+    _check_offloaded(model)
     for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         _check_data(name, data)
     _check_lengths(args, train_dataset)
@@ -96,6 +98,20 @@ def _check_model(model: Any, args: TOPRConfig, more: Mapping[str, Any]) -> None:
             "model_init: got one with behavior='initial', but it makes another model when training "
             "begins than log mu would be scored with; pass model=model_init(), or score the records "
             "beforehand and use behavior='recorded'"
+        )
+
+
+def _check_offloaded(model: Any) -> None:
+    """Refuses weights that hooks of accelerate fetch as they are needed: gradients would not arrive."""
+    if model is None or not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    away = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"model: its {away} is offloaded (cpu_offload, disk_offload or device_map), which serves "
+            "inference alone: no gradient would reach it. Load the model whole; where it does not fit "
+            "train with FSDP (fsdp_config={'version': 2, 'cpu_offload': True}) or DeepSpeed ZeRO-3, or "
+            "adapters on a quantised model. score_behavior(..., fused_head=False) scores with it"
         )
 
 

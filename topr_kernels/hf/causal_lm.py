@@ -19,12 +19,15 @@ from topr_kernels import (
     topr_loss,
 )
 from topr_kernels.hf.capture import loss_in_head
-from topr_kernels.hf.forward import model_inputs
+from topr_kernels.hf.forward import arranged, model_inputs
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import check_packing_once, is_packed
+from topr_kernels.hf.padding import Moved
 from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.validation import values_readable
 
+#: Entries of a batch that are options of the loss.
+OPTIONAL = ("sequence_weight", "behavior_known", "segments")
 #: What models call the weight of their routers' balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -47,6 +50,7 @@ def causal_lm_topr_loss(
     impl: str = "auto",
     check: bool = False,
     check_packed: bool = True,
+    check_padded: bool = True,
 ) -> TOPROutput:
     """Runs a causal language model over a batch and computes its TOPR loss, without logits.
 
@@ -60,7 +64,8 @@ def causal_lm_topr_loss(
         model: Hugging Face causal language model, wrapped or not.
         batch: what :class:`CompletionCollator` returns, padded or packed, on the model's device: at
             least ``input_ids`` [B, T], ``labels``, ``behavior_log_prob``, ``reward`` [B], and positions
-            or a mask to count them from.
+            or a mask to count them from; ``sequence_weight`` and ``behavior_known`` [B] where there are
+            such.
         unwrapped: the model inside its wrapper; needed for every wrapper but PEFT's.
         limits: as in :func:`topr_kernels.topr_loss`.
         ratio: as in :func:`topr_kernels.topr_loss`.
@@ -80,6 +85,9 @@ def causal_lm_topr_loss(
         check_packed: run :func:`check_packing` on the first packed batch of a model, which many models
             fail without a word. It is remembered as long as the model lives and keeps its
             ``attn_implementation``; all processes of a sharded model must agree on it.
+        check_padded: run :func:`check_padding` on the first batch of a model that has a mask, and do
+            as it says: a model whose states or positions see padding gets it behind its tokens, see
+            :func:`completion_logits`. Remembered and to be agreed on like ``check_packed``.
 
     Returns:
         TOPROutput; its tensors per token are [B, K], of the last K columns of the batch that hold all
@@ -91,10 +99,12 @@ def causal_lm_topr_loss(
             are scored lie before the columns of ``logits_to_keep``, where it is read: on eager CPU
             tensors and with ``check``.
     """
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch, check)
+    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
+    batch = moved.batch
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
     if check_packed and is_packed(batch):
         check_packing_once(model, batch, signature_of=unwrapped)
-    _check_kept(batch["labels"], keep, check)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
     options: dict[str, Any] = {
         "cu_seqlens": batch.get("cu_seq_lens_q"),
@@ -107,11 +117,13 @@ def causal_lm_topr_loss(
         "entropy": entropy,
         "impl": impl,
     }
+    options |= {n: _kept(batch[n], keep) for n in OPTIONAL if batch.get(n) is not None}
     reward = batch["reward"]
     base = base_model(model if unwrapped is None else unwrapped)
     if not fused_head:
         outputs = model(**inputs)
         out = topr_loss(outputs.logits[:, -keep:], labels, behavior, reward, **options)
+        out = _restored(out, moved)
         return _with_router_loss(out, base, outputs, reduction, normalizer)
 
     captured: list[TOPROutput] = []
@@ -134,7 +146,8 @@ def causal_lm_topr_loss(
     with loss_in_head(model if unwrapped is None else unwrapped, compute, sample=check) as inside:
         outputs = model(**inputs)
     loss = inside.arrive(outputs.logits)
-    return _with_router_loss(captured[0]._replace(loss=loss), base, outputs, reduction, normalizer)
+    out = _restored(captured[0]._replace(loss=loss), moved)
+    return _with_router_loss(out, base, outputs, reduction, normalizer)
 
 
 def causal_lm_log_prob(
@@ -149,6 +162,7 @@ def causal_lm_log_prob(
     impl: str = "auto",
     check: bool = False,
     check_packed: bool = True,
+    check_padded: bool = True,
 ) -> LogProbOutput:
     """Runs a causal language model over a batch and scores its labels: the log mu of a frozen policy.
 
@@ -166,6 +180,7 @@ def causal_lm_log_prob(
         impl: as in :func:`causal_lm_topr_loss`.
         check: as in :func:`causal_lm_topr_loss`.
         check_packed: as in :func:`causal_lm_topr_loss`.
+        check_padded: as in :func:`causal_lm_topr_loss`.
 
     Returns:
         LogProbOutput, detached: [B, K] of the last K columns, or [1, N] packed.
@@ -173,10 +188,12 @@ def causal_lm_log_prob(
     Raises:
         ValueError: as :func:`causal_lm_topr_loss`.
     """
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped)
+    _check_kept(batch, check)
+    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
+    batch = moved.batch
+    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
     if check_packed and is_packed(batch):
         check_packing_once(model, batch, signature_of=unwrapped)
-    _check_kept(batch["labels"], keep, check)
     labels = _kept(batch["labels"], keep)
     options: dict[str, Any] = {
         "cu_seqlens": batch.get("cu_seq_lens_q"),
@@ -186,7 +203,8 @@ def causal_lm_log_prob(
     }
     with torch.no_grad():
         if not fused_head:
-            return log_prob(model(**inputs).logits[:, -keep:], labels, **options)
+            out = log_prob(model(**inputs).logits[:, -keep:], labels, **options)
+            return LogProbOutput(*map(moved.restored, out))
         captured: list[LogProbOutput] = []
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
@@ -204,7 +222,13 @@ def causal_lm_log_prob(
         base = model if unwrapped is None else unwrapped
         with loss_in_head(base, compute, sample=check) as inside:
             inside.arrive(model(**inputs).logits)
-    return captured[0]
+    return LogProbOutput(*map(moved.restored, captured[0]))
+
+
+def _restored(out: TOPROutput, moved: Moved) -> TOPROutput:
+    """With the tensors per token in the columns of the batch as it was given."""
+    token = ("log_prob", "entropy", "token_log_ratio")
+    return out._replace(**{name: moved.restored(getattr(out, name)) for name in token})
 
 
 def _kept(tokens: Tensor, keep: int) -> Tensor:
@@ -212,7 +236,9 @@ def _kept(tokens: Tensor, keep: int) -> Tensor:
     return tokens[:, -keep:] if tokens.dim() == 2 else tokens
 
 
-def _check_kept(labels: Tensor, keep: int, check: bool) -> None:
+def _check_kept(batch: Mapping[str, Any], check: bool) -> None:
+    labels: Tensor = batch["labels"]
+    keep = 0 if is_packed(batch) else int(batch.get("logits_to_keep", 0))
     # 0 keeps all columns, as in transformers.
     if not keep or not (values_readable(labels, False) or check):
         return

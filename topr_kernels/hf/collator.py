@@ -12,8 +12,9 @@ a system message) come first and are run through the model once instead of once 
     [ common prefix | padding | rest of the prompt | completion ]
 
 Attention never sees the padding and the position ids do not count it: a model of attention alone that
-takes its positions from ``position_ids`` gives every token the log-probability it has alone. Others
-(states, positions counted otherwise, prompts that an adapter puts in front) do not: use batches of one.
+takes its positions from ``position_ids`` gives every token the log-probability it has alone. For
+others (states, positions counted otherwise, virtual tokens of an adapter) the padding is moved behind
+the tokens before the forward pass, see ``topr_kernels.hf.padding``.
 
 With ``packing=True`` there is no padding: the sequences lie in one row, one after another, and the
 attention keeps them apart (``topr_kernels.hf.packing``)::

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from topr_kernels.hf.foreign import foreign_problem
 from topr_kernels.layout import IGNORE_INDEX
 
 TOKENS = ("prompt_token_ids", "completion_token_ids")
@@ -20,20 +21,26 @@ _MASK = re.compile(r"(^|_)masks?$")
 _WEIGHT = re.compile(r"(^|_)weights?$")
 #: Log mu, as samplers and other trainers call it. Those of a reference model are something else.
 _LOG_PROB = re.compile(
-    r"^(old_|rollout_|sampling_|sampler_|behaviou?r_|completion_|token_|policy_|generation_|inference_"
-    r"|vllm_|sglang_)*(per_token_)?(log_?probs?|logps?)$"
+    r"^(old_|rollout_|sampl(ing|er|ed)_|behaviou?r_|completion_|token_|policy_|generat(ion|ed|or)_"
+    r"|inference_|vllm_|sglang_|action_|response_|output_|actor_|trajectory_|engine_|cumulative_|sum_|mu_)*"
+    r"(per_token_)?(log_?probs?|logps?|log_?likelihoods?)$"
 )
 _MEDIA = re.compile(
-    r"^(images?|videos?|audios?|pixel_values\w*|pixel_attention_mask|input_features"
-    r"|input_audio\w*|(image|video)_(grid_thw|sizes|position_ids)|second_per_grid_ts)$"
+    r"^_?(input_|num_)?(images?|imgs?|pictures?|videos?|audios?|speech|frames)"
+    r"(_?(urls?|paths?|files?|bytes|base64|data|num|grid_thw|sizes|position_ids))?$"
+    r"|^(pixel_values\w*|pixel_(attention_mask|position_ids)|input_features|feature_attention_mask"
+    r"|input_audio\w*|second_per_grid_ts|spatial_shapes|num_tiles)$"
+    r"|^(multi_?modal|mm)_(train_)?(data|inputs?|kwargs)$"
 )
 _LABELS = ("labels", "target_ids")
 _POSITIONS = ("position_ids", "positions")
 _KINDS = ("token_type_ids", "mm_token_type_ids", "segment_ids", "sequence_ids", "document_ids")
 #: What samplers write where they cut a completion off, and where it ended.
-_CUT = ("length", "max_tokens", "max_length", "abort")
+_CUT = ("length", "max_tokens", "max_length", "max_new_tokens", "abort", "aborted", "truncated")
 _ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls", "tool_use")
 _FLAGS = ("truncated", "is_truncated")
+#: Fields in which other words than these mean something else.
+_WORDS = ("stop_reason", "status")
 
 
 def plain(value: Any) -> Any:
@@ -150,11 +157,11 @@ def behavior_of(record: Mapping[str, Any], tokens: int, where: str) -> list[floa
 
 
 def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
-    """Whether a completion was cut off, by ``finish_reason`` or ``truncated``; None if neither tells.
+    """Whether a completion was cut off, by ``finish_reason`` and the like; None if nothing tells.
 
     Raises:
         TypeError: if ``truncated`` is no bool.
-        ValueError: if the reason is not known, or the two contradict each other.
+        ValueError: if ``finish_reason`` is not known, or two fields contradict each other.
     """
     reason = record.get("finish_reason")
     # SGLang tells the reason with its details.
@@ -177,6 +184,16 @@ def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
                 "otherwise; leave the wrong one out"
             )
         known = flag
+    for field in _WORDS:
+        word = str(plain(record.get(field))).lower()
+        if word not in (*_CUT, *_ENDED):
+            continue
+        if known is not None and known != (word in _CUT):
+            raise ValueError(
+                f"{where}, field {field!r}: got {record[field]!r}, but another field says otherwise; "
+                "leave the wrong one out"
+            )
+        known = word in _CUT
     return known
 
 
@@ -201,7 +218,9 @@ def check_meaning(
     for name, given in record.items():
         if not isinstance(name, str) or given is None:
             continue
-        problem = _problem(name, plain(given), prompt, completion)
+        problem = _problem(name, plain(given), prompt, completion) or foreign_problem(
+            name, plain(given), plain(record.get("reward"))
+        )
         if problem is None and _LOG_PROB.match(name) and record.get("behavior_log_prob") is None:
             problem = (
                 "expected log mu under the name behavior_log_prob; rename the field, or drop it if "
@@ -220,6 +239,9 @@ def _problem(name: str, value: Any, prompt: list[int], completion: list[int]) ->
     if isinstance(value, (Sequence, Mapping)) and not value:
         return None
     if _MEDIA.match(name):
+        # A count of none.
+        if isinstance(value, Real) and not value:
+            return None
         return (
             "expected none, images, video and sound are not given to the model; drop the field if the "
             "prompt can do without it"

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from topr_kernels.hf.capture import capture_hidden, check_logits
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import is_packed, packed_inputs
+from topr_kernels.hf.padding import (
+    Moved,
+    check_padding_once,
+    check_unpadded,
+    counted_positions,
+    moved_behind,
+)
 from topr_kernels.hf.prefix import check_prefix_sharing, prefix_cache
 from topr_kernels.hf.signature import KEEP, POSITIONS, VARLEN, accepts, counts_positions, takes
 
@@ -25,6 +32,9 @@ _NOT_MODEL_INPUTS = frozenset(
         "labels",
         "behavior_log_prob",
         "reward",
+        "sequence_weight",
+        "behavior_known",
+        "segments",
         "group",
         "logits_to_keep",
         "prefix_length",
@@ -34,7 +44,11 @@ _NOT_MODEL_INPUTS = frozenset(
 
 
 def completion_logits(
-    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: nn.Module | None = None,
+    check_padded: bool = True,
 ) -> Tensor:
     """Logits of the last ``logits_to_keep`` columns of a batch, and of no others.
 
@@ -51,6 +65,10 @@ def completion_logits(
             names them.
         signature_of: the unwrapped model, whose forward says which arguments it takes. Of a PEFT
             model it is the base model's forward, to which PEFT passes arguments on.
+        check_padded: run :func:`check_padding` on a model's first batch that has a mask. One that sees
+            padding in front of its tokens then gets it behind them, and counts its positions itself;
+            what is returned is in the batch's columns again. All processes of a sharded model must
+            agree on it.
 
     Returns:
         [B, logits_to_keep, V] in the model's dtype; of a packed batch [1, N, V].
@@ -58,9 +76,10 @@ def completion_logits(
     Raises:
         ValueError: as ``model_inputs``.
     """
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
+    moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
+    inputs, keep = model_inputs(model, moved.batch, signature_of=signature_of, count=moved.counted)
     logits: Tensor = model(**inputs).logits
-    return logits[:, -keep:]
+    return moved.restored(logits[:, -keep:])
 
 
 def completion_hidden(
@@ -69,6 +88,7 @@ def completion_hidden(
     *,
     signature_of: nn.Module | None = None,
     check: Head | None = None,
+    check_padded: bool = True,
 ) -> Tensor:
     """The hidden states that ``completion_logits`` are computed from; logits are not computed.
 
@@ -77,6 +97,7 @@ def completion_hidden(
         batch: as in ``completion_logits``.
         signature_of: as in ``completion_logits``; needed for every wrapper but PEFT's.
         check: the model's head, to compare its logits of up to 4 rows with the model's own.
+        check_padded: as in ``completion_logits``.
 
     Returns:
         [B, logits_to_keep, D], of a packed batch [1, N, D], with gradient: for
@@ -85,17 +106,67 @@ def completion_hidden(
     Raises:
         ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
     """
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of)
+    moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
+    inputs, keep = model_inputs(model, moved.batch, signature_of=signature_of, count=moved.counted)
     unwrapped = model if signature_of is None else signature_of
     with capture_hidden(unwrapped, sample=check is not None) as capture:
         logits = model(**inputs).logits
     if check is not None:
         check_logits(check, capture, logits)
-    return capture.hidden[:, -keep:]
+    return moved.restored(capture.hidden[:, -keep:])
+
+
+def arranged(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: nn.Module | None = None,
+    check: bool = True,
+) -> Moved:
+    """A batch as its model can read it: as it is, or with its padding moved behind the tokens.
+
+    Args:
+        model: as in ``completion_logits``.
+        batch: as in ``model_inputs``.
+        signature_of: as in ``completion_logits``.
+        check: False leaves the batch as it is.
+
+    Raises:
+        ValueError: if the batch is padded and the model's tokens see it on both sides; if the model
+            sees padding in front and the batch shares a prefix.
+    """
+    mask, given = batch.get("attention_mask"), batch.get(POSITIONS)
+    unwrapped = model if signature_of is None else signature_of
+    further = set(batch) - _NOT_MODEL_INPUTS - _NO_POSITIONS
+    countable = isinstance(mask, Tensor) and mask.dim() == 2
+    # Positions of other shapes, and beside other inputs, are the batch's own affair.
+    if not check or is_packed(batch) or not countable or further or _is_own(given, mask):
+        return Moved(batch, None)
+    found = check_padding_once(model, batch, signature_of=signature_of)
+    if found.exact_as_it_is:
+        return Moved(batch, None)
+    if batch.get("prefix_length", 0):
+        raise ValueError(
+            f"share_prefix=True, but {type(base_model(unwrapped)).__name__} sees padding that stands in "
+            f"front of a token ({found.state or 'it counts its positions itself'}), and after a shared "
+            "prefix there is some; use share_prefix=False"
+        )
+    if not found.exact_behind:
+        check_unpadded(unwrapped, batch, found)
+    return moved_behind(batch)
+
+
+def _is_own(position_ids: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions are others than one number for each token."""
+    return position_ids is not None and mask is not None and position_ids.shape != mask.shape
 
 
 def model_inputs(
-    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: nn.Module | None = None,
+    count: bool = True,
 ) -> tuple[dict[str, Any], int]:
     """Arguments of the forward pass over a batch, and how many of its last columns to keep.
 
@@ -104,6 +175,7 @@ def model_inputs(
         batch: as in ``completion_logits``, or packed: with ``cu_seq_lens_q`` and the like, see
             ``CompletionCollator``.
         signature_of: as in ``completion_logits``.
+        count: count positions from the mask if the batch has none; False leaves it to the model.
 
     Returns:
         ``(inputs, keep)``: keyword arguments for ``model``, and ``logits_to_keep`` of a padded batch,
@@ -130,6 +202,8 @@ def model_inputs(
     position_ids = _position_ids(batch)
     if batch.get(POSITIONS) is None and (further or counts_positions(base)):
         _check_counted_by_model(position_ids, batch["attention_mask"], base, further)
+    elif batch.get(POSITIONS) is None and not count:
+        pass
     elif accepts(base, POSITIONS):
         inputs[POSITIONS] = position_ids[:, prefix:]
     else:
@@ -171,7 +245,7 @@ def _position_ids(batch: Mapping[str, Any]) -> Tensor:
             f"the batch has no position_ids and {got}, so real tokens cannot be counted; give it "
             "attention_mask [B, T] or position_ids in the data collator"
         )
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+    return counted_positions(mask)
 
 
 def _check_counted_by_model(

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from topr_kernels.hf.behavior import check_records
+from topr_kernels.hf.packing import allowed_difference
 
 _REMEDY = (
     "score the records beforehand (topr score, or score_behavior with the whole model in one process) "
@@ -28,6 +29,8 @@ _ALLOWED = 0.1
 _MOST_MEMORY = 0.8
 
 Score = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
+#: Log-probs of a process's share of the records, and of the one that all score.
+Scored = tuple[list[list[float]], list[float]]
 
 
 def score_initial(
@@ -55,7 +58,8 @@ def score_initial(
 
     Raises:
         ValueError: on all processes: if a record cannot be scored (see ``check_records``), or if the
-            model is not whole on each process, or not the same on all.
+            model is not whole on each process, or not the same on all, or one process cannot score its
+            share.
 
     Warns:
         UserWarning: if the model is scored on the CPU although training will not run there.
@@ -67,12 +71,17 @@ def score_initial(
     problem = next((p for p in problems if p is not None), None)
     if problem is not None:
         raise ValueError(f"behavior: got 'initial', but {problem}; {_REMEDY}")
+    probe = next((r for r in records if len(r["completion_token_ids"])), None)
     with _on(model, device):
-        log_probs = score(records[rank::processes])
         if processes == 1:
-            return log_probs
-        probe = next((r for r in records if len(r["completion_token_ids"])), None)
-        probed = score([probe])[0] if probe is not None else []
+            return score(records)
+        log_probs, probed = _together(
+            lambda: (
+                score(records[rank::processes]),
+                score([probe])[0] if probe is not None else [],
+            ),
+            rank,
+        )
     shares = gather_object([(log_probs, probed)])
     differences = [
         abs(a - b) for _, other in shares for a, b in zip(shares[0][1], other, strict=True)
@@ -88,6 +97,26 @@ def score_initial(
     return [shares[i % processes][0][i // processes] for i in range(len(records))]
 
 
+def _together(work: Callable[[], Scored], rank: int) -> Scored:
+    """Does a process's share, and raises on all processes if one of them cannot: they would wait for it.
+
+    Raises:
+        ValueError: if the work of another process raised; this one's own error is raised as it is.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    told = None if error is None else f"process {rank}: {type(error).__name__}: {error}"
+    problem = next((p for p in gather_object([told]) if p is not None), None)
+    if error is not None:
+        raise error
+    if problem is not None or result is None:
+        raise ValueError(f"behavior: got 'initial', but its share was not scored by {problem}")
+    return result
+
+
 class ScoredBy(TrainerCallback):
     """Keeps in every checkpoint what tells the model that log mu was scored under.
 
@@ -95,13 +124,17 @@ class ScoredBy(TrainerCallback):
 
     Args:
         log_probs: of the records of the first data set that was scored.
+        eps: of the dtype that scored them.
     """
 
     NAME = "initial_log_probs.json"
     #: The first so many tokens.
     TOKENS = 256
 
-    def __init__(self, log_probs: Sequence[Sequence[float]]) -> None:
+    def __init__(self, log_probs: Sequence[Sequence[float]], eps: float) -> None:
+        #: Nats that another shape of the batch explains, in which products round otherwise: as many eps
+        #: of a hidden state's norm as for packed batches, since logits of a few nats come of it.
+        self.rounding = allowed_difference(eps)
         self.first = list(islice(chain.from_iterable(log_probs), self.TOKENS))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -117,7 +150,8 @@ class ScoredBy(TrainerCallback):
             ValueError: if another model, or other records, were scored then.
 
         Warns:
-            UserWarning: if they differ by so little that another device may have rounded apart.
+            UserWarning: if they differ by more than rounding in another batch explains (1e-4 nats in
+                fp32), but so little that another device may have rounded apart.
         """
         path = checkpoint / self.NAME
         if not path.is_file():
@@ -138,6 +172,8 @@ class ScoredBy(TrainerCallback):
         # Written so that NaN fails.
         if not worst <= _ALLOWED:
             raise ValueError(f"behavior: got 'initial', but {problem}. {remedy}")
+        if worst <= self.rounding:
+            return
         warnings.warn(f"behavior='initial': {problem}. {remedy}", UserWarning, stacklevel=3)
 
 

@@ -29,7 +29,7 @@ from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
 
 #: Layers in which a token sees only its own sequence, given offsets or a mask.
-_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 #: Implementations for which transformers makes a mask from the position ids.
 _MASKED = frozenset({"eager", "sdpa", "flex_attention"})
 _REMEDY = "use packing=False"
@@ -126,7 +126,7 @@ def packing_problem(model: nn.Module) -> str | None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     layers = getattr(config, "layer_types", None)
-    others = sorted(set(layers or ()) - _ATTENTION)
+    others = sorted(set(layers or ()) - ATTENTION)
     if others:
         return (
             f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
@@ -192,17 +192,14 @@ def check_packing(
     device = batch["input_ids"].device
     with eval_mode(unwrapped):
         (behind, _), (alone, eps) = (
-            _hidden(
+            head_input(
                 model,
                 unwrapped,
                 {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()},
             )
             for inputs in (together, single)
         )
-    # The embedding of a padding id may be 0, and then all that comes of it.
-    norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
-    differences = (behind[len(a) :] - alone).norm(dim=-1) / norms
-    difference, allowed = float(differences.median()), max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
+    difference, allowed = median_difference(behind[len(a) :], alone), allowed_difference(eps)
     # Written so that NaN fails.
     if not difference <= allowed:
         base = base_model(unwrapped)
@@ -248,14 +245,26 @@ def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
     return sequences
 
 
-def _hidden(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
+def median_difference(found: Tensor, alone: Tensor) -> float:
+    """Median over the tokens of the norm of a difference relative to the norm; both [T, D] fp32."""
+    # The embedding of a padding id may be 0, and then all that comes of it.
+    norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
+    return float(((found - alone).norm(dim=-1) / norms).median())
+
+
+def allowed_difference(eps: float) -> float:
+    """What rounding may explain of a ``median_difference``."""
+    return max(_LEAST_ALLOWED, _EPS_ALLOWED * eps)
+
+
+def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
     """Input of the head, [T, D] fp32, or logits if there is no head; and the eps of the computation."""
     get = getattr(base_model(unwrapped), "get_output_embeddings", None)
     head = get() if callable(get) else None
     seen: list[tuple[Tensor, float]] = []
 
     def see(hidden: Tensor) -> None:
-        seen.append((hidden.flatten(0, -2).float(), _eps(hidden)))
+        seen.append((hidden.flatten(0, -2).float(), computing_eps(hidden)))
 
     if head is None:
         see(model(**inputs).logits)
@@ -268,7 +277,7 @@ def _hidden(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor,
     return seen[-1]
 
 
-def _eps(hidden: Tensor) -> float:
+def computing_eps(hidden: Tensor) -> float:
     """Eps of the dtype that a matmul computes in, which autocast and TF32 change from the operands'."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):

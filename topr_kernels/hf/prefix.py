@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels.hf.heads import base_model
-from topr_kernels.hf.signature import CACHE, KEEP, POSITIONS, cache_argument, cache_of, takes
+from topr_kernels.hf.signature import (
+    CACHE,
+    KEEP,
+    POSITIONS,
+    cache_argument,
+    cache_of,
+    counts_from_padding_id,
+    takes,
+    virtual_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +98,10 @@ def prefix_sharing_problem(model: nn.Module) -> str | None:
         return f"the model's forward does not take {', '.join(missing)}"
     if getattr(base_model(model), "_is_stateful", False):
         return "the model carries a state, which padding after the prefix would change"
+    if virtual_tokens(model):
+        return "an adapter puts virtual tokens in front of the prefix and of what follows it"
+    if counts_from_padding_id(model) is not None:
+        return "the model counts its positions from its padding id on"
     if model.training and _recomputes_activations(model):
         return "gradient checkpointing keeps no keys and values"
     return None

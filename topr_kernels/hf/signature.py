@@ -22,6 +22,8 @@ POSITIONS = "position_ids"
 OWN_POSITIONS = "get_rope_index"
 #: How many tokens a sequence may have, in a configuration.
 POSITION_COUNT = "max_position_embeddings"
+#: A table of learned positions; with a padding id its positions begin behind that (RoBERTa kinds).
+POSITION_TABLE = "position_embeddings"
 #: Offsets of packed sequences, by transformers' names.
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -75,10 +77,28 @@ def cache_of(outputs: Any) -> Any:
     return getattr(outputs, name)
 
 
+def virtual_tokens(model: Any) -> int:
+    """Tokens that PEFT's prompt learning puts in front of every row; it then drops position ids."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False):
+        return 0
+    return int(adapter.num_virtual_tokens)
+
+
+def counts_from_padding_id(model: Any) -> int | None:
+    """The padding id of a table of positions (RoBERTa kinds), which then begin behind it; or None."""
+    for path, module in base_model(model).named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if path.endswith(POSITION_TABLE) and padding is not None:
+            return int(padding)
+    return None
+
+
 def positions(model: Any) -> int | None:
     """Tokens that a sequence may have: those a model's table or its training has room for.
 
-    None if its configuration does not tell. What a scaling of rotary positions adds is counted.
+    None if its configuration does not tell. What a scaling of rotary positions adds is counted; what
+    virtual tokens of an adapter take is not, nor the positions up to a table's padding id.
     """
     config: Any = getattr(base_model(model), "config", None)
     if hasattr(config, "get_text_config"):
@@ -94,7 +114,8 @@ def positions(model: Any) -> int | None:
         if isinstance(kind, dict) and isinstance(kind.get("factor"), (int, float)):
             original = kind.get("original_max_position_embeddings") or most
             most = max(most, int(original * kind["factor"]))
-    return most
+    padding = counts_from_padding_id(model)
+    return most - virtual_tokens(model) - (0 if padding is None else padding + 1)
 
 
 def vocabulary(model: Any) -> int | None:

@@ -24,6 +24,7 @@ from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.heads import base_model, head_shape
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import check_loader, check_loading, parts_of, without_repeats
+from topr_kernels.hf.packing import computing_eps
 from topr_kernels.hf.signature import vocabulary
 from topr_kernels.hf.watch import (
     NegativeWatch,
@@ -58,8 +59,9 @@ class TOPRTrainer(Trainer):
     logits.
 
     A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
-    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; further entries go
-    to the model's forward, see ``completion_logits``.
+    ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; it may return
+    ``sequence_weight`` and ``behavior_known``, see ``causal_lm_topr_loss``. Further entries go to the
+    model's forward, see ``completion_logits``.
 
     With ``fused_head`` the model's own logits of a few rows of the first batch are compared with those
     computed from its head, since a model may transform its logits in unknown ways (see ``find_head``).
@@ -248,7 +250,9 @@ class TOPRTrainer(Trainer):
             model, records, score, device=self.args.device, processes=processes, rank=rank
         )
         if self._scored_by is None:
-            self._scored_by = ScoredBy(log_probs)
+            with self.accelerator.autocast():
+                sample = torch.empty(0, dtype=_dtype(model), device=self.args.device)
+                self._scored_by = ScoredBy(log_probs, computing_eps(sample))
             self.add_callback(self._scored_by)
         if hasattr(dataset, "add_column"):
             if "behavior_log_prob" in dataset.column_names:
@@ -439,6 +443,10 @@ def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
         return scored.any(dim=1).sum()
     before = nn.functional.pad(scored.view(-1).cumsum(0), (1, 0))[offsets.long()]
     return before.diff().gt(0).sum()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _any_scored(inputs: Mapping[str, Any]) -> bool:

@@ -7,10 +7,8 @@ ImportError.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 
 from topr_kernels import TOPR, Limits, TOPROutput, topr_loss_from_log_prob
 from topr_kernels.choices import MEAN_REDUCTIONS, RATIOS
+from topr_kernels.hf.watch import SequenceMetrics
 from topr_kernels.validation import check_choice, check_limits, check_number
 
 # The internals that this module uses were read in every version of this range: `_compute_loss(model,
 # inputs)`, the keys of `inputs`, what `_get_per_token_logps_and_entropies` returns, `_step`,
-# `_buffered_inputs` and `_metrics`.
+# `_buffered_inputs`, `_metrics` and how `log` takes the mean of each of these.
 _OLDEST, _TOO_NEW = (1, 15), (1, 17)
 
 
@@ -96,7 +95,7 @@ _TRUNCATING: dict[str, tuple[object, ...]] = {
 
 
 class TOPRGRPOTrainer(GRPOTrainer):
-    """TRL's ``GRPOTrainer`` with the TOPR loss; only ``_compute_loss`` is replaced.
+    """TRL's ``GRPOTrainer`` with the TOPR loss; ``_compute_loss`` is replaced, ``log`` extended.
 
     Equivalent, per optimizer step, to ``topr_loss_from_log_prob(log_prob, mask, mu, advantages)`` over
     all completions of its accumulated batch. TRL generates, scores, forms groups and computes the
@@ -140,9 +139,9 @@ class TOPRGRPOTrainer(GRPOTrainer):
     was kept. Without vLLM such sampling is allowed, because mu is scored with the full softmax.
     ``use_liger_kernel`` is allowed: it replaces layers, not the loss.
 
-    ``log`` gets the entropy as in TRL, and under ``topr/`` the metrics of ``TOPROutput.metrics()``:
-    means over processes and over the micro-batches since the last log in which they are defined (keys
-    that end in ``_min`` or ``_max``: the extreme over processes, averaged over micro-batches).
+    ``log`` gets the entropy as in TRL, and under ``topr/`` the metrics of ``TOPROutput.metrics()``, of
+    all completions since the last log, over all processes, as if they were one batch; those that are
+    undefined there are left out.
 
     Args:
         model: as in ``GRPOTrainer``.
@@ -191,6 +190,9 @@ class TOPRGRPOTrainer(GRPOTrainer):
         }
         if args is not None:
             _check_config(args)
+        self._topr_sequences = {mode: SequenceMetrics() for mode in ("train", "eval")}
+        #: Tokens without a log-prob of their sampler, and scored ones; of each micro-batch.
+        self._topr_unknown: dict[str, list[Tensor]] = {"train": [], "eval": []}
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         _warn_of_rounded_logits(self.args, self.model)
 
@@ -259,21 +261,34 @@ class TOPRGRPOTrainer(GRPOTrainer):
         out: TOPROutput,
         entropy: Tensor,
     ) -> None:
-        """Appends the metrics of a micro-batch of all processes to those that TRL will log."""
-        figures = {f"topr/{name}": value for name, value in out.metrics().items()}
+        """Keeps what ``log`` needs of a micro-batch, and appends its entropy as TRL does."""
+        self._topr_sequences[mode].add(out)
         if (sampled := inputs.get("sampling_per_token_logps")) is not None:
             unknown = (sampled.isnan() & scored).sum()
-            figures["topr/unknown_mu_share"] = unknown / scored.sum()
-        entropy_sums = [torch.where(scored, entropy.detach(), 0.0).sum(), scored.sum()]
-        # One collective and one copy to the host for all of them.
-        local = torch.stack(
-            [value.detach().double() for value in (*figures.values(), *entropy_sums)]
-        )
-        *columns, sums, tokens = self.accelerator.gather(local).view(-1, len(local)).T.tolist()
-        for name, column in zip(figures, columns, strict=True):
-            if known := [value for value in column if not math.isnan(value)]:
-                self._metrics[mode][name].append(_over_processes(name)(known))
-        self._metrics[mode]["entropy"].append(sum(sums) / max(sum(tokens), 1.0))
+            self._topr_unknown[mode].append(torch.stack([unknown, scored.sum()]).double())
+        local = torch.stack([torch.where(scored, entropy.detach(), 0.0).sum(), scored.sum()])
+        sums, tokens = self.accelerator.gather(local.double()).view(-1, 2).sum(0).tolist()
+        self._metrics[mode]["entropy"].append(sums / max(tokens, 1.0))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """``GRPOTrainer.log``, with the metrics of the completions since the last one."""
+        mode = "train" if self.model.training else "eval"
+        figures = self._topr_sequences[mode].result(self._topr_gather)
+        self._topr_sequences[mode] = SequenceMetrics()
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        counts = torch.stack([nothing, *self._topr_unknown[mode]]).sum(0, keepdim=True)
+        unknown, scored = self._topr_gather(counts).sum(0).tolist()
+        self._topr_unknown[mode].clear()
+        if scored:
+            figures["unknown_mu_share"] = unknown / scored
+        for name, value in figures.items():
+            self._metrics[mode][f"topr/{name}"] = [value]
+        super().log(logs, start_time)
+
+    def _topr_gather(self, x: Tensor) -> Tensor:
+        # A process that saw no batch has nothing on the device.
+        gathered: Tensor = self.accelerator.gather(x.to(self.accelerator.device))
+        return gathered
 
 
 def _scored(inputs: dict[str, Any]) -> Tensor:
@@ -290,12 +305,6 @@ def _behavior_log_prob(inputs: dict[str, Any], log_prob: Tensor) -> Tensor:
         return torch.where(sampled.isnan(), current, sampled.float())
     old: Tensor | None = inputs.get("old_per_token_logps")
     return current if old is None else old.float()
-
-
-def _over_processes(name: str) -> Callable[[list[float]], float]:
-    if name.endswith("_min"):
-        return min
-    return max if name.endswith("_max") else lambda values: sum(values) / len(values)
 
 
 def _check_config(args: GRPOConfig) -> None:

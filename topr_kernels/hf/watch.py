@@ -55,7 +55,7 @@ class NegativeWatch:
 class SequenceMetrics:
     """Metrics of the sequences of several batches, as if they had been one batch.
 
-    The sequences' results are kept, five numbers each, since a standard deviation or an effective
+    The sequences' results are kept, six numbers each, since a standard deviation or an effective
     sample size is no mean of those of the batches. Nothing is copied to the host before ``result``.
     """
 
@@ -71,7 +71,7 @@ class SequenceMetrics:
         if len(self._sums) >= self.MOST_PARTS:
             self._sequences, self._sums = [self._joined()], [torch.stack(self._sums).sum(0)]
         results = output.sequences()
-        self._sequences.append(torch.stack([x.double() for x in results[:5]]))
+        self._sequences.append(torch.stack([x.double() for x in results[:6]]))
         known = torch.zeros_like(results.entropy) if items is None else items
         loss = torch.where(known == 0, 0.0, output.loss.detach() * known)
         sums = (results.entropy, results.kl_k3, loss, known)
@@ -84,12 +84,14 @@ class SequenceMetrics:
             gather: from [1, K] of each of P processes to [P, K], for the metrics over all of them.
                 Every process must call it.
         """
-        sequences, sums = torch.zeros(5, 0), torch.zeros(4, dtype=torch.float64)
+        sequences, sums = torch.zeros(6, 0), torch.zeros(4, dtype=torch.float64)
         if self._sums:
             sequences, sums = self._joined(), torch.stack(self._sums).sum(0)
         if gather is not None:
             sums = gather(sums[None]).sum(0)
             longest = int(gather(sums.new_tensor([[sequences.shape[1]]])).max())
+            if not longest:
+                return {}
             # Sequences of length 0 are not counted.
             padded = nn.functional.pad(sequences.double(), (0, longest - sequences.shape[1]))
             sequences = gather(padded.reshape(1, -1)).view(-1, *padded.shape)

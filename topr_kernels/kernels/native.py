@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topr_kernels.choices import RATIOS, REDUCTIONS
+from topr_kernels.choices import KERNEL_RATIOS, REDUCTIONS
 from topr_kernels.kernels.native_library import DTYPES, call, library
 from topr_kernels.layout import sequence_offsets
 from topr_kernels.ops import accumulate_dtype
@@ -22,7 +22,7 @@ from topr_kernels.ops.options import Objective, Tokens, Transforms
 from topr_kernels.sequence import effective_reward
 
 # enum topr_ratio and topr_reduction.
-_RATIO = {name: i for i, name in enumerate(RATIOS)}
+_RATIO = {name: i for i, name in enumerate(KERNEL_RATIOS)}
 _REDUCTION = {name: i for i, name in enumerate(REDUCTIONS)}
 
 

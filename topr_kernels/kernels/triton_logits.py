@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topr_kernels.choices import RATIOS, REDUCTIONS
+from topr_kernels.choices import KERNEL_RATIOS, REDUCTIONS
 from topr_kernels.kernels.triton_gradient import logits_bwd_kernel
 from topr_kernels.kernels.triton_rows import (
     IGNORE,
@@ -58,7 +58,7 @@ from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
 
 # What the constants RATIO and REDUCTION of the kernels mean.
-_RATIO = {name: i for i, name in enumerate(RATIOS)}
+_RATIO = {name: i for i, name in enumerate(KERNEL_RATIOS)}
 _REDUCTION = {name: i for i, name in enumerate(REDUCTIONS)}
 
 

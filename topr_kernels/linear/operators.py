@@ -15,12 +15,13 @@ from topr_kernels.linear.plan import ScoredRows, Tile, plan_tiles, scored_rows
 from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.linear.workspace import Workspace
 from topr_kernels.ops import linear as ops
-from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Units, Wanted
 from topr_kernels.sequence import (
     SequenceStage,
     effective_reward,
     loss_denominator,
     sequence_stage,
+    signed_weight,
 )
 
 
@@ -112,7 +113,8 @@ def _topr_fwd(
 ) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):
         branch = _branches(objective)
-        rows, (lengths, branches) = scored_rows(tokens, branch)
+        # Of sequences, or of what has a ratio in their place; so is all that the tiles are planned by.
+        rows, (lengths, branches) = scored_rows(tokens, branch, units=objective.units)
         if kernels.sum_pieces is not None:
             # Of the whole sequences; ``lengths`` are those of the pieces here.
             counts = torch.cat([rows.length, (~rows.sound).to(torch.int64)[None]])
@@ -140,11 +142,16 @@ def _topr_fwd(
 def _branches(objective: Objective) -> Tensor:
     """[B]: 0 without a gradient, -1 on the negative branch, 1 on the positive one (NaN too)."""
     reward = effective_reward(objective)
-    return torch.where(reward == 0, 0, torch.where(reward < 0, -1, 1))
+    amount = reward
+    if objective.sequence_weight is not None:
+        amount = signed_weight(objective, torch.float64)
+    return torch.where(amount == 0, 0, torch.where(reward < 0, -1, 1))
 
 
 def _known_in_advance(objective: Objective, branch: int) -> bool:
     """Whether a row's coefficient needs nothing of its sequence but the length."""
+    if objective.taper is not None:
+        return objective.ratio == "token"
     low, high = objective.log_limits[2:] if branch < 0 else objective.log_limits[:2]
     return objective.ratio == "token" or low == high
 
@@ -226,11 +233,15 @@ class _Work:
 
         Args:
             index: [n] which rows.
-            segments: their (sequence, rows); a sequence whose weight depends on its ratio is whole.
+            segments: their (sequence or unit, rows); one whose weight depends on its ratio is whole.
         """
         rows, mu, device = self.rows, self.objective.behavior_log_prob, index.device
         sequence = torch.tensor([s for s, _ in segments]).to(device)
         offsets = torch.tensor([0, *(n for _, n in segments)]).cumsum(0).to(device)
+        units = self.objective.units
+        if units is not None:
+            sequence = units.owner[sequence]
+            units = Units(offsets, torch.arange(len(segments), device=device))
         position = rows.position[index]
         log_prob = self.out.log_prob.view(-1)[position].unsqueeze(0)
         mu = mu.reshape(-1)[position].unsqueeze(0) if mu.dim() == 2 else mu[sequence]
@@ -239,9 +250,7 @@ class _Work:
             torch.ones_like(log_prob, dtype=torch.bool),
             offsets,
             rows.sound,
-            self.objective._replace(
-                behavior_log_prob=mu, reward=self.objective.reward[sequence], normalizer=None
-            ),
+            self.objective.of_sequences(sequence, mu, units),
             length=rows.length[sequence],
         )
         return stage.d_log_prob[0] / self.denominator.to(log_prob.dtype)

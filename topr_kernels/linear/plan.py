@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels.layout import IGNORE_INDEX, scored_labels, sequence_offsets
-from topr_kernels.ops.options import Tokens
+from topr_kernels.ops.options import Tokens, Units
 from topr_kernels.sequence import segment_sum
 
 
@@ -30,12 +30,15 @@ class ScoredRows(NamedTuple):
     scored: Tensor
 
 
-def scored_rows(tokens: Tokens, *per_sequence: Tensor) -> tuple[ScoredRows, list[list[int]]]:
+def scored_rows(
+    tokens: Tokens, *per_sequence: Tensor, units: Units | None = None
+) -> tuple[ScoredRows, list[list[int]]]:
     """Lists the rows that predict a scored label.
 
     Args:
         tokens: of the batch.
         *per_sequence: [B] tensors that the host must know too.
+        units: parts of the sequences, that the host is to know in the place of the sequences.
 
     Returns:
         (rows, [lengths of the sequences, the other tensors] on the host).
@@ -46,7 +49,11 @@ def scored_rows(tokens: Tokens, *per_sequence: Tensor) -> tuple[ScoredRows, list
     offsets, sound = sequence_offsets(target, cu_seqlens)
     length = segment_sum(scored.reshape(-1), offsets).to(torch.int64)
     # The one copy to the host that every call makes.
-    host = torch.stack([length, *(x.to(torch.int64) for x in per_sequence)]).cpu().tolist()
+    known = [length, *(x.to(torch.int64) for x in per_sequence)]
+    if units is not None:
+        rows = segment_sum(scored.reshape(-1), units.offsets).to(torch.int64)
+        known = [rows, *(x[units.owner] for x in known[1:])]
+    host = torch.stack(known).cpu().tolist()
     # Stable: the scored positions first and in order, without another copy of their number.
     position = torch.argsort((~scored.reshape(-1)).to(torch.int8), stable=True)[: sum(host[0])]
     row, label = position - int(shift), target.reshape(-1)[position]

@@ -11,14 +11,16 @@ d_hidden without the coefficients of its rows. The backward multiplies the upstr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topr_kernels.ops import accumulate_dtype, savable
-from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Wanted
+from topr_kernels.ops.options import HeadWeights, Objective, Tokens, Transforms, Units, Wanted
 
 
 class Kernels(NamedTuple):
@@ -50,6 +52,35 @@ def is_registered(impl: str) -> bool:
 def unregister(impl: str) -> None:
     """Forgets an implementation, if it is there."""
     _KERNELS.pop(impl, None)
+
+
+class Lent:
+    """A taper of the caller's, by a number that a schema takes; forgotten with this object."""
+
+    def __init__(self, taper: Taper) -> None:
+        self.taper, self.number = taper, next(_COUNT)
+        _LENT[self.number] = self
+
+
+Taper = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_LENT: weakref.WeakValueDictionary[int, Lent] = weakref.WeakValueDictionary()
+_COUNT = itertools.count(1)
+
+
+def lend(taper: Taper | None) -> Lent | None:
+    """Makes a taper callable from :func:`linear_topr_fwd`, as long as its result or a graph lives.
+
+    Raises:
+        ValueError: in a compiled graph, which cannot hold it.
+    """
+    if taper is None:
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "limits: a callable in linear_topr_loss cannot be part of a compiled graph; call it outside "
+            "(torch.compiler.disable), or use topr_loss"
+        )
+    return Lent(taper)
 
 
 @torch.library.custom_op("topr_kernels::linear_log_prob_fwd", mutates_args=())
@@ -143,13 +174,13 @@ def linear_topr_fwd(
     behavior_log_prob: Tensor,
     reward: Tensor,
     normalizer: Tensor | None,
-    log_pos_min: float,
-    log_pos_max: float,
-    log_neg_min: float,
-    log_neg_max: float,
+    log_limits: Sequence[float],
     ratio: str,
     baseline: float,
     reduction: str,
+    sequence_weight: Tensor | None,
+    units: Tensor | None,
+    taper: int | None,
     compute_dtype: torch.dtype,
     logit_scale: float,
     softcap: float | None,
@@ -191,8 +222,11 @@ def linear_topr_fwd(
     """
     objective = Objective(
         *(behavior_log_prob, reward, normalizer),
-        *(log_pos_min, log_pos_max, log_neg_min, log_neg_max),
+        *(log_limits[0], log_limits[1], log_limits[2], log_limits[3]),
         *(ratio, baseline, reduction),
+        sequence_weight=sequence_weight,
+        units=None if units is None else Units.unpacked(units),
+        taper=None if taper is None else _LENT[taper].taper,
     )
     return _KERNELS[impl].topr_fwd(  # type: ignore[return-value]
         hidden,
@@ -269,10 +303,11 @@ def _topr_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(sound, row_coefficient, *map(savable, inputs[:3]))
     # Copies, a few bytes per token: the caller may refill its buffers, and a log mu that was scored in
     # inference mode cannot be saved.
-    ctx.constants = tuple(None if x is None else x.clone() for x in inputs[3:8])
+    ctx.constants = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs[3:])
+    # As long as the graph lives the taper can be called again.
+    ctx.lent = None if inputs[14] is None else _LENT[inputs[14]]
     # Not saved tensors: the first backward scales them in place and hands them over.
     ctx.gradients = output[-3:]
-    ctx.settings = inputs[8:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -293,7 +328,7 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = ctx.gradients
     if gradients is None:
         # A retained graph: what the first backward handed over must be computed again.
-        gradients = linear_topr_fwd(*inputs, *ctx.constants, *ctx.settings)[-3:]
+        gradients = linear_topr_fwd(*inputs, *ctx.constants)[-3:]
     elif not compiling:
         ctx.gradients = None
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.

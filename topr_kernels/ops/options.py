@@ -6,7 +6,8 @@ packed O = 1; B sequences; V vocabulary; D hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,22 @@ class Transforms(NamedTuple):
     temperature: float  # divides them
 
 
+class Units(NamedTuple):
+    """Parts of the sequences that have a ratio each, in the order of their tokens; S of them."""
+
+    offsets: Tensor  # [S + 1] int64 in the flattened label positions
+    owner: Tensor  # [S] int64 sequence
+
+    def packed(self) -> Tensor:
+        """One tensor of both: every argument of an operator costs time at each call."""
+        return torch.stack([self.offsets, torch.nn.functional.pad(self.owner, (0, 1))])
+
+    @staticmethod
+    def unpacked(x: Tensor) -> Units:
+        """The units of what ``packed`` gave."""
+        return Units(x[0], x[1, :-1])
+
+
 class Objective(NamedTuple):
     """The TOPR objective of a batch: what is known of its sequences, how they are weighted and summed.
 
@@ -44,6 +61,36 @@ class Objective(NamedTuple):
     ratio: str
     baseline: float  # subtracted from the rewards
     reduction: str
+    # What the kernels with a sequence stage of their own do not know, see ``in_kernels``.
+    sequence_weight: Tensor | None = None  # [B], multiplies n_s
+    units: Units | None = None  # what has a ratio in the place of a sequence
+    # [B] bool, whose log mu is known; where it is not, what stands for it has been filled in.
+    behavior_known: Tensor | None = None
+    segments: Tensor | None = None  # [O, T] integers, from which the units are found
+    # (log_ratio, positive) -> (objective, weight) in the place of the limits, see ``limits.Taper``
+    taper: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether the first ten fields say all: what kernels with a sequence stage compute."""
+        return self.sequence_weight is None and self.segments is None and self.taper is None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What the operators take of it that compute their sequence stage in torch, in their order."""
+        units = None if self.units is None else self.units.packed()
+        return (*self[:3], self.log_limits, *self[7:11], units)
+
+    def of_sequences(self, index: Tensor, behavior: Tensor, units: Units | None) -> Objective:
+        """The same of some sequences, whose log mu and units are given; without a normalizer."""
+        weight = self.sequence_weight
+        return self._replace(
+            behavior_log_prob=behavior,
+            reward=self.reward[index],
+            normalizer=None,
+            sequence_weight=None if weight is None else weight[index],
+            units=units,
+        )
 
     @property
     def log_limits(self) -> tuple[float, float, float, float]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from topr_kernels.recipe.plain_text import starts_with_money
+
 _THINKING = re.compile(
     r"<(/?)(?:think|thinking|thought|thoughts|reasoning|scratchpad)>"
     r"|<\|(?:(begin|end)_of_thought)\|>|\[(/?)THINK\]",
@@ -243,8 +245,9 @@ def _without_subject(clause: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without the $, emphasis and full stop that a sentence puts around it."""
-    text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip("$ ")
+    """An answer without the $ of LaTeX, emphasis and full stop that a sentence puts around it."""
+    text = answer.strip().strip('*_`"“”').strip().removesuffix(".").strip()
+    text = text if starts_with_money(text) else text.strip("$ ")
     return text.removesuffix("\\").strip()
 
 

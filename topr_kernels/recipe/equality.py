@@ -43,8 +43,11 @@ _NAMES = {
 
 
 def canonical(answer: str) -> str:
-    """The canonical form of an answer; answers of equal form have the same value."""
-    return _form(plain(answer))
+    """The canonical form of an answer; answers of equal form have the same value.
+
+    A dollar sign in front is left out, as most answers leave it out: votes for 5 and for $5 are one.
+    """
+    return _form(plain(answer).removeprefix("¤"))
 
 
 def same_answer(gold: str, answer: str) -> bool:

@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from topr_kernels.hf.collator import pad_left
+from topr_kernels.hf.heads import base_model
+from topr_kernels.hf.padding import check_padding_once
 from topr_kernels.hf.prefix import common_prefix_length, prefix_cache, shares_prefix
-from topr_kernels.hf.signature import KEEP, cache_argument, cache_of
+from topr_kernels.hf.signature import KEEP, cache_argument, cache_of, counts_from_padding_id
 from topr_kernels.hf.signature import positions as positions_of
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.models import dtype_name, tokenizer_fingerprint
@@ -117,6 +119,9 @@ def read_prompts(
         tokenizer: its tokenizer, with a pad token.
         prompts: texts, at least one.
         chat: ask each prompt as the user's turn of the chat template.
+
+    Raises:
+        ValueError: if padding or positions would make the model answer otherwise than a prompt alone.
     """
     token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     distinct = list(dict.fromkeys(map(tuple, token_ids)))
@@ -128,6 +133,7 @@ def read_prompts(
         name: x.to(model.device)
         for name, x in pad_left(distinct, tokenizer.pad_token_id, prefix).items()
     }
+    _check_padding(model, once)
     cache: dict[str, Any] = {}
     # The last token is left for generate, which needs one to start from.
     if shared and once["input_ids"].shape[1] > prefix + 1:
@@ -145,6 +151,21 @@ def read_prompts(
         cache = prefix_cache(model, once["input_ids"], prefix)
     inputs = {name: x[rows] for name, x in once.items()}
     return Prompts(token_ids, inputs, cache, rows)
+
+
+def _check_padding(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Refuses padded prompts for a model that sees padding in front of its tokens."""
+    own = counts_from_padding_id(model) is not None
+    if not own and bool(inputs["attention_mask"].all()):
+        return
+    found = check_padding_once(model, inputs)
+    if not found.exact_as_it_is:
+        remedy = "" if own else "batches of one prompt (--batch-size 1), or "
+        raise ValueError(
+            f"{type(base_model(model)).__name__} sees padding in front of its tokens "
+            f"({found.state or 'it counts its positions itself'}), so the prompts of a batch would get "
+            f"other answers than alone; expected {remedy}another sampler (--backend vllm, --server)"
+        )
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ def plain(text: str) -> str:
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
     # Dollars that are money, so that those left are LaTeX's.
     text = re.sub(r"\b(?:US|CA|AU|NZ|HK)\s?\\?\$|\\\$", "¤", text).replace(r"\%", "%")
+    text = text.replace("$", "¤", 1) if starts_with_money(text) else text
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     text = unicodedata.normalize("NFKC", text)
     text = "".join(_digit(_SYMBOLS.get(c, c)) for c in text)
@@ -85,6 +86,11 @@ def plain(text: str) -> str:
     text = _HEDGES.sub("", text, count=1) if _HEDGES.match(text) else text
     text = text.strip(" *\"'").removesuffix(".").rstrip(" ,;:")
     return without_outer_braces(text)
+
+
+def starts_with_money(text: str) -> bool:
+    """Whether the first ``$`` of a text is a dollar: it has no partner and a number follows."""
+    return text.count("$") % 2 == 1 and bool(re.match(r"[^\w$]*\$\s?\.?\d", text))
 
 
 def _digit(char: str) -> str:
