@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
@@ -95,20 +97,28 @@ def test_the_prefix_ratio_has_its_gradient():
         torch.testing.assert_close(weight, (w * mask).sum(1) / length[:, 0])
 
 
-@pytest.mark.parametrize("method", ["topr", "ppo", "prefix"])
-def test_losses_are_equal_before_the_first_update(method: str):
+CASES = [("topr", "sequence"), ("topr", "segment"), ("ppo", "sequence"), ("prefix", "sequence")]
+
+
+@pytest.mark.parametrize(("method", "ratio"), CASES)
+def test_losses_are_equal_before_the_first_update(method: str, ratio: str):
     """All ratios are 1, so every method's gradient is naive REINFORCE's."""
     model = new_model(0)
     data = run.draw(model, Cell("", columns=2, questions=3, samples=2), 0)
     data = data._replace(reward=torch.tensor([1.0, -1, 1, -1, -1, 1]))
     ids, labels = sequences(data.prompts, data.answers)
     gradients = []
-    for name in (method, "reinforce"):
+    for cell in (Cell(method, ratio=ratio), Cell("reinforce")):
         model.zero_grad()
-        run.objective(Cell(name), model(input_ids=ids).logits, labels, data, 0.3)[0].backward()
+        run.objective(cell, model(input_ids=ids).logits, labels, data, 0.3)[0].backward()
         gradients.append(model.lm_head.weight.grad.clone())
     assert gradients[0].abs().max() > 1e-4
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_segment_is_a_column_of_the_answer():
+    columns = run.columns_of(torch.zeros(2, 20), torch.zeros(2, 13))
+    assert columns.tolist() == [[0] * 7 + [0] * 6 + [1] * 7] * 2
 
 
 def test_a_run_resumes_and_repeats_itself(
@@ -239,5 +249,42 @@ def test_the_page_is_of_the_committed_figures():
     results, tried = store.read(world.RESULTS), store.read(world.PILOT)
     shown = (world.FOLDER / "README.md").read_text(encoding="utf-8")
     assert large.fill(shown, page.blocks(results, tried)) == shown
+    path = world.FOLDER / "map.png"
+    if path.exists():
+        with Image.open(path) as image:
+            assert image.text["Description"] == large.fingerprint(results, page.draw)
+    assert path.exists() == ("(map.png)" in shown)
     planned = {c.name for cells in GRIDS.values() for c in cells}
     assert {re.sub(r"seed=\d+$", "seed=0", name) for name in results} <= planned
+
+
+def test_a_page_of_other_figures(tmp_path: Path):
+    """Every table and the picture, from made-up figures."""
+
+    def made(right: float, weight: float | None) -> dict[str, Any]:
+        looks = {e: {"right": right, "unreadable": 1.0, "weight": weight} for e in ("1", "2", "4")}
+        return {"base": {"right": 40.0, "unreadable": 0.0}, "looks": looks, "seconds": 36.0}
+
+    results = {
+        dataclasses.replace(Cell(m, right=right), seed=seed).name: made(
+            90 + seed + 2 * (m == "sft"), w
+        )
+        for m, w in (("topr", 0.5), ("sft", None))
+        for right in (10, 50)
+        for seed in range(10)
+    }
+    readme = tmp_path / "README.md"
+    readme.write_text((world.FOLDER / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    page.write(results, {}, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert "TOPR beats positives only | -2.0 [-2.0, -2.0] | 10 | **not reproduced**" in text
+    assert (
+        "| 19 tokens, 32 x 16 samples, batch 32 | 4 | -2.0 [-2.0, -2.0] | -2.0 [-2.0, -2.0] | - |"
+        in text
+    )
+    assert (
+        "| TOPR | 10 | 40.0 ± 0.0 | 1: 94.5 ± 2.2; 2: 94.5 ± 2.2; 4: 94.5 ± 2.2 | 1.0 % | 0.5 → 0.5 |"
+        in text
+    )
+    assert "40 cells, " in text and "0.40 hours" in text
+    assert (tmp_path / "map.png").exists()

@@ -74,6 +74,8 @@ KEPT = 256
 METHODS = ("topr", "sft", "reinforce", "is", "tis", "ppo")
 SHARES = (0.01, 0.1, 0.2, 0.5, 1.0)
 RIGHT = (10, 50, 80)
+#: Of "segment" a segment is a column.
+RATIOS = ("sequence", "geometric", "token", "segment")
 
 
 def _c(method: str, **changes: object) -> Cell:
@@ -83,7 +85,7 @@ def _c(method: str, **changes: object) -> Cell:
 #: Cells by comparison, their seed left open, in the order to run. A cell that stands in two runs once.
 GRIDS: dict[str, tuple[Cell, ...]] = {
     "methods": (*map(_c, METHODS), _c("reinforce", like="topr")),
-    "ratios": (_c("topr", ratio="geometric"), _c("topr", ratio="token"), _c("prefix")),
+    "ratios": (*(_c("topr", ratio=r) for r in ("geometric", "token", "segment")), _c("prefix")),
     "shares": (
         *(_c(m, share=p) for p in SHARES[:-1] for m in ("topr", "tis")),
         _c("tis", share=1.0),
@@ -108,7 +110,7 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         for m, ratio in (("topr", "sequence"), ("topr", "geometric"), ("sft", "sequence"))
     ),
     "length-60": (
-        *(_c("topr", columns=10, ratio=r) for r in ("sequence", "geometric", "token")),
+        *(_c("topr", columns=10, ratio=r) for r in RATIOS),
         *(_c(m, columns=10) for m in ("sft", "prefix")),
     ),
     "noise": tuple(_c(m, errors="noise") for m in METHODS),
@@ -122,7 +124,7 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     # After one epoch right answers are not yet all the same, so that votes have room.
     "votes": tuple(_c(m, epochs=1, votes=8) for m in ("topr", "sft")),
     "length-200": (
-        *(_c("topr", columns=33, ratio=r) for r in ("sequence", "geometric", "token")),
+        *(_c("topr", columns=33, ratio=r) for r in RATIOS),
         *(_c(m, columns=33) for m in ("sft", "prefix")),
     ),
 }

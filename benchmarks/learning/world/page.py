@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from benchmarks.learning import page as large
 from benchmarks.learning import verdicts
 from benchmarks.learning.verdicts import interval
-from benchmarks.learning.world.cells import GRIDS, RIGHT, SEEDS, SHARES, Cell
+from benchmarks.learning.world.cells import GRIDS, RATIOS, RIGHT, SEEDS, SHARES, Cell
 from benchmarks.learning.world.claims import CLAIMS, Claim, differences, verdict
 from benchmarks.learning.world.pilot import RATES, best, tried
 from benchmarks.learning.world.store import Figures
@@ -29,10 +31,13 @@ NAMES = {
 
 
 def write(results: Figures, pilot: Figures, readme: Path) -> None:
-    """Replaces what stands between the marks of the page."""
+    """Replaces what stands between the marks of the page, and draws its picture."""
     text = large.fill(readme.read_text(encoding="utf-8"), blocks(results, pilot))
     with atomic_path(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    path = readme.with_name("map.png")
+    if not large.draw_plot(draw, results, path):
+        path.unlink(missing_ok=True)
 
 
 def blocks(results: Figures, pilot: Figures) -> dict[str, str]:
@@ -163,7 +168,7 @@ def _shares(results: Figures) -> str:
 def _ratios(results: Figures) -> str:
     lengths = (3, 10, 33)
     rows = [["", *(f"{6 * n + 1} tokens" for n in lengths)]]
-    kinds = (("topr", "sequence"), ("topr", "geometric"), ("topr", "token"))
+    kinds = [("topr", ratio) for ratio in RATIOS]
     for method, ratio in (*kinds, ("prefix", "sequence"), ("sft", "sequence")):
         name = NAMES[method] if method != "topr" else ratio
         cells = [Cell(method, columns=n, ratio=ratio) for n in lengths]
@@ -171,24 +176,70 @@ def _ratios(results: Figures) -> str:
     return large._table(rows)
 
 
+#: Where the map looks: what a row is called and how its cells differ from the default.
+_PLACES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("19 tokens, 32 x 16 samples, batch 32", {}),
+    ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
+    ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
+    ("61 tokens, 32 x 16 samples, batch 32", {"columns": 10}),
+    ("19 tokens, errors of noise", {"errors": "noise"}),
+)
+_EPOCHS = ("1", "2", "4")
+
+
 def _map(results: Figures) -> str:
     """TOPR minus positives only at each look."""
-    settings: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("19 tokens, 32 x 16 samples, batch 32", {}),
-        ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
-        ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
-        ("61 tokens, 32 x 16 samples, batch 32", {"columns": 10}),
-        ("19 tokens, errors of noise", {"errors": "noise"}),
-    )
     rows = [["", "epoch", *(f"base {right} %" for right in RIGHT)]]
-    for name, changes in settings:
-        for epoch in ("1", "2", "4"):
-            row = [name, epoch]
-            for right in RIGHT:
-                pair = [Cell(m, right=right, **changes) for m in ("topr", "sft")]
-                row.append(shown(_between(results, pair[0], pair[1], epoch)))
-            rows.append(row)
-    return large._table(rows)
+    for name, changes in _PLACES:
+        for epoch in _EPOCHS:
+            found = (_help(results, changes, right, epoch) for right in RIGHT)
+            rows.append([name, epoch, *map(shown, found)])
+    return large._table(rows) + (
+        "\n\n![TOPR minus positives only](map.png)" if _has_map(results) else ""
+    )
+
+
+def _has_map(results: Figures) -> bool:
+    places = ((changes, right) for _, changes in _PLACES for right in RIGHT)
+    return any(len(_help(results, changes, right, "1")) > 1 for changes, right in places)
+
+
+def draw(results: Figures) -> Any:
+    """The map as a picture; None without figures."""
+    panels = [
+        (f"{name}, epoch {epoch}", [_help(results, changes, right, epoch) for right in RIGHT])
+        for epoch in (_EPOCHS[0], _EPOCHS[-1])
+        for name, changes in _PLACES
+    ]
+    panels = [(name, columns) for name, columns in panels if any(len(c) > 1 for c in columns)]
+    if not _has_map(results):
+        return None
+    figure, axes = plt.subplots(figsize=(8.5, 1 + 0.55 * len(panels)), layout="constrained")
+    for row, (_, columns) in enumerate(panels):
+        for shift, (right, values) in enumerate(zip(RIGHT, columns, strict=True)):
+            if len(values) > 1:
+                found = interval(values)
+                axes.errorbar(
+                    found.mean,
+                    row + 0.2 * (shift - 1),
+                    xerr=found.half,
+                    fmt="osD"[shift],
+                    color=("#D55E00", "#0072B2", "#009E73")[shift],
+                    label=f"base {right} %",
+                )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(panels)), [name for name, _ in panels])
+    axes.invert_yaxis()
+    axes.set_xlabel("TOPR minus positives only, points, 95 % interval")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys())
+    return figure
+
+
+def _help(results: Figures, changes: dict[str, Any], right: int, epoch: str) -> list[float]:
+    """TOPR minus positives only, a difference a seed."""
+    topr, sft = (Cell(m, right=right, **changes) for m in ("topr", "sft"))
+    return _between(results, topr, sft, epoch)
 
 
 def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float]:

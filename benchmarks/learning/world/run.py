@@ -162,6 +162,7 @@ def objective(
             limits=PRESETS[cell.method],
             ratio=cell.ratio,
             baseline=baseline,
+            segments=columns_of(labels, data.answers) if cell.ratio == "segment" else None,
         )
         return out.loss, out.weight
     mask = labels != IGNORE
@@ -174,6 +175,14 @@ def objective(
         inside = torch.where(reward < 0, weight > 0.8, weight < 1.2)
         return -(ppo_objective(total, reward) / length).mean(), torch.where(inside, weight, 0.0)
     return prefix_loss(found, ratio, mask, reward)
+
+
+def columns_of(labels: Tensor, answers: Tensor) -> Tensor:
+    """The column of every token, shaped as ``labels`` [B, P + T]; the end belongs to the last one."""
+    length = answers.shape[1]
+    column = torch.arange(length).div(sums.STEP, rounding_mode="floor")
+    column = column.clamp(max=(length - 1) // sums.STEP - 1)
+    return torch.nn.functional.pad(column, (labels.shape[1] - length, 0)).expand_as(labels)
 
 
 def prefix_loss(
