@@ -232,7 +232,7 @@ def draw(results: Figures) -> Any:
     axes.invert_yaxis()
     axes.set_xlabel("TOPR minus positives only, points, 95 % interval")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys())
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
 
 
