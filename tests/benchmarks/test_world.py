@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a folder of the repository, not of the package
 
 from benchmarks.learning import page as large  # noqa: E402
+from benchmarks.learning.verdicts import interval  # noqa: E402
 from benchmarks.learning.world import __main__ as world  # noqa: E402
 from benchmarks.learning.world import claims, page, pilot, run, store, sums  # noqa: E402
 from benchmarks.learning.world.cells import GRIDS, SEEDS, Cell, cells_of  # noqa: E402
@@ -256,6 +257,46 @@ def test_the_page_is_of_the_committed_figures():
     assert path.exists() == ("(map.png)" in shown)
     planned = {c.name for cells in GRIDS.values() for c in cells}
     assert {re.sub(r"seed=\d+$", "seed=0", name) for name in results} <= planned
+
+
+#: In the order of the README: what stands before a figure, its claim, and the sign it is told with.
+QUOTED = [
+    ("behind positives only by", "TOPR beats positives only where 10 % are right", -1),
+    ("a tenth right, by", "TOPR beats positives only", -1),
+    ("has half, by", "TOPR beats positives only where 80 % are right", -1),
+    (
+        "brings TOPR to within",
+        "TOPR at p̃ = 80 % beats positives only where 10 % are right (added later)",
+        -1,
+    ),
+    ("naive REINFORCE falls", "naive REINFORCE collapses below the base", 1),
+    ("beats each token's by", "the ratio of the sequence beats that of each token", 1),
+    ("the geometric mean by", "the ratio of the sequence beats the geometric mean", 1),
+]
+
+
+def test_the_readme_quotes_the_small_world():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\u2212", "-")
+    part = " ".join(text.partition("**When do negatives help?**")[2].partition("\n## ")[0].split())
+    results = store.read(world.RESULTS)
+    by_text = {claim.text: claim for claim in claims.CLAIMS}
+    for phrase, name, sign in QUOTED:
+        values = [sign * v for v in claims.differences(results, by_text[name]).values()]
+        found = interval(values)
+        shown = f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f})"
+        told = f"{found.mean:.1f} points ({found.low:.1f} to {found.high:.1f})"
+        assert re.search(rf"{re.escape(phrase)} ({re.escape(shown)}|{re.escape(told)})", part), (
+            shown
+        )
+        # Whoever reads "behind" is told so by the interval, or that it is level.
+        assert found.low > 0 or "within" in phrase
+    assert len(re.findall(r"\d to \d", part)) == len(QUOTED)
+    # "In every epoch and batch size tried": nowhere does the map have TOPR ahead.
+    for _, changes in page._PLACES:
+        for right in page.RIGHT:
+            for epoch in page._EPOCHS:
+                values = page._help(results, changes, right, epoch)
+                assert len(values) < claims.LEAST_SEEDS or interval(values).low <= 0
 
 
 def test_a_page_of_other_figures(tmp_path: Path):

@@ -148,6 +148,21 @@ CLAIMS: tuple[Claim, ...] = (
         Cell("topr", epochs=16),
         Cell("sft", epochs=16),
     ),
+    Claim(
+        "TOPR at p̃ = 50 % beats positives only where 10 % are right (added later)",
+        Cell("topr", right=10, share=0.5),
+        Cell("sft", right=10),
+    ),
+    Claim(
+        "TOPR at p̃ = 80 % beats positives only where 10 % are right (added later)",
+        Cell("topr", right=10, share=0.8),
+        Cell("sft", right=10),
+    ),
+    Claim(
+        "three rounds: TOPR beats positives only where 10 % are right",
+        Cell("topr", rounds=3, epochs=2, right=10),
+        Cell("sft", rounds=3, epochs=2, right=10),
+    ),
     Claim("majority of 8 answers beats single ones, TOPR", _VOTES, _VOTES),
     Claim(
         "errors of noise: TOPR beats positives only",
