@@ -1,0 +1,1 @@
+"""The small world: a decoder trained here, and the paper's claims decided with many seeds."""

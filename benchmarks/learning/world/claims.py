@@ -1,0 +1,220 @@
+"""The claims, and what the figures say of each by one rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.learning.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TOO_SMALL, interval
+from benchmarks.learning.world.cells import Cell
+from benchmarks.learning.world.store import Figures
+
+NO_DIFFERENCE = "no difference of interest"
+#: Effect of interest in points: an interval inside of this on both sides of 0 is decided.
+INTEREST = 2.0
+#: Fewer seeds are no verdict.
+LEAST_SEEDS = 10
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one training ends with more right answers than another.
+
+    Args:
+        text: the claim; where the page of the large world has it, in the same words.
+        better: what should be ahead, its seed left open; None for the base model.
+        worse: the other one; equal to ``better`` where its votes are compared with its single answers.
+    """
+
+    text: str
+    better: Cell | None
+    worse: Cell | None
+
+
+_VOTES = Cell("topr", epochs=1, votes=8)
+_TOPR, _SFT = Cell("topr"), Cell("sft")
+
+
+def _share(method: str, share: float) -> Cell:
+    return Cell(method, share=share)
+
+
+def _curated(right: int, curation: str) -> Cell:
+    return Cell("topr", rounds=3, epochs=2, samples=32, right=right, curation=curation)
+
+
+def _long(columns: int, ratio: str, method: str = "topr") -> Cell:
+    return Cell(method, columns=columns, ratio=ratio)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim("TOPR learns off-policy", _TOPR, None),
+    Claim("naive REINFORCE collapses below the base", None, Cell("reinforce")),
+    Claim("TOPR beats naive REINFORCE", _TOPR, Cell("reinforce")),
+    Claim("TOPR beats positives only", _TOPR, _SFT),
+    Claim("TOPR beats PPO", _TOPR, Cell("ppo")),
+    Claim("TOPR beats plain importance sampling", _TOPR, Cell("is")),
+    Claim("naive REINFORCE collapses below the base at p̃ = 10 %", None, _share("reinforce", 0.1)),
+    Claim("at p̃ = 1 % TOPR beats TIS", _share("topr", 0.01), _share("tis", 0.01)),
+    Claim("at p̃ = 10 % TIS is a little ahead of TOPR", _share("tis", 0.1), _share("topr", 0.1)),
+    Claim("at p̃ = 50 % TOPR beats TIS", _share("topr", 0.5), _share("tis", 0.5)),
+    Claim("TOPR: p̃ = 10 % beats 50 %", _share("topr", 0.1), _share("topr", 0.5)),
+    Claim("TOPR: p̃ = 20 % beats 1 %", _share("topr", 0.2), _share("topr", 0.01)),
+    Claim("TOPR: p̃ = 20 % beats 100 %", _share("topr", 0.2), _SFT),
+    Claim("the ratio of the sequence beats that of each token", _TOPR, Cell("topr", ratio="token")),
+    Claim(
+        "the ratio of the sequence beats the geometric mean", _TOPR, Cell("topr", ratio="geometric")
+    ),
+    Claim(
+        "three iterations of the default recipe beat the base",
+        Cell("topr", rounds=3, epochs=2, right=10),
+        None,
+    ),
+    Claim(
+        "Anna Karenina sampling beats uniform sampling",
+        _curated(10, "karenina"),
+        _curated(10, "uniform"),
+    ),
+    Claim(
+        "Anna Karenina beats uniform sampling where 80 % are right",
+        _curated(80, "karenina"),
+        _curated(80, "uniform"),
+    ),
+    Claim(
+        "TOPR beats positives only where 10 % are right",
+        Cell("topr", right=10),
+        Cell("sft", right=10),
+    ),
+    Claim(
+        "TOPR beats positives only where 80 % are right",
+        Cell("topr", right=80),
+        Cell("sft", right=80),
+    ),
+    Claim("the ratio of the sequence beats the prefix ratio", _TOPR, Cell("prefix")),
+    Claim(
+        "the ratio of the sequence beats that of each column", _TOPR, Cell("topr", ratio="segment")
+    ),
+    Claim(
+        "naive REINFORCE collapses at TOPR's learning rate", None, Cell("reinforce", like="topr")
+    ),
+    Claim(
+        "60 tokens: the sequence's ratio beats each token's",
+        _long(10, "sequence"),
+        _long(10, "token"),
+    ),
+    Claim(
+        "60 tokens: the sequence's ratio beats the geometric mean",
+        _long(10, "sequence"),
+        _long(10, "geometric"),
+    ),
+    Claim(
+        "60 tokens: the sequence's ratio beats each column's",
+        _long(10, "sequence"),
+        _long(10, "segment"),
+    ),
+    Claim(
+        "60 tokens: the sequence's ratio beats the prefix ratio",
+        _long(10, "sequence"),
+        _long(10, "sequence", "prefix"),
+    ),
+    Claim(
+        "200 tokens: the sequence's ratio beats each token's",
+        _long(33, "sequence"),
+        _long(33, "token"),
+    ),
+    Claim(
+        "200 tokens: the sequence's ratio beats the geometric mean",
+        _long(33, "sequence"),
+        _long(33, "geometric"),
+    ),
+    Claim(
+        "200 tokens: the sequence's ratio beats each column's",
+        _long(33, "sequence"),
+        _long(33, "segment"),
+    ),
+    Claim(
+        "200 tokens: the sequence's ratio beats the prefix ratio",
+        _long(33, "sequence"),
+        _long(33, "sequence", "prefix"),
+    ),
+    Claim(
+        "256 updates old: the sequence's ratio beats the geometric mean",
+        Cell("topr", epochs=16),
+        Cell("topr", ratio="geometric", epochs=16),
+    ),
+    Claim(
+        "256 updates old: TOPR beats positives only",
+        Cell("topr", epochs=16),
+        Cell("sft", epochs=16),
+    ),
+    Claim(
+        "TOPR at p̃ = 50 % beats positives only where 10 % are right (added later)",
+        Cell("topr", right=10, share=0.5),
+        Cell("sft", right=10),
+    ),
+    Claim(
+        "TOPR at p̃ = 80 % beats positives only where 10 % are right (added later)",
+        Cell("topr", right=10, share=0.8),
+        Cell("sft", right=10),
+    ),
+    Claim(
+        "three rounds: TOPR beats positives only where 10 % are right",
+        Cell("topr", rounds=3, epochs=2, right=10),
+        Cell("sft", rounds=3, epochs=2, right=10),
+    ),
+    Claim("majority of 8 answers beats single ones, TOPR", _VOTES, _VOTES),
+    Claim(
+        "errors of noise: TOPR beats positives only",
+        Cell("topr", errors="noise"),
+        Cell("sft", errors="noise"),
+    ),
+    Claim(
+        "errors of noise: TOPR beats naive REINFORCE",
+        Cell("topr", errors="noise"),
+        Cell("reinforce", errors="noise"),
+    ),
+)
+
+
+def end(results: Figures, cell: Cell | None, seed: int, like: Cell | None = None) -> float | None:
+    """The figure that verdicts look at: of the last look, or of the base of ``like`` for None."""
+    at = dataclasses.replace(cell or like or Cell(""), seed=seed)
+    found = results.get(at.name)
+    if found is None:
+        return None
+    look = found["base"] if cell is None else list(found["looks"].values())[-1]
+    return float(look["right"])
+
+
+def differences(results: Figures, claim: Claim) -> dict[int, float]:
+    """By seed, in points, in the direction of the claim."""
+    found = {}
+    for seed in range(31):
+        if claim.better is not None and claim.better == claim.worse:
+            cell = results.get(dataclasses.replace(claim.better, seed=seed).name)
+            if cell:
+                found[seed] = cell["votes"]["majority"] - cell["votes"]["single"]
+            continue
+        better = end(results, claim.better, seed, claim.worse)
+        worse = end(results, claim.worse, seed, claim.better)
+        if better is not None and worse is not None:
+            found[seed] = better - worse
+    return found
+
+
+def verdict(values: Sequence[float]) -> str:
+    """One of five words: decided for, against, no difference of interest, too small, not run."""
+    if len(values) < LEAST_SEEDS:
+        return NOT_RUN
+    found = interval(values)
+    if found.low > -INTEREST and found.high < INTEREST:
+        return NO_DIFFERENCE
+    if found.low > 0:
+        return REPRODUCED
+    return NOT_REPRODUCED if found.high < 0 else TOO_SMALL
+
+
+def cells_of_claim(claim: Claim) -> list[Cell]:
+    """The cells that decide it, seeds left open."""
+    return list({cell for cell in (claim.better, claim.worse) if cell is not None})
