@@ -1,9 +1,9 @@
 """Trains on a file of records with the Trainer: ``python examples/trainer.py MODEL records.jsonl OUT``.
 
-Each line is a record: ``{"prompt": "2 + 2 =", "completion": " 4", "reward": 1.0}``, with a signed reward. Log
-mu is that of MODEL as it starts, so it must be the model that wrote the completions. Where another one
-did, give each line ``prompt_token_ids``, ``completion_token_ids`` and ``behavior_log_prob`` as they were
-sampled, and say ``--behavior recorded``.
+Each line is a record with a signed reward: ``{"prompt": "2 + 2 =", "completion": " 4", "reward": 1.0}``.
+Log mu is that of MODEL as it starts, so it must be the model that wrote the completions. Where another
+one did, give each line ``prompt_token_ids``, ``completion_token_ids`` and ``behavior_log_prob`` as they
+were sampled, and say ``--behavior recorded``.
 """
 
 import argparse
