@@ -55,7 +55,8 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad()
             steps.append({k: v.item() for k, v in out.metrics().items()})
-            print(f"step {len(steps)}: loss {out.loss.item():.4f}", steps[-1])
+            shown = ("objective", "weight_negative_mean", "ess_negative_share", "kl_k3")
+            print(f"step {len(steps)}:", *(f"{k} {steps[-1][k]:.4g}" for k in shown))
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     return steps
