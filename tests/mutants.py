@@ -1111,15 +1111,15 @@ INTEGRATIONS = [
     Mutant(
         "masked-advantages-read",
         "topr_kernels/integrations/tokens.py",
-        "low = torch.where(scored, values, torch.inf).amin(-1)",
-        "low = values.amin(-1)",
+        'low = _extreme(torch.where(scored, values, torch.inf), cu_seqlens, "amin")',
+        'low = _extreme(values, cu_seqlens, "amin")',
         ("tests/hf/test_integrations.py::test_what_lies_under_the_mask_is_never_read",),
     ),
     Mutant(
         "count-of-all-ranks",
         "topr_kernels/integrations/verl.py",
-        "float(count) / ranks",
-        "float(count)",
+        "max(float(count), 1.0) / ranks",
+        "max(float(count), 1.0)",
         ("tests/hf/test_integrations.py",),
     ),
 ]

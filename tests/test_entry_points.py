@@ -30,10 +30,13 @@ RUN_BY = {
     "benchmarks/linear_tails.py": "benchmarks/test_scripts.py::test_treatments_of_the_tail_are_compared",
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
     "docs/draw_update.py": "test_readme.py::test_the_picture_is_drawn",
+    "examples/agent.py": "hf/test_agent.py::test_the_agent_trains_on_what_it_wrote",
+    "examples/loop.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
+    "examples/trainer.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
     "tests/aot.py": "core/test_triton_aot.py::test_sm_90",
     "tests/golden_bits.py": "benchmarks/test_scripts.py::test_bits_are_compared",
-    # Its table is tested; the whole is run by hand, some twenty minutes.
+    # Its table is tested; the whole is run by hand, an hour.
     "tests/mutants.py": "test_mutants.py::test_every_fault_can_still_be_made",
     "tests/specialisation.py": (
         "core/test_triton_aot.py::test_no_length_or_batch_size_needs_another_compilation"
