@@ -24,6 +24,9 @@ RUN_BY = {
     "benchmarks/learning/__main__.py": (
         "benchmarks/test_learning.py::test_every_grid_leaves_the_figures_that_were_asked_for"
     ),
+    "benchmarks/learning/world/__main__.py": (
+        "benchmarks/test_world.py::test_a_run_resumes_and_repeats_itself"
+    ),
     "benchmarks/linear_gate.py": (
         "benchmarks/test_scripts.py::test_the_gate_trains_with_a_tolerance_and_without"
     ),

@@ -275,15 +275,22 @@ QUOTED = [
 ]
 
 
-def test_the_readme_quotes_the_small_world():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\u2212", "-")
-    part = " ".join(text.partition("**When do negatives help?**")[2].partition("\n## ")[0].split())
+def test_the_docs_quote_the_small_world():
+    def under_the_heading(page: str) -> str:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\u2212", "-")
+        section = text.partition("## When do negatives help?\n")[2].partition("\n## ")[0]
+        # Behind the picture stands what others found.
+        return " ".join(section.partition("\n![")[0].split())
+
+    part = under_the_heading("docs/method.md")
+    rounded = {"80"}
     results = store.read(world.RESULTS)
     by_text = {claim.text: claim for claim in claims.CLAIMS}
     for phrase, name, sign in QUOTED:
         values = [sign * v for v in claims.differences(results, by_text[name]).values()]
         found = interval(values)
         shown = f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f})"
+        rounded |= {f"{found.mean:.1f}", f"{found.mean:.0f}"}
         told = f"{found.mean:.1f} points ({found.low:.1f} to {found.high:.1f})"
         assert re.search(rf"{re.escape(phrase)} ({re.escape(shown)}|{re.escape(told)})", part), (
             shown
@@ -291,6 +298,8 @@ def test_the_readme_quotes_the_small_world():
         # Whoever reads "behind" is told so by the interval, or that it is level.
         assert found.low > 0 or "within" in phrase
     assert len(re.findall(r"\d to \d", part)) == len(QUOTED)
+    # README rounds the same figures.
+    assert set(re.findall(r"\b\d+\.\d|\b\d\d\b", under_the_heading("README.md"))) <= rounded
     # "In every epoch and batch size tried": nowhere does the map have TOPR ahead.
     for _, changes in page._PLACES:
         for right in page.RIGHT:
