@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+import transformers
 from test_packing import KINDS, Row, alone, build, on_policy, reference
 from test_trainer import PeftLike, trainer
 
@@ -28,13 +29,14 @@ from topr_kernels.hf import (
 from topr_kernels.hf import sharing as sharing_module
 from topr_kernels.hf import tree as tree_module
 from topr_kernels.hf.forward import model_inputs
-from topr_kernels.hf.packing import in_rows
+from topr_kernels.hf.packing import in_rows, packing_problem
 from topr_kernels.hf.sharing import (
     is_tree,
     longest_sequence,
     prove_sharing,
     shares_prefix,
     sharing_problem,
+    tree_masks,
     unshared,
 )
 from topr_kernels.hf.signature import VARLEN
@@ -383,6 +385,30 @@ def test_what_is_known_against_a_model_is_said_without_running_it():
     routed.config.output_router_logits = True
     assert "output_router_logits" in str(sharing_problem(routed))
     assert sharing_problem(PeftLike(build("GPT2"))) is None
+
+
+def test_windows_of_a_model_of_images_are_those_of_its_text():
+    """Its own config names none: a sequence longer than the first batch's would see beyond them."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = {**small, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    text = {**small, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text |= {"vocab_size": 99, "sliding_window": 4}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=98
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    short = torch.tensor(siblings()[3]["prompt_token_ids"] + [7])
+    assert len(short) < 4 and prove_sharing(model, short) is None
+    batch = shared(siblings())
+    kinds = tree_masks(model, batch["tree_ends"], batch["position_ids"]).keys()
+    assert kinds == {"sliding_attention", "full_attention"}
+    found = causal_lm_log_prob(model, batch).log_prob[0]
+    expected = torch.cat([alone(model, r) for r in siblings()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    config.text_config.layer_types = ["linear_attention", "full_attention"]
+    assert "linear_attention" in str(packing_problem(model))
 
 
 def test_the_longest_sequence_is_that_of_any_layout():
