@@ -43,6 +43,7 @@ _PER_TOKEN = (
     "attention_mask",
     "labels",
     "behavior_log_prob",
+    "segments",
     "token_type_ids",
     "inputs_embeds",
     POSITIONS,
