@@ -529,6 +529,22 @@ def test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once(
         trainer(tmp_path, data, flash, share_prefix=True)
 
 
+def test_a_module_without_a_config_is_trained_unshared(tmp_path: Path):
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("Llama")
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+            return self.inner(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    run = trainer(tmp_path, siblings(), Plain(), fused_head=False, max_steps=1)
+    run.train()
+    assert "tokens_saved" not in run.state.log_history[0]
+    with pytest.raises(ValueError, match=r"share_prefix=True, but Plain has no config"):
+        trainer(tmp_path, siblings(), Plain(), fused_head=False, share_prefix=True)
+
+
 def test_mu_of_the_initial_model_is_scored_by_trees_too(tmp_path: Path):
     data = [{k: x for k, x in r.items() if k != "behavior_log_prob"} for r in siblings()]
     found = []
