@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 import transformers
 from test_packing import KINDS, Row, alone, build, on_policy, reference
-from test_trainer import PeftLike, trainer
+from test_trainer import PeftLike, config, trainer
+from tiny import tiny_tokenizer
 
 from topr_kernels import TOPR
 from topr_kernels.hf import (
@@ -543,6 +544,23 @@ def test_a_module_without_a_config_is_trained_unshared(tmp_path: Path):
     assert "tokens_saved" not in run.state.log_history[0]
     with pytest.raises(ValueError, match=r"share_prefix=True, but Plain has no config"):
         trainer(tmp_path, siblings(), Plain(), fused_head=False, share_prefix=True)
+
+
+def test_a_subclass_with_a_loss_of_its_own_gets_batches_as_ever_unless_it_wants_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    class Reading(TOPRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.read = sorted(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    for choice, name in ((None, "attention_mask"), (True, "tree_ends")):
+        args = config(tmp_path, per_device_train_batch_size=8, max_steps=1, share_prefix=choice)
+        data = {"train_dataset": siblings(), "processing_class": tiny_tokenizer()}
+        run = Reading(build("Llama"), args, **data)
+        run.train()
+        assert name in run.read
+    assert caplog.text.count("Reading has a compute_loss of its own") == 1
 
 
 def test_mu_of_the_initial_model_is_scored_by_trees_too(tmp_path: Path):
