@@ -617,7 +617,7 @@ def check_known_values(objective: Objective) -> None:
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(
-            f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])}, whose "
-            "weight depends on pi/mu; score its log mu, leave it out, or choose limits that are equal "
-            "for its sign (TOPR's of positives are)"
+            f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])} "
+            f"(baseline {objective.baseline}), whose weight depends on pi/mu; score its log mu, leave "
+            "it out, or choose limits that are equal for its sign (TOPR's of positives are)"
         )

@@ -84,7 +84,10 @@ def test_refused_where_a_weight_depends_on_it(path: str, monkeypatch: pytest.Mon
     negative = torch.tensor([True, True, True, False])
     refused = [(TOPR, negative), (TIS, KNOWN)]
     for limits, known in refused:
-        with pytest.raises(ValueError, match=r"behavior_known: got False for sequence [03] of"):
+        with pytest.raises(
+            ValueError,
+            match=r"behavior_known: got False for sequence [03] of reward \S+ \(baseline",
+        ):
             run(a_batch(), path, False, limits=limits, behavior_known=known)
     assert run(a_batch(), path, False, limits=SFT, behavior_known=negative)[0].loss.isfinite()
     # Where values cannot be read the loss is NaN.

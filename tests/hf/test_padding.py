@@ -16,7 +16,7 @@ from test_heads import SIZE
 from test_trainer import rows, trainer
 from tiny import tiny_tokenizer
 
-from topr_kernels import REINFORCE, topr_loss
+from topr_kernels import IS, REINFORCE, topr_loss
 from topr_kernels.hf import (
     causal_lm_log_prob,
     causal_lm_topr_loss,
@@ -137,6 +137,26 @@ def test_logits_hidden_states_and_gradients_are_in_the_batchs_columns(name: str)
     for a, b in zip(found, of_logits, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "RWKV"])
+def test_segments_move_with_their_tokens(name: str):
+    model, data = build(name), ragged()
+    for record in data:
+        tokens = len(record["completion_token_ids"])
+        record |= {
+            "behavior_log_prob": [-4.0] * tokens,
+            "segments": [j // 2 for j in range(tokens)],
+        }
+    batch = CompletionCollator(PAD)(data)
+    names = ("labels", "behavior_log_prob", "segments")
+    labels, behavior, segments = (batch[n][:, -batch["logits_to_keep"] :] for n in names)
+    options = {"limits": IS, "ratio": "segment"}
+    rows_of = completion_logits(model, batch), labels, behavior, batch["reward"]
+    expected = topr_loss(*rows_of, segments=segments, **options)
+    found = causal_lm_topr_loss(model, batch, **options)
+    torch.testing.assert_close(found.objective, expected.objective)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize("name", SEEING)

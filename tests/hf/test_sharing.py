@@ -12,8 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+import transformers
 from test_packing import KINDS, Row, alone, build, on_policy, reference
-from test_trainer import PeftLike, trainer
+from test_trainer import PeftLike, config, trainer
+from tiny import tiny_tokenizer
 
 from topr_kernels import TOPR
 from topr_kernels.hf import (
@@ -28,13 +30,14 @@ from topr_kernels.hf import (
 from topr_kernels.hf import sharing as sharing_module
 from topr_kernels.hf import tree as tree_module
 from topr_kernels.hf.forward import model_inputs
-from topr_kernels.hf.packing import in_rows
+from topr_kernels.hf.packing import in_rows, packing_problem
 from topr_kernels.hf.sharing import (
     is_tree,
     longest_sequence,
     prove_sharing,
     shares_prefix,
     sharing_problem,
+    tree_masks,
     unshared,
 )
 from topr_kernels.hf.signature import VARLEN
@@ -385,6 +388,30 @@ def test_what_is_known_against_a_model_is_said_without_running_it():
     assert sharing_problem(PeftLike(build("GPT2"))) is None
 
 
+def test_windows_of_a_model_of_images_are_those_of_its_text():
+    """Its own config names none: a sequence longer than the first batch's would see beyond them."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = {**small, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    text = {**small, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text |= {"vocab_size": 99, "sliding_window": 4}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=98
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    short = torch.tensor(siblings()[3]["prompt_token_ids"] + [7])
+    assert len(short) < 4 and prove_sharing(model, short) is None
+    batch = shared(siblings())
+    kinds = tree_masks(model, batch["tree_ends"], batch["position_ids"]).keys()
+    assert kinds == {"sliding_attention", "full_attention"}
+    found = causal_lm_log_prob(model, batch).log_prob[0]
+    expected = torch.cat([alone(model, r) for r in siblings()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    config.text_config.layer_types = ["linear_attention", "full_attention"]
+    assert "linear_attention" in str(packing_problem(model))
+
+
 def test_the_longest_sequence_is_that_of_any_layout():
     data = siblings()
     expected = max((r["prompt_token_ids"] + r["completion_token_ids"] for r in data), key=len)
@@ -501,6 +528,39 @@ def test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once(
     assert "'flash_attention_2' of LlamaForCausalLM takes no mask" in caplog.text
     with pytest.raises(ValueError, match=r"share_prefix=True, but .*sdpa, eager"):
         trainer(tmp_path, data, flash, share_prefix=True)
+
+
+def test_a_module_without_a_config_is_trained_unshared(tmp_path: Path):
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("Llama")
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+            return self.inner(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    run = trainer(tmp_path, siblings(), Plain(), fused_head=False, max_steps=1)
+    run.train()
+    assert "tokens_saved" not in run.state.log_history[0]
+    with pytest.raises(ValueError, match=r"share_prefix=True, but Plain has no config"):
+        trainer(tmp_path, siblings(), Plain(), fused_head=False, share_prefix=True)
+
+
+def test_a_subclass_with_a_loss_of_its_own_gets_batches_as_ever_unless_it_wants_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    class Reading(TOPRTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.read = sorted(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    for choice, name in ((None, "attention_mask"), (True, "tree_ends")):
+        args = config(tmp_path, per_device_train_batch_size=8, max_steps=1, share_prefix=choice)
+        data = {"train_dataset": siblings(), "processing_class": tiny_tokenizer()}
+        run = Reading(build("Llama"), args, **data)
+        run.train()
+        assert name in run.read
+    assert caplog.text.count("Reading has a compute_loss of its own") == 1
 
 
 def test_mu_of_the_initial_model_is_scored_by_trees_too(tmp_path: Path):

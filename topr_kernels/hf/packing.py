@@ -291,9 +291,9 @@ def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's text part."""
-    config: Any = base_model(model).config
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    """The configuration of a model's text part; None of a module that has none."""
+    config: Any = getattr(base_model(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def median_difference(found: Tensor, alone: Tensor) -> float:

@@ -26,6 +26,7 @@ from topr_kernels.hf.packing import (
     eval_mode,
     head_input,
     median_difference,
+    text_config,
 )
 from topr_kernels.hf.signature import (
     POSITIONS,
@@ -43,6 +44,7 @@ _PER_TOKEN = (
     "attention_mask",
     "labels",
     "behavior_log_prob",
+    "segments",
     "token_type_ids",
     "inputs_embeds",
     POSITIONS,
@@ -145,7 +147,7 @@ def check_padding_once(
 ) -> PaddingCheck:
     """``check_padding``, or what it found when this model was first asked for."""
     unwrapped = model if signature_of is None else signature_of
-    attention = getattr(base_model(unwrapped).config, "_attn_implementation", None)
+    attention = getattr(text_config(unwrapped), "_attn_implementation", None)
     key = (attention, virtual_tokens(unwrapped))
     found = _found.setdefault(unwrapped, {})
     if key not in found:
@@ -238,10 +240,7 @@ def _tokens(ids: Tensor, mask: Tensor) -> list[int]:
 def _state(model: nn.Module) -> str | None:
     """What is known to make padding in front of the tokens visible to them."""
     base = base_model(model)
-    config: Any = base.config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
+    others = sorted(set(getattr(text_config(base), "layer_types", None) or ()) - ATTENTION)
     if others:
         return f"layers of type {', '.join(others)}"
     if getattr(base, "_is_stateful", False):

@@ -187,6 +187,8 @@ def sharing_problem(model: nn.Module) -> str | None:
     base = base_model(model)
     kind = type(base).__name__
     config = text_config(model)
+    if config is None:
+        return f"{kind} has no config, which would tell its attention and windows"
     attention = _attention(model)
     if attention not in DENSE | {_FLEX}:
         return (

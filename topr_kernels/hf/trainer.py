@@ -79,7 +79,8 @@ class TOPRTrainer(Trainer):
     Samples of a prompt share its forward pass where a batch has several and the first batch proves that
     the model gives the same so (see ``share_prefix`` of ``TOPRConfig``, ``prove_sharing``). Batches are
     then those of ``topr_kernels.hf.sharing``, and the log has ``tokens_saved``, the share of tokens that
-    need not be run. A subclass that reads batches itself sets ``share_prefix=False``.
+    need not be run. A subclass with a ``compute_loss`` of its own may read the batches, so it shares
+    none unless ``share_prefix=True``.
 
     A custom collator gets the records unchanged. It must return ``input_ids``, ``labels``,
     ``behavior_log_prob`` and ``reward``, and ``attention_mask`` or ``position_ids``; it may return
@@ -298,6 +299,11 @@ class TOPRTrainer(Trainer):
         problem = sharing_problem(cast(nn.Module, self.model))
         if problem and self._must_share:
             raise ValueError(f"share_prefix=True, but {problem}; {REMEDY}")
+        if not self._must_share and type(self).compute_loss is not TOPRTrainer.compute_loss:
+            problem = problem or (
+                f"{type(self).__name__} has a compute_loss of its own, which may read the batches; if "
+                "it does not, or knows trees, use share_prefix=True"
+            )
         if self.args.share_prefix is not False:
             self._known_problem = problem
         several = self.args.n_gpu > 1 and not self._must_share

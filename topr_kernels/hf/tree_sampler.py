@@ -50,7 +50,8 @@ def siblings(dataset: Any) -> list[list[int]] | None:
         return None
     columns = hasattr(dataset, "column_names")
     prompts = dataset[name] if columns else (dataset[i][name] for i in range(len(dataset)))
-    groups: dict[tuple[int, ...], list[int]] = {}
+    # By hash: the prompts themselves would take 40 bytes a token. A clash would cost an order alone.
+    groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
-        groups.setdefault(tuple(map(int, prompt)), []).append(i)
+        groups.setdefault(hash(tuple(map(int, prompt))), []).append(i)
     return None if len(groups) == len(dataset) else list(groups.values())
