@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from topr_kernels import kernels, linear_topr_loss
+from topr_kernels import TOPR, kernels, linear_topr_loss
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.forward import completion_hidden
 from topr_kernels.hf.heads import find_head
@@ -154,7 +154,7 @@ def trained(
     model.train()
     head = find_head(model)
     before = head.weight.detach().clone()
-    rows = training_fields(records)
+    rows = training_fields(records, TOPR, 0.0)
     collate = CompletionCollator(loaded.tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

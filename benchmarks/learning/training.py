@@ -84,7 +84,7 @@ def train_epochs(
     trainer = kind(
         model=model,
         args=args,
-        train_dataset=training_fields(records),
+        train_dataset=training_fields(records, args.limits, baseline),
         processing_class=tokenizer,
         callbacks=[_AfterEpoch(after_epoch, epochs)],
     )

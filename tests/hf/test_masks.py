@@ -87,10 +87,15 @@ def test_the_loss_and_its_gradient_are_those_of_labels_of_minus_100(layout: Row)
 def test_a_mask_of_ones_changes_no_bit(layout: Row):
     data, collate = plain_rows(), CompletionCollator(0, **layout)
     marked = [{**r, "completion_mask": [1] * len(r["completion_token_ids"])} for r in data]
-    batch, other = collate(data), collate(marked)
-    assert batch.keys() == other.keys()
-    for name, x in batch.items():
-        assert torch.equal(torch.as_tensor(x), torch.as_tensor(other[name])), name
+    pairs = [(collate(data), collate(marked))]
+    # A tree carries the batch that is not shared, too.
+    for batch, other in pairs:
+        assert batch.keys() == other.keys()
+        for name, x in batch.items():
+            if isinstance(x, dict):
+                pairs.append((x, other[name]))
+            else:
+                assert torch.equal(torch.as_tensor(x), torch.as_tensor(other[name])), name
 
 
 def test_columns_before_the_first_written_token_are_not_kept():

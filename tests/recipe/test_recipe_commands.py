@@ -388,7 +388,9 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path, model: Path, 
 def test_unscored_records_do_not_train(copy: Path, model: Path, capsys: Any):
     argv = ["train", "--model", str(model), "--records", str(copy / "samples.parquet")]
     assert main([*argv, "--out", str(copy / "never")]) == 2
-    assert "record 0, field 'behavior_log_prob': missing; run score" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "record 0, field 'behavior_log_prob': missing (a reward of -1" in said
+    assert "; run score first" in said
     assert not (copy / "never").exists()
 
 

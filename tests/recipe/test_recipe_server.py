@@ -435,7 +435,10 @@ def test_all_of_a_batch_is_asked_for_at_once(stand_in: StandIn, model: Path, tmp
     assert main(sampling(model, stand_in.url, tmp_path / "samples.parquet")) == 0
 
 
-def test_neither_an_error_nor_an_interrupt_waits_for_the_others():
+def test_neither_an_error_nor_an_interrupt_waits_for_the_others(request: pytest.FixtureRequest):
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     over = threading.Event()
 
     def refused(i: int) -> None:
