@@ -51,8 +51,9 @@ class TOPRConfig(TrainingArguments):
         grad_tolerance: of the fused head, as in ``linear_topr_loss``; None is exact for a trained head.
         share_prefix: run a prompt once for all its samples of a batch, and what prompts begin with in
             common once for all of them; samples of a prompt are then kept together as the records are
-            shuffled. None does so where a batch has something to share and the first one proves the
-            model exact, which needs sdpa, eager or flex_attention; True raises where it is not.
+            shuffled, so an update sees fewer prompts: 16 samples each fill a batch of 16 with one. None
+            does so where a batch has something to share and the first one proves the model exact, which
+            needs sdpa, eager or flex_attention; True raises where it is not; False shuffles freely.
         packing: put the sequences of a batch into one row without padding (FlashAttention's varlen
             convention; with sdpa and eager into rows of bounded length, with the same results). On the
             first batch it is checked that the model keeps them apart.
