@@ -134,9 +134,8 @@ def in_rows(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         The batch, for attention that computes all pairs of a row with ``row_cells`` [N], the place of
         each token in the flattened rows, and ``row_shape``.
     """
-    attention = getattr(text_config(model), "_attn_implementation", None) or "eager"
     offsets = batch.get("cu_seq_lens_q")
-    if offsets is None or attention not in DENSE:
+    if offsets is None or attention_of(model) not in DENSE:
         return batch
     begins = offsets.tolist()
     lengths = [j - i for i, j in pairwise(begins)]
@@ -169,16 +168,11 @@ def packing_problem(model: nn.Module) -> str | None:
     # By name: Bloom's **kwargs take position_ids and ignore them.
     if not takes(model, POSITIONS):
         return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
-    config = text_config(base)
-    layers = getattr(config, "layer_types", None)
-    others = sorted(set(layers or ()) - ATTENTION)
-    if others:
-        return (
-            f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
-        )
-    if not layers and getattr(base, "_is_stateful", False):
-        return f"{kind} carries a state from one sequence into the next"
-    attention = getattr(config, "_attn_implementation", None) or "eager"
+    layers = getattr(text_config(base), "layer_types", None)
+    problem = state_problem(model)
+    if problem:
+        return problem
+    attention = attention_of(model)
     if attention.startswith("paged"):
         return f"attn_implementation={attention!r} is for generation"
     if "chunked_attention" in (layers or ()):
@@ -294,6 +288,32 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of a model's text part; None of a module that has none."""
     config: Any = getattr(base_model(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation of a model's text part."""
+    return getattr(text_config(model), "_attn_implementation", None) or "eager"
+
+
+def other_layers(model: nn.Module) -> list[str]:
+    """Kinds of a model's layers, as its config names them, that are no attention."""
+    return sorted(set(getattr(text_config(model), "layer_types", None) or ()) - ATTENTION)
+
+
+def state_problem(model: nn.Module) -> str | None:
+    """Says what of a model carries one sequence of a row into the next, or None if nothing is known."""
+    base = base_model(model)
+    kind, others = type(base).__name__, other_layers(model)
+    if others:
+        return (
+            f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
+        )
+    # A config that names its layers has said it all.
+    if not getattr(text_config(model), "layer_types", None) and getattr(
+        base, "_is_stateful", False
+    ):
+        return f"{kind} carries a state from one sequence into the next"
+    return None
 
 
 def median_difference(found: Tensor, alone: Tensor) -> float:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.packing import (
-    ATTENTION,
     allowed_difference,
+    attention_of,
     eval_mode,
     head_input,
     median_difference,
-    text_config,
+    other_layers,
 )
 from topr_kernels.hf.signature import (
     POSITIONS,
@@ -137,9 +137,7 @@ def check_padding(
 
 #: Unwrapped model -> what ``check_padding`` found, by attention implementation and number of virtual
 #: tokens, which adapters change.
-_found: WeakKeyDictionary[nn.Module, dict[tuple[str | None, int], PaddingCheck]] = (
-    WeakKeyDictionary()
-)
+_found: WeakKeyDictionary[nn.Module, dict[tuple[str, int], PaddingCheck]] = WeakKeyDictionary()
 
 
 def check_padding_once(
@@ -147,8 +145,7 @@ def check_padding_once(
 ) -> PaddingCheck:
     """``check_padding``, or what it found when this model was first asked for."""
     unwrapped = model if signature_of is None else signature_of
-    attention = getattr(text_config(unwrapped), "_attn_implementation", None)
-    key = (attention, virtual_tokens(unwrapped))
+    key = (attention_of(unwrapped), virtual_tokens(unwrapped))
     found = _found.setdefault(unwrapped, {})
     if key not in found:
         found[key] = check_padding(model, batch, signature_of=signature_of)
@@ -240,7 +237,7 @@ def _tokens(ids: Tensor, mask: Tensor) -> list[int]:
 def _state(model: nn.Module) -> str | None:
     """What is known to make padding in front of the tokens visible to them."""
     base = base_model(model)
-    others = sorted(set(getattr(text_config(base), "layer_types", None) or ()) - ATTENTION)
+    others = other_layers(model)
     if others:
         return f"layers of type {', '.join(others)}"
     if getattr(base, "_is_stateful", False):

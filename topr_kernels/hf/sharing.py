@@ -33,12 +33,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.packing import (
-    ATTENTION,
     DENSE,
     allowed_difference,
+    attention_of,
     eval_mode,
     head_input,
     median_difference,
+    state_problem,
     text_config,
 )
 from topr_kernels.hf.signature import POSITIONS, counts_positions, takes
@@ -165,7 +166,7 @@ def tree_masks(model: nn.Module, ends: Tensor, depths: Tensor) -> Any:
     masks: dict[str, Any] = {}
     for kind in _kinds(config):
         visible = _visible(config, kind, ends, depths)
-        if _attention(model) == _FLEX:
+        if attention_of(model) == _FLEX:
             masks[kind] = create_block_mask(visible, rows, None, width, width, str(ends.device))
             continue
         column = torch.arange(width, device=ends.device)
@@ -189,7 +190,7 @@ def sharing_problem(model: nn.Module) -> str | None:
     config = text_config(model)
     if config is None:
         return f"{kind} has no config, which would tell its attention and windows"
-    attention = _attention(model)
+    attention = attention_of(model)
     if attention not in DENSE | {_FLEX}:
         return (
             f"attn_implementation={attention!r} of {kind} takes no mask that is not causal; sdpa, "
@@ -201,13 +202,9 @@ def sharing_problem(model: nn.Module) -> str | None:
         )
     if counts_positions(model):
         return f"{kind} has positions of several dimensions, which it counts from its other inputs"
-    others = sorted(set(_kinds(config)) - ATTENTION)
-    if others:
-        return (
-            f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
-        )
-    if not getattr(config, "layer_types", None) and getattr(base, "_is_stateful", False):
-        return f"{kind} carries a state from one sequence into the next"
+    problem = state_problem(model)
+    if problem:
+        return problem
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return f"{kind} has layers that see a window of columns, not of positions"
     if getattr(config, "output_router_logits", False):
@@ -248,7 +245,7 @@ def prove_sharing(
     """
     unwrapped = model if signature_of is None else signature_of
     problem = sharing_problem(unwrapped) or _measured(model, unwrapped, tokens)
-    _proven.setdefault(base_model(unwrapped), {})[_attention(unwrapped)] = problem
+    _proven.setdefault(base_model(unwrapped), {})[attention_of(unwrapped)] = problem
     return problem
 
 
@@ -295,7 +292,7 @@ def _problem_once(
 ) -> str | None:
     unwrapped = model if signature_of is None else signature_of
     known = _proven.get(base_model(unwrapped), {})
-    attention = _attention(unwrapped)
+    attention = attention_of(unwrapped)
     if attention not in known:
         return prove_sharing(model, tokens(), signature_of=signature_of)
     return known[attention]
@@ -329,7 +326,7 @@ def _measured(model: nn.Module, unwrapped: nn.Module, tokens: Tensor) -> str | N
     if all(x <= allowed for x in differences):
         return None
     return (
-        f"{kind} with attn_implementation={_attention(unwrapped)!r} does not keep the branches of a "
+        f"{kind} with attn_implementation={attention_of(unwrapped)!r} does not keep the branches of a "
         "tree apart: beside another branch the hidden states of a token differ by "
         f"{max(differences):.1e} of their norm (median) from those of the sequence alone; expected at "
         f"most {allowed:.1e}, from rounding"
@@ -343,10 +340,13 @@ def _completion_places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tens
         ends = offsets[1:].tolist()
         return torch.cat([torch.arange(j - n, j) for j, n in zip(ends, lengths, strict=True)])
     mask = batch["attention_mask"]
-    rows = [
-        row.nonzero()[len(row.nonzero()) - n :, 0] for row, n in zip(mask, lengths, strict=True)
-    ]
-    return torch.cat([i * mask.shape[1] + columns for i, columns in enumerate(rows)])
+    columns = [row.nonzero()[:, 0] for row in mask]
+    return torch.cat(
+        [
+            i * mask.shape[1] + own[len(own) - n :]
+            for i, (own, n) in enumerate(zip(columns, lengths, strict=True))
+        ]
+    )
 
 
 def _cells(tree: Tree, pad_token_id: int) -> dict[str, Tensor]:
@@ -405,10 +405,6 @@ def _kinds(config: Any) -> list[str]:
     if getattr(config, "attention_chunk_size", None):
         return ["chunked_attention"]
     return ["full_attention"]
-
-
-def _attention(model: nn.Module) -> str:
-    return getattr(text_config(model), "_attn_implementation", None) or "eager"
 
 
 def _dtype(model: nn.Module, device: str) -> torch.dtype:
