@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from topr_kernels.__main__ import cpu_name
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl", "liger_kernel", "cut_cross_entropy", "quack_kernels", "verl", "transformers")
 SOURCES = ("topr_kernels", "csrc", "benchmarks")
@@ -191,7 +193,4 @@ def version(package: str) -> str:
 
 def processor() -> str:
     """The CPU and the threads torch uses of it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"cpu: {names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"
+    return f"cpu: {cpu_name() or 'unknown'}, {torch.get_num_threads()} threads"

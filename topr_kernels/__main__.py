@@ -26,7 +26,9 @@ def report() -> Iterator[str]:
     yield f"python: {platform.python_version()} on {platform.platform()}"
     yield f"torch: {torch.__version__}"
     yield "beside it: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    yield f"processor: {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    name = cpu_name() or platform.processor() or "unknown"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    yield f"processor: {name} ({platform.machine()}), {threads}"
     yield f"native library: {native()}"
     yield f"devices: {devices()}"
     yield f'impl="auto" on a CPU: {"native" if kernels.native_serves() else "torch"}'
@@ -42,14 +44,12 @@ def version(package: str) -> str:
         return "missing"
 
 
-def processor() -> str:
-    """Name of the CPU, as the system has it."""
+def cpu_name() -> str:
+    """Name of the CPU as Linux has it, "" elsewhere."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({platform.machine()})"
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else ""
 
 
 def native() -> str:
