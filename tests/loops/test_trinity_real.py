@@ -9,7 +9,7 @@ import pytest
 import torch
 import verl_worker
 from processes import case, launch
-from test_verl_real import FP32, folder, grpo, reward, rows, share
+from test_verl_real import FP32, against_plain, folder
 from trinity.algorithm import ADVANTAGE_FN, ENTROPY_LOSS_FN, POLICY_LOSS_FN
 from trinity.common.config import AlgorithmConfig
 from trinity.trainer.verl.losses import build_trinity_loss
@@ -36,20 +36,9 @@ def two_steps(folder: str, micro: int, mode: str) -> None:
     config = verl_worker.actor_config(folder, micro, FP32)
     actor = verl_worker.worker(config)
     actor.set_loss_fn(build_trinity_loss(algorithm(OURS, mode)))
-    policy = plain.model()
-    start = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    steps, metrics = [], {}
-    for data in [plain.batch(seed, policy) for seed in (1, 2)]:
-        advantages = grpo(data)
-        metrics = verl_worker.update(actor, config, rows(data, advantages, share()))
-        by_rows = (plain.ROWS, True)
-        unit = by_rows if mode == "seq-mean-token-mean" else (float(data.mask.sum()), False)
-        steps.append((data, reward(advantages, data.mask), unit))
-    expected = plain.train(policy, steps)
-    found = verl_worker.weights(actor)
-    print("distance", plain.distance(found, expected, start))
+    distance, metrics = against_plain(actor, config, mode)
     with case(mode):
-        assert plain.distance(found, expected, start) < 1e-5
+        assert distance < 1e-5
         assert "actor/topr_negative_share" in metrics
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import plain
 import pytest
@@ -64,10 +65,8 @@ def reward(advantages: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask == 1, advantages, 0.0).abs().amax(1) * advantages.sum(1).sign()
 
 
-def two_steps(folder: str, micro: int, mode: str) -> None:
-    """A rank: two updates of the actor against the plain loop."""
-    config = verl_worker.actor_config(folder, micro, FP32, LOSS, AGG + mode)
-    actor = verl_worker.worker(config)
+def against_plain(actor: Any, config: Any, mode: str) -> tuple[float, dict[str, Any]]:
+    """Two updates of an actor beside the plain loop: how far apart they end, and the last metrics."""
     policy = plain.model()
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     batches = [plain.batch(seed, policy) for seed in (1, 2)]
@@ -79,11 +78,18 @@ def two_steps(folder: str, micro: int, mode: str) -> None:
         unit = by_rows if mode == "seq-mean-token-mean" else (float(data.mask.sum()), False)
         steps.append((data, reward(advantages, data.mask), unit))
     expected = plain.train(policy, steps)
-    found = verl_worker.weights(actor)
-    print("distance", plain.distance(found, expected, start))
+    distance = plain.distance(verl_worker.weights(actor), expected, start)
+    print("distance", distance)
+    return distance, metrics
+
+
+def two_steps(folder: str, micro: int, mode: str) -> None:
+    """A rank: two updates of the actor against the plain loop."""
+    config = verl_worker.actor_config(folder, micro, FP32, LOSS, AGG + mode)
+    distance, metrics = against_plain(verl_worker.worker(config), config, mode)
     print("metrics", json.dumps({k: repr(v) for k, v in metrics.items()}))
     with case(mode):
-        assert plain.distance(found, expected, start) < 1e-5
+        assert distance < 1e-5
         assert {"actor/topr_negative_share", "actor/topr_positive_share"} <= metrics.keys()
         assert "actor/pg_clipfrac" not in metrics
 
