@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topr_kernels.hf.fields import MASK, mask_of, name_here
-from topr_kernels.recipe.files import atomic_path, one_line
+from topr_kernels.recipe.files import atomic_path, one_line, parse_json
 
 FinishReason = Literal["stop", "length"]
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -220,7 +220,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
 def _from_json(line: str, where: str) -> Record:
     try:
-        raw = json.loads(line)
+        raw = parse_json(line)
     except json.JSONDecodeError as error:
         raise RecordError(f"{where}: not a line of JSON ({error}); half-written?") from error
     # A number of thousands of digits, or brackets as deep.
