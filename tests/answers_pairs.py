@@ -289,6 +289,7 @@ BOXED = [
     ("conversion", "3 feet", "91.44 cm", False),
     ("conversion", "2 weeks", "14 days", True),
     ("conversion", "2 months", "60 days", False),
+    ("conversion", "2 years", "24 months", True),
     ("conversion", "1.5 kg", "1500 grams", True),
     ("conversion", "1.5 kg", "1500 ml", False),
     ("duration", "90 minutes", "1 hour 30 minutes", True),

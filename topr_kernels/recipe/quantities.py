@@ -81,7 +81,7 @@ _UNITS = {
 }
 # Units of one kind, each with the number of those before it that it holds; so 1.5 h are 90 min.
 _KINDS = (
-    "s min:60 h:60 day:24 week:7,mo yr:12,mm cm:10 m:100 km:1000,in ft:12 yd:3 mi:1760,"
+    "s min:60 h:60 day:24 week:7,month year:12,mm cm:10 m:100 km:1000,in ft:12 yd:3 mi:1760,"
     "mg g:1000 kg:1000,oz lb:16,ml l:1000"
 )
 _SIZES: dict[str, tuple[str, int]] = {}
@@ -153,7 +153,7 @@ def in_smallest(found: Quantity) -> Quantity:
     for i, part in enumerate(found.unit.split("/")):
         name, _, power = part.partition("^")
         smallest, size = _SIZES.get(name, (name, 1))
-        factor = Fraction(size) ** int(power or 1)
+        factor = Fraction(size ** int(power or 1))
         value = value / factor if i else value * factor
         names.append(f"{smallest}^{power}" if power else smallest)
     return found._replace(value=value, unit="/".join(names))
@@ -171,8 +171,8 @@ def _summed(text: str) -> str:
     kinds, sizes_of = {kind for kind, _ in sizes}, [size for _, size in sizes]
     if len(kinds) > 1 or "" in kinds or sizes_of != sorted(set(sizes_of), reverse=True):
         return text
-    total = sum(Fraction(x) * size for (x, _), size in zip(found, sizes_of, strict=True))
-    total /= sizes_of[-1]
+    each = (Fraction(x) * size for (x, _), size in zip(found, sizes_of, strict=True))
+    total = sum(each, Fraction(0)) / sizes_of[-1]
     return f"{total.numerator}/{total.denominator} {names[-1]}"
 
 
