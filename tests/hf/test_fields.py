@@ -302,6 +302,8 @@ SAMPLED = [
     ({"sampling": {"top_p": 0.9}}, r"'sampling\.top_p': got 0\.9; expected 1: .*full softmax"),
     ({"top_k": np.int64(50)}, r"'top_k': got 50; expected 0"),
     ({"min_p": torch.tensor(0.1)}, r"'min_p': got 0\.1; expected 0"),
+    ({"logit_bias": {"5": -100.0}}, r"'logit_bias': got \{'5'.*; expected none: .*full softmax"),
+    ({"sampling_params": {"guided_regex": "[0-9]+"}}, r"'sampling_params\.guided_regex': got"),
     ({"repetition_penalty": 1.1}, r"'repetition_penalty': got 1\.1; expected 1"),
 ]
 
@@ -322,7 +324,11 @@ def test_log_mu_of_another_distribution_is_refused(settings: Row, message: str):
 
 def test_the_temperature_of_a_record_is_that_of_the_loss():
     datasets = pytest.importorskip("datasets")
-    bare = tokens(sampling={"top_p": 1.0, "top_k": -1, "temperature": None}, temperature=1)
+    bare = tokens(
+        logit_bias={"5": None},
+        sampling={"top_p": 1.0, "top_k": -1, "temperature": None},
+        temperature=1,
+    )
     assert prepare(bare) and prepare(tokens(temperature="warm", min_p=None))
     rows = [tokens(temperature=0.7)] * 2
     for given in (

@@ -54,6 +54,10 @@ def make(folder: Path, data: Any = None, model: Any = None, **changes: Any) -> T
             r"model: got the str 'some/model'; .*from_pretrained\('some/model'",
         ),
         ({"model": None}, r"model: got None; expected a model, or model_init="),
+        (
+            {"model": torch.nn.DataParallel(torch.nn.Linear(1, 1))},
+            r"model: got a DataParallel; expected the model in it .*Trainer wraps",
+        ),
         ({"model": LlamaForCausalLM}, r"model: got a type; expected a Hugging Face causal"),
         (
             {"train_dataset": "gsm8k"},

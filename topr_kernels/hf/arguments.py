@@ -94,6 +94,11 @@ def _check_model(model: Any, args: TOPRConfig, more: Mapping[str, Any]) -> None:
         raise TypeError(
             f"model: got a {type(model).__name__}; expected a Hugging Face causal language model"
         )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"model: got a {type(model).__name__}; expected the model in it (its .module), which "
+            "Trainer wraps itself"
+        )
     if model is None and args.behavior == "initial":
         raise ValueError(
             "model_init: got one with behavior='initial', but it makes another model when training "

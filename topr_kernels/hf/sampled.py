@@ -19,6 +19,11 @@ _HARMLESS: dict[str, tuple[float, ...]] = {
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
 }
+#: Settings that change it by what they hold.
+_CONSTRAINTS = (
+    *("logit_bias", "logits_processors", "bad_words", "allowed_token_ids", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
 #: Fields that hold such settings together.
 _TOGETHER = ("sampling", "sampling_params", "sampling_parameters", "generation_kwargs")
 
@@ -51,11 +56,22 @@ def check_sampling(record: Mapping[str, Any], temperature: float, where: str) ->
         for name, harmless in _HARMLESS.items():
             found = _number(settings.get(name))
             if found is not None and found not in harmless:
-                raise ValueError(
-                    f"{where}, field '{prefix}{name}': got {found:g}; expected {harmless[0]:g}: log mu "
-                    "is that of the full softmax, which did not sample this record; leave it out, or "
-                    "drop the field if log mu is that of the very distribution it was drawn from"
-                )
+                raise _refused(where, f"{prefix}{name}", f"{found:g}", f"{harmless[0]:g}")
+        for name in _CONSTRAINTS:
+            held = plain(settings.get(name))
+            # Arrow gives every mapping the keys of all, as None.
+            if isinstance(held, Mapping):
+                held = [x for x in held.values() if x is not None]
+            if held:
+                raise _refused(where, f"{prefix}{name}", f"{settings[name]!r:.60}", "none")
+
+
+def _refused(where: str, field: str, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{where}, field '{field}': got {got}; expected {expected}: log mu is that of the full softmax, "
+        "which did not sample this record; leave the record out, or drop the field if log mu is that of "
+        "the very distribution it was drawn from"
+    )
 
 
 def _number(value: Any) -> float | None:
