@@ -1184,7 +1184,7 @@ INTEGRATIONS = [
         'if taken is not None and getattr(taken, "func", None) is not ours:',
         "if False:",
         (
-            "tests/hf/test_integrations.py::test_verl_register",
+            "tests/hf/test_integrations.py::test_verl_its_own_losses_are_not_replaced",
             "tests/hf/test_other_integrations.py::test_skyrl_registering_twice_does_no_harm",
         ),
     ),
