@@ -30,6 +30,7 @@ from topr_kernels.recipe import (
 )
 from topr_kernels.recipe.curate import figures
 from topr_kernels.recipe.score import max_log_ratio
+from topr_kernels.recipe.train import trainable_fields
 
 MASK = [1, 0, 0, 1]
 
@@ -129,6 +130,8 @@ def test_a_trajectory_is_scored_and_trained_on(tmp_path: Path):
     cut = [weighted[0], dataclasses.replace(weighted[1], segments=[0, 0, 0, 1])]
     with pytest.raises(RecordError, match="record 1, field 'segments': ratio='sequence' does not"):
         train(model, tiny_tokenizer(), cut, settings, checkpoints=tmp_path / "cut")
+    fields = trainable_fields(cut, "topr", 0.0, "segment")
+    assert fields[1]["segments"] == [0, 0, 0, 1] and "segments" not in fields[0]
     settings = TrainSettings(batch_size=2, ratio="segment")
     (log,) = train(model, tiny_tokenizer(), cut, settings, checkpoints=tmp_path / "cut")
     assert log["length_mean"] == 2
