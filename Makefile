@@ -66,6 +66,22 @@ $(LOOPS)/installed: pyproject.toml setup.py constraints-loops.txt
 	TOPR_BUILD=none $(PIP_LOOPS) --no-deps --editable .
 	@touch $@
 
+# Axolotl, which wants Python 3.12 and a transformers of its own.
+AXOLOTL := .venv-axolotl
+PIP_AXOLOTL := $(AXOLOTL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-axolotl.txt
+PYTHON_AXOLOTL ?= python3.12
+.PHONY: test-axolotl
+test-axolotl: $(AXOLOTL)/installed
+	AXOLOTL_DO_NOT_TRACK=1 OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest tests/loops/test_axolotl_real.py $(TEST_ARGS)
+
+$(AXOLOTL)/installed: pyproject.toml setup.py constraints-axolotl.txt
+	$(PYTHON_AXOLOTL) -m venv $(AXOLOTL)
+	$(PIP_AXOLOTL) torch
+	$(PIP_AXOLOTL) --no-deps axolotl axolotl-contribs-lgpl axolotl-contribs-mit
+	$(PIP_AXOLOTL) $$(sed -n 's/^#: //p' constraints-axolotl.txt)
+	TOPR_BUILD=none $(PIP_AXOLOTL) --no-deps --editable .
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -197,4 +213,4 @@ $(DIST)/clean/installed: constraints.txt | $(DIST)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(LOOPS) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(LOOPS) $(AXOLOTL) build dist *.egg-info

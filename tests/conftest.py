@@ -31,8 +31,8 @@ settings.load_profile("topr")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Of other environments, see `make test-vllm` and `make test-loops`; a test that can never run here is
-# none that was skipped.
+# Of other environments, see `make test-vllm`, `make test-loops` and `make test-axolotl`; a test that can
+# never run here is none that was skipped.
 ELSEWHERE = {
     "vllm": ["recipe/test_vllm_real.py"],
     "verl": ["loops/test_verl_real.py"],
@@ -40,6 +40,7 @@ ELSEWHERE = {
     "areal": ["loops/test_areal_real.py"],
     "skyrl": ["loops/test_skyrl_real.py", "loops/test_prime_rl_real.py"],
     "tinker": ["loops/test_tinker_real.py"],
+    "axolotl": ["loops/test_axolotl_real.py"],
 }
 collect_ignore = [
     path

@@ -924,6 +924,27 @@ HF = [
         "    if attention is not passed:\n",
         ("tests/hf/test_packing.py::test_ones_own_loop_checks_a_packed_model_once",),
     ),
+    Mutant(
+        "sampling-unread",
+        "topr_kernels/hf/sampled.py",
+        "if found is not None and not math.isclose(found, temperature, rel_tol=1e-6):",
+        "if False:",
+        ("tests/hf/test_fields.py::test_log_mu_of_another_distribution_is_refused",),
+    ),
+    Mutant(
+        "log-of-one-process-gathers",
+        "topr_kernels/hf/trl.py",
+        "if not any(x ==",
+        "if not any(True or x ==",
+        ("tests/hf/test_trl.py::test_a_log_of_one_process_gathers_nothing",),
+    ),
+    Mutant(
+        "compiled-model-twice",
+        "topr_kernels/hf/capture.py",
+        'self._model = getattr(model, "_orig_mod", model)',
+        "self._model = model",
+        ("tests/hf/test_trainer_data.py::test_a_compiled_model_scores_as_the_model_in_it",),
+    ),
 ]
 
 RECIPE = [
@@ -1105,6 +1126,34 @@ RECIPE = [
         "baseline_for_positive_share(cell.share, share)",
         ("tests/benchmarks/test_learning.py::test_the_methods_differ_where_they_should",),
     ),
+    Mutant(
+        "units-of-any-kind",
+        "topr_kernels/recipe/quantities.py",
+        'unit="/".join(names))',
+        'unit="")',
+        ("tests/recipe/test_recipe_answers.py::test_verdicts_are_those_of_a_reader",),
+    ),
+    Mutant(
+        "chain-of-either-sign",
+        "topr_kernels/recipe/equality.py",
+        'if not set(chain[1::2]) <= {">", r"\\ge"}:',
+        "if len(chain) < 2:",
+        ("tests/recipe/test_recipe_answers.py::test_verdicts_are_those_of_a_reader",),
+    ),
+    Mutant(
+        "key-twice",
+        "topr_kernels/recipe/files.py",
+        "if name in found:",
+        "if False:",
+        ("tests/recipe/test_recipe_tasks.py::test_bad_lines_are_named",),
+    ),
+    Mutant(
+        "segments-not-trained-on",
+        "topr_kernels/recipe/record_checks.py",
+        '"sample_weight", "segments")',
+        '"sample_weight")',
+        ("tests/recipe/test_recipe_masks.py",),
+    ),
 ]
 
 INTEGRATIONS = [
@@ -1121,6 +1170,46 @@ INTEGRATIONS = [
         "max(float(count), 1.0) / ranks",
         "max(float(count), 1.0)",
         ("tests/hf/test_integrations.py",),
+    ),
+    Mutant(
+        "half-precision-taken",
+        "topr_kernels/integrations/tokens.py",
+        "if log_prob.dtype in (torch.float16, torch.bfloat16):",
+        "if log_prob.dtype in ():",
+        ("tests/hf/test_integrations.py::test_verl_half_precision_is_refused",),
+    ),
+    Mutant(
+        "registers-over-another-loss",
+        "topr_kernels/integrations/tokens.py",
+        'if taken is not None and getattr(taken, "func", None) is not ours:',
+        "if False:",
+        (
+            "tests/hf/test_integrations.py::test_verl_its_own_losses_are_not_replaced",
+            "tests/hf/test_other_integrations.py::test_skyrl_registering_twice_does_no_harm",
+        ),
+    ),
+    Mutant(
+        "tinker-mu-for-advantages",
+        "topr_kernels/integrations/tinker.py",
+        "mu, advantages, mask = (",
+        "advantages, mu, mask = (",
+        (
+            "tests/hf/test_other_integrations.py::test_tinker_is_the_mean_over_the_answers_of_a_call",
+        ),
+    ),
+    Mutant(
+        "tinker-traced-sign",
+        "topr_kernels/integrations/tinker.py",
+        "low = torch.where(reward < 0, neg_min, pos_min)",
+        "low = torch.where(reward > 0, neg_min, pos_min)",
+        ("tests/hf/test_other_integrations.py::test_tinker_the_traced_form_is_the_same",),
+    ),
+    Mutant(
+        "axolotl-settings-without-effect",
+        "topr_kernels/integrations/axolotl.py",
+        "if field.name not in _HARMLESS | _INHERITED and found not in unset:",
+        "if False:",
+        ("tests/hf/test_other_integrations.py::test_axolotl_trains_on_the_records_of_its_files",),
     ),
 ]
 

@@ -39,6 +39,7 @@ OUTSIDE = {
     "kernels": {"triton"},
     # A framework that asks for a subclass is imported by its own adapter, which it names; no other.
     "integrations.areal": {"areal"},
+    "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.trinity": {"trinity"},
     "hf": {"transformers", "accelerate", "trl", "tqdm"},
     "recipe": {

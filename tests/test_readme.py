@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -44,7 +45,10 @@ RUN_BY = {
     ("docs/loops.md", "A loop of your own", 0): "test_other_loops",
     ("docs/loops.md", "A loop of your own", 1): "test_a_plain_loop_over_a_hugging_face_model",
     ("docs/method.md", "Equivalent to", 0): "test_equivalent_to",
-    ("docs/trajectories.md", "A taper of your own", 0): "test_a_taper_of_ones_own",
+    **{
+        ("docs/trajectories.md", "A taper of your own", i): "test_a_taper_of_ones_own"
+        for i in range(3)
+    },
 }
 
 
@@ -198,6 +202,21 @@ def test_a_taper_of_ones_own() -> None:
     assert names["out"].weight.tolist() == pytest.approx([1.0, 1.0])
     # As the page says: the slope of a mask is not its weight where it jumps.
     assert "A mask that turns a value off" in (check_taper(names["band"]) or "")
+    exec(block("trajectories", "A taper of your own", 1), names)
+    assert check_taper(names["gamma"]) is None
+    ratio, positive = torch.tensor([0.1, 0.9, 2.0, 0.5]), torch.tensor([True, True, False, False])
+    weight = [w**2 * math.exp(3 - 3 * w) for w in (0.1, 0.9)]
+    weight += [w**3 * math.exp(2 - 2 * w) for w in (2.0, 0.5)]
+    torch.testing.assert_close(names["gamma"](ratio.log(), positive)[1], torch.tensor(weight))
+    exec(block("trajectories", "A taper of your own", 2), names)
+    # 1.5 high >= 3.25 at 2.2; without a positive nothing is enough.
+    for reward, high in (([1, -1, 0.5, -0.25, -2], 2.2), ([1, -0.5], 1.0), ([-1], 3.0)):
+        own = names["moving"](torch.tensor(reward))
+        assert check_taper(own) is None
+        weight = own(
+            torch.tensor([9.0, -9.0, 9.0, -0.1]), torch.tensor([True, True, False, False])
+        )[1]
+        torch.testing.assert_close(weight, torch.tensor([high, 0.8, 1.0, math.exp(-0.1)]))
 
 
 def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

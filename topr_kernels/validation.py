@@ -31,6 +31,8 @@ def check_tensor(
     """Checks that an argument is a tensor of one of the dtypes on the device; returns it."""
     hint = f"; {remedy}" if remedy else ""
     if not isinstance(x, Tensor):
+        # The remedy is for a tensor of another dtype.
+        hint = "" if x is None else "; make it one with torch.as_tensor(...)"
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{hint}")
     if x.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -449,7 +451,8 @@ def _segments(tokens: Tokens, given: SequenceArguments) -> Tensor | None:
         return None
     if segments is None:
         return torch.zeros_like(labels, dtype=torch.int64)
-    segments = check_tensor("segments", segments, INTEGERS, labels.device, "number them")
+    remedy = "give whole numbers, equal ones in a row being a segment, and cast them with .long()"
+    segments = check_tensor("segments", segments, INTEGERS, labels.device, remedy)
     shapes = [labels.shape] if tokens.cu_seqlens is None else [labels.shape, labels.shape[1:]]
     if segments.shape not in shapes:
         raise ValueError(
@@ -462,7 +465,10 @@ def _segments(tokens: Tokens, given: SequenceArguments) -> Tensor | None:
 def _filled(tokens: Tokens, objective: Objective, given: SequenceArguments) -> Objective:
     """The objective with something in the place of a log mu that is not known."""
     labels, cu_seqlens, _ = tokens
-    known = check_tensor("behavior_known", given.behavior_known, (torch.bool,), labels.device)
+    remedy = "give True for a sequence whose log mu is known, as with .bool()"
+    known = check_tensor(
+        "behavior_known", given.behavior_known, (torch.bool,), labels.device, remedy
+    )
     if known.shape != objective.reward.shape:
         raise ValueError(
             f"behavior_known: expected one per sequence, shape {tuple(objective.reward.shape)}, got "
@@ -616,8 +622,12 @@ def check_known_values(objective: Objective) -> None:
     bad = ~known & needs_behavior(objective)
     if bad.any():
         i = int(bad.nonzero()[0])
+        why = "whose weight depends on pi/mu; "
+        other = "choose limits that are equal for its sign (TOPR's of positives are)"
+        if objective.taper is not None:
+            why = "but limits is a callable, which reads pi/mu of every sequence; "
+            other = "pass Limits that are equal for its sign (TOPR's of positives are)"
         raise ValueError(
             f"behavior_known: got False for sequence {i} of reward {float(objective.reward[i])} "
-            f"(baseline {objective.baseline}), whose weight depends on pi/mu; score its log mu, leave "
-            "it out, or choose limits that are equal for its sign (TOPR's of positives are)"
+            f"(baseline {objective.baseline}), {why}score its log mu, leave it out, or {other}"
         )

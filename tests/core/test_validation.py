@@ -77,6 +77,24 @@ CASES: dict[str, Case] = {
         TypeError,
         r"reward: expected dtype .*int64.*float",
     ),
+    "weight list": (
+        padded,
+        {"sequence_weight": [1.0, 2.0]},
+        TypeError,
+        r"sequence_weight: expected a torch.Tensor, got list; make it one with torch\.as_tensor",
+    ),
+    "segments float": (
+        padded,
+        {"segments": torch.zeros(2, 4), "ratio": "segment"},
+        TypeError,
+        r"segments: expected dtype int64 or .*got float32; give whole numbers, .*\.long\(\)",
+    ),
+    "known int": (
+        padded,
+        {"behavior_known": torch.ones(2, dtype=torch.int64)},
+        TypeError,
+        r"behavior_known: expected dtype bool, got int64; give True .*known",
+    ),
     "cu_seqlens float": (
         packed,
         {"cu_seqlens": torch.tensor([0.0, 3, 5])},

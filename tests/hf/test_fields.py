@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from test_data import chat, ids, prepare, text, tokenizer
 from tiny import EOS
 
+from topr_kernels import SFT
 from topr_kernels.hf import CompletionCollator, data, prepare_records, score_behavior
 from topr_kernels.hf.tokenise import Reader
 
@@ -289,6 +290,55 @@ def test_what_is_no_number_of_its_kind_is_refused_at_every_entrance(
         # Arrow may have made something else of it, which is as wrong.
         with pytest.raises((ValueError, TypeError), match=rf"record 0, field '{name}'"):
             list(prepare_records(given, tokenizer()))
+
+
+SAMPLED = [
+    (
+        {"temperature": 0.7},
+        r"'temperature': got 0\.7, .*temperature=1, .*TOPRConfig.*drop the field",
+    ),
+    ({"temperature": 0}, r"'temperature': got 0, "),
+    ({"sampling_params": {"temperature": 0.7}}, r"'sampling_params\.temperature': got 0\.7"),
+    ({"sampling": {"top_p": 0.9}}, r"'sampling\.top_p': got 0\.9; expected 1: .*full softmax"),
+    ({"top_k": np.int64(50)}, r"'top_k': got 50; expected 0"),
+    ({"min_p": torch.tensor(0.1)}, r"'min_p': got 0\.1; expected 0"),
+    ({"logit_bias": {"5": -100.0}}, r"'logit_bias': got \{'5'.*; expected none: .*full softmax"),
+    ({"sampling_params": {"guided_regex": "[0-9]+"}}, r"'sampling_params\.guided_regex': got"),
+    ({"repetition_penalty": 1.1}, r"'repetition_penalty': got 1\.1; expected 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), SAMPLED, ids=[str(s)[:30] for s, _ in SAMPLED])
+def test_log_mu_of_another_distribution_is_refused(settings: Row, message: str):
+    bad = tokens(**settings)
+    with pytest.raises(ValueError, match=rf"record 1, field {message}"):
+        prepare_records([tokens(), bad], tokenizer())
+    with pytest.raises(ValueError, match=rf"record 1 of the batch, field {message}"):
+        CompletionCollator(0)([tokens(), bad])
+    with pytest.raises(ValueError, match=rf"record 0 of the batch, field {message}"):
+        score_behavior(torch.nn.Linear(1, 1), [bad], CompletionCollator(0), batch_size=1)
+    without = {**bad, "behavior_log_prob": None}
+    assert prepare_records([without], tokenizer()), "nothing reads how it was sampled"
+    assert CompletionCollator(0, limits=SFT)([without])
+
+
+def test_the_temperature_of_a_record_is_that_of_the_loss():
+    datasets = pytest.importorskip("datasets")
+    bare = tokens(
+        logit_bias={"5": None},
+        sampling={"top_p": 1.0, "top_k": -1, "temperature": None},
+        temperature=1,
+    )
+    assert prepare(bare) and prepare(tokens(temperature="warm", min_p=None))
+    rows = [tokens(temperature=0.7)] * 2
+    for given in (
+        rows,
+        datasets.Dataset.from_list(rows).cast_column("temperature", datasets.Value("float32")),
+    ):
+        kept = prepare_records(given, tokenizer(), temperature=0.7)
+        assert CompletionCollator(0, temperature=0.7)([dict(x) for x in kept])
+        with pytest.raises(ValueError, match=r"field 'temperature': got 0\.7"):
+            prepare_records(given, tokenizer())
 
 
 def test_ids_outside_of_the_vocabulary_are_named():

@@ -277,6 +277,8 @@ def test_log_mu_may_be_missing_where_no_limit_reads_it(layout: Row):
     expected, whole = plain_loss(model, without_mu(1.0)), plain_loss(model, rows())
     batch = collate(prepared(without_mu(1.0)))
     assert batch["behavior_known"].tolist() == [r["reward"] == -1 for r in rows()]
+    kept = batch["behavior_log_prob"][batch["labels"] >= 0]
+    assert kept.max() == 0 and kept.min() < 0, "no log-prob is above 0, the unknown ones included"
     out = causal_lm_topr_loss(model, batch)
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
     head = model.lm_head.weight

@@ -1,7 +1,8 @@
-"""TOPR in SkyRL, Tinker, Trinity-RFT and AReaL: imitations of what tests/loops saw in the real ones."""
+"""TOPR in SkyRL, Tinker, Trinity-RFT, AReaL and Axolotl, imitated as tests/loops saw the real ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Iterator
@@ -287,3 +288,87 @@ def test_areal_packed_advantages_that_differ_are_found(areal: Any):
     micro["advantages"][10] = 5.0
     with pytest.raises(ValueError, match=r"advantages.*in sequence 1.*kl_ctl=0"):
         areal.topr_loss(micro["pi"], None, micro)
+
+
+# Axolotl ------------------------------------------------------------------------------------------
+
+
+class Settings(dict[str, Any]):
+    """Axolotl's: what is not there is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+@pytest.fixture
+def axolotl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    pytest.importorskip("transformers")
+    pytest.importorskip("pydantic")
+    mixins = dataclasses.make_dataclass(
+        "AxolotlTrainingMixins",
+        [
+            ("loraplus_lr_ratio", Any, None),
+            ("sample_packing", bool, False),
+            ("model_type", Any, None),
+        ],
+    )
+    meta = dataclasses.make_dataclass("TrainDatasetMeta", ["train_dataset", "eval_dataset"])
+    install(
+        monkeypatch,
+        axolotl={},
+        axolotl__common={},
+        axolotl__common__datasets={"TrainDatasetMeta": meta},
+        axolotl__core={},
+        axolotl__core__training_args_base={"AxolotlTrainingMixins": mixins},
+        axolotl__integrations={},
+        axolotl__integrations__base={"BasePlugin": type("BasePlugin", (), {})},
+        axolotl__utils={},
+        axolotl__utils__data={},
+        axolotl__utils__data__shared={
+            "load_dataset_with_config": lambda data, token: data["rows"],
+            "merge_datasets": lambda parts, cfg: [row for part in parts for row in part],
+        },
+    )
+    yield importlib.import_module("topr_kernels.integrations.axolotl")
+    sys.modules.pop("topr_kernels.integrations.axolotl")
+
+
+def test_axolotl_trains_on_the_records_of_its_files(axolotl: Any, tmp_path: Any):
+    from test_trainer import config, rows
+    from tiny import random_model, tiny_tokenizer
+
+    plugin = axolotl.TOPRPlugin()
+    settings = {"limits": "tis", "packing": True}
+    data = [{"rows": rows(3)}, {"rows": rows(1)}]
+    cfg = Settings(datasets=data, topr=settings, sequence_len=64, learning_rate=0.5)
+    meta = plugin.load_datasets(cfg)
+    assert meta.train_dataset == [*rows(3), *rows(1)] and meta.eval_dataset is None
+    kind = plugin.get_trainer_cls(cfg)
+    assert kind.requires_all_columns(cfg) and plugin.get_input_args().endswith("axolotl.TOPRArgs")
+    args = config(tmp_path, learning_rate=0.5)
+    vars(args).update(loraplus_lr_ratio=None, sample_packing=False, model_type="llama")
+    more = {"processing_class": tiny_tokenizer(), "dataset_tags": [], "eval_data_collator": len}
+    given = {"train_dataset": meta.train_dataset, "data_collator": len, **more}
+    run = kind(model=random_model(), args=args, **given)
+    assert run.args.limits == TIS and run.args.learning_rate == 0.5 and run.args.max_length == 64
+    assert run.data_collator.packing and run.args.remove_unused_columns is False
+    args.loraplus_lr_ratio = 16.0
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio: got 16\.0.*Axolotl's own trainers"):
+        kind(model=random_model(), args=args, **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rl": "grpo"}, "rl: got 'grpo' with TOPRPlugin; leave it out"),
+        ({"val_set_size": 0.1}, r"val_set_size: got 0\.1.*test_datasets"),
+        ({"sample_packing": True}, "sample_packing: got True.*packing: true under topr"),
+        ({"topr": {"max_steps": 3}}, "topr: got 'max_steps', which is no setting of the loss"),
+    ],
+)
+def test_axolotl_settings_of_another_training_are_refused(
+    axolotl: Any, changes: dict[str, Any], message: str
+):
+    for entrance in (axolotl.TOPRPlugin().load_datasets, axolotl.TOPRPlugin().get_trainer_cls):
+        with pytest.raises(ValueError, match=message):
+            entrance(Settings(**changes))

@@ -381,6 +381,16 @@ def test_a_compiled_model_trains_as_the_model_in_it(tmp_path: Path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_model_scores_as_the_model_in_it():
+    torch._dynamo.reset()
+    model, data, collate = random_model(), rows(2), CompletionCollator(0)
+    options = {"batch_size": 2, "progress": False}
+    compiled = torch.compile(model, backend="eager")
+    found = score_behavior(compiled, data, collate, **options)
+    for row, other in zip(found, score_behavior(model, data, collate, **options), strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
+
+
 def test_a_data_set_of_the_constructor_is_known_again(tmp_path: Path):
     """Although the one in use is a prepared copy, and the model that scored it is gone."""
     data = ids_only(rows(6))

@@ -54,6 +54,10 @@ def make(folder: Path, data: Any = None, model: Any = None, **changes: Any) -> T
             r"model: got the str 'some/model'; .*from_pretrained\('some/model'",
         ),
         ({"model": None}, r"model: got None; expected a model, or model_init="),
+        (
+            {"model": torch.nn.DataParallel(torch.nn.Linear(1, 1))},
+            r"model: got a DataParallel; expected the model in it .*Trainer wraps",
+        ),
         ({"model": LlamaForCausalLM}, r"model: got a type; expected a Hugging Face causal"),
         (
             {"train_dataset": "gsm8k"},
@@ -64,6 +68,15 @@ def make(folder: Path, data: Any = None, model: Any = None, **changes: Any) -> T
             r"train_dataset: got a dict .*\['train'\].*data\['train'\]",
         ),
         ({"eval_dataset": "gsm8k"}, r"eval_dataset: got the str 'gsm8k'"),
+        (
+            {"train_dataset": Path("a.jsonl")},
+            r"got the PosixPath 'a\.jsonl'; .*'json', data_files='a\.jsonl'",
+        ),
+        (
+            {"data_collator": CompletionCollator},
+            r"data_collator: got the class CompletionCollator; .*\(pad_id\)",
+        ),
+        ({"data_collator": {"pad": 0}}, r"data_collator: got a dict; expected an object to call"),
         ({"train_dataset": []}, r"train_dataset: has no records"),
         ({"eval_dataset": {"easy": rows(), "hard": []}}, r"eval_dataset\['hard'\]: has no records"),
         ({"tokenizer": tiny_tokenizer()}, r"tokenizer: .*pass processing_class=tokenizer"),
@@ -181,6 +194,19 @@ def test_a_data_set_may_come_late(tmp_path: Path):
         run.predict(late)
     # Its own, by name or not, it has scored.
     assert math.isfinite(run.evaluate(run.train_dataset)["eval_loss"])
+
+
+def test_records_say_at_which_temperature_they_were_sampled(tmp_path: Path):
+    data = [{**row, "temperature": 0.7} for row in rows(4)]
+    run = make(tmp_path, data, temperature=0.7)
+    with pytest.raises(ValueError, match="record 1, field 'temperature': got 1"):
+        run.evaluate([data[0], {**data[1], "temperature": 1.0}])
+    with pytest.raises(ValueError, match=r"record 0, field 'temperature': got 0\.7"):
+        make(tmp_path, data)
+    without = [{**row, "behavior_log_prob": None} for row in data]
+    make(tmp_path, without, temperature=0.7, behavior="initial")
+    with pytest.raises(ValueError, match=r"field 'temperature': got 0\.7.*scoring"):
+        make(tmp_path, without, behavior="initial")
 
 
 def test_late_records_bring_their_log_mu(tmp_path: Path):

@@ -175,7 +175,7 @@ def gradients(run: Any) -> dict[str, torch.Tensor]:
 
 def logged(run: Any) -> dict[str, float]:
     """What the trainer logs of the micro-batches since the last log."""
-    figures: dict[str, float] = {}
+    figures = {"loss" if run.model.training else "eval_loss": 0.0}
     run.log(figures)
     return figures
 
@@ -260,6 +260,19 @@ def test_a_log_prob_that_the_sampler_could_not_give_moves_nothing(tmp_path: Path
     # Of 5 + 3 + 4 scored tokens.
     assert figures["topr/unknown_mu_share"] == pytest.approx(1 / 12)
     assert logged(run)["topr/unknown_mu_share"] == 0
+
+
+def test_a_log_of_one_process_gathers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A callback logs on the first process alone: the others would be waited for without end."""
+    run, inputs = trainer(tmp_path), micro_batch()
+    prepared(run, [inputs])._compute_loss(run.model, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_topr_gather", None)
+        run.log({"bleu": 1.0, "train_loss": 2.0})
+        run.model.eval()
+        run.log({"bleu": 1.0})
+    run.model.train()
+    assert "topr/objective" in logged(run), "they wait for the next log of all"
 
 
 def test_metrics_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -197,6 +197,9 @@ def test_missing_unknown_and_half_written_are_refused(tmp_path: Path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:40])
     with pytest.raises(RecordError, match=r"data\.jsonl, record 1: not a line of JSON"):
         read_records(path)
+    path.write_text(json.dumps(row) + "\n" + '{"reward": 1, "reward": -1}')
+    with pytest.raises(RecordError, match=r"data\.jsonl, record 1: .*'reward' is there twice"):
+        read_records(path)
     for line in ("9" * 5_000, "[" * 100_000):
         path.write_text(json.dumps(row) + "\n" + line)
         with pytest.raises(RecordError, match=r"data\.jsonl, record 1: (JSON that|not a line)"):

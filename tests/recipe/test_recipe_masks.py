@@ -30,6 +30,7 @@ from topr_kernels.recipe import (
 )
 from topr_kernels.recipe.curate import figures
 from topr_kernels.recipe.score import max_log_ratio
+from topr_kernels.recipe.train import trainable_fields
 
 MASK = [1, 0, 0, 1]
 
@@ -43,9 +44,10 @@ def trajectory(**changes: Any) -> Record:
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_masks_and_weights_survive_a_round_trip(tmp_path: Path, suffix: str):
     path = tmp_path / f"records.{suffix}"
-    write_records(path, [trajectory(sample_weight=0.5), record()])
+    more = {"sample_weight": 0.5, "segments": [3, 3, 0, 1]}
+    write_records(path, [trajectory(**more), record()])
     mu = [-0.5, 0.0, 0.0, -0.25]
-    assert read_records(path) == [trajectory(sample_weight=0.5, behavior_log_prob=mu), record()]
+    assert read_records(path) == [trajectory(**more, behavior_log_prob=mu), record()]
     plain = tmp_path / f"plain.{suffix}"
     write_records(plain, [record()])
     # Files without trajectories are what they were.
@@ -72,6 +74,9 @@ def test_masks_and_weights_survive_a_round_trip(tmp_path: Path, suffix: str):
             {"behavior_log_prob": [math.nan, 0.0, 0.0, -1.0]},
             r"'behavior_log_prob\[0\]': expected a f",
         ),
+        ({"segments": [0, 1]}, "'segments': 2 entries for 4 completion tokens.*prompt"),
+        ({"segments": [0, 1, 1, 0.5]}, "'segments': got .*expected one integer per token"),
+        ({"segments": "0011"}, "'segments': expected a list of whole numbers"),
         ({"sample_weight": -1.0}, "'sample_weight': expected a number >= 0; the sign"),
         ({"sample_weight": math.inf}, "'sample_weight': expected a finite number"),
         ({"loss_mask": MASK}, "'loss_mask': unknown; rename it 'completion_mask'"),
@@ -122,6 +127,14 @@ def test_a_trajectory_is_scored_and_trained_on(tmp_path: Path):
     assert log["length_mean"] == pytest.approx((4 * 2 + 3) / 5)
     assert log["weight_negative_mean"] == pytest.approx(1, abs=1e-4)
     assert log["reward_mean"] == pytest.approx((3 - 2) / 5)
+    cut = [weighted[0], dataclasses.replace(weighted[1], segments=[0, 0, 0, 1])]
+    with pytest.raises(RecordError, match="record 1, field 'segments': ratio='sequence' does not"):
+        train(model, tiny_tokenizer(), cut, settings, checkpoints=tmp_path / "cut")
+    fields = trainable_fields(cut, "topr", 0.0, "segment")
+    assert fields[1]["segments"] == [0, 0, 0, 1] and "segments" not in fields[0]
+    settings = TrainSettings(batch_size=2, ratio="segment")
+    (log,) = train(model, tiny_tokenizer(), cut, settings, checkpoints=tmp_path / "cut")
+    assert log["length_mean"] == 2
     # Another limit reads it.
     with pytest.raises(
         RecordError, match=r"record 4, field 'behavior_log_prob': missing \(.* posi"

@@ -93,6 +93,10 @@ def test_math_lines_become_questions(tmp_path: Path):
         ('{"question": " ", "answer": "1"}', r"line 2, field 'question'"),
         ('{"question": "a", "ans', r"line 2: not a line of JSON .* half-written"),
         ("[1]", r"line 2: expected a JSON object, got list"),
+        (
+            '{"question": "a", "answer": "1", "answer": "2"}',
+            r"line 2: JSON that cannot be read \(the key 'answer' is there twice; leave one",
+        ),
         ('{"question": "a", "answer": true}', r"line 2, field 'answer'"),
     ],
 )

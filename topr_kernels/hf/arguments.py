@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -93,6 +94,11 @@ def _check_model(model: Any, args: TOPRConfig, more: Mapping[str, Any]) -> None:
         raise TypeError(
             f"model: got a {type(model).__name__}; expected a Hugging Face causal language model"
         )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"model: got a {type(model).__name__}; expected the model in it (its .module), which "
+            "Trainer wraps itself"
+        )
     if model is None and args.behavior == "initial":
         raise ValueError(
             "model_init: got one with behavior='initial', but it makes another model when training "
@@ -116,10 +122,12 @@ def _check_offloaded(model: Any) -> None:
 
 
 def _check_data(name: str, data: Any) -> None:
-    if isinstance(data, str):
+    if isinstance(data, (str, PathLike)):
+        load = f"datasets.load_dataset({data!r}, split='train')"
+        if not isinstance(data, str):
+            load = f"datasets.load_dataset('json', data_files={str(data)!r}, split='train')"
         raise TypeError(
-            f"{name}: got the str {data!r}; expected a loaded data set, as "
-            f"datasets.load_dataset({data!r}, split='train')"
+            f"{name}: got the {type(data).__name__} {str(data)!r}; expected a loaded data set, as {load}"
         )
     if isinstance(data, Mapping) and name == "train_dataset":
         raise TypeError(

@@ -39,9 +39,9 @@ def score_behavior(
     Args:
         model: the policy that sampled the records, whole on each process; scored in eval mode.
         records: with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``.
-        collator: as in training; its ``mask_truncated`` is not applied.
+        collator: as in training; its ``mask_truncated`` and ``temperature`` are not applied.
         batch_size: records scored together; use the training batch's.
-        temperature: of the sampler.
+        temperature: of the sampler; records that say another are refused.
         fused_head: as in :func:`causal_lm_log_prob`.
         workspace_bytes: as in :func:`causal_lm_log_prob`.
         impl: as in :func:`causal_lm_log_prob`.
@@ -52,8 +52,8 @@ def score_behavior(
         that ``completion_mask`` says the policy did not write.
 
     Raises:
-        ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt,
-            or the model gives one of its tokens NaN.
+        ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt, or
+            says that it was sampled otherwise; if the model gives one of its tokens NaN.
     """
     check_records(records, "the data")
     return score_checked(
@@ -94,6 +94,7 @@ def score_checked(
     collate = copy.copy(collator)
     if isinstance(collate, CompletionCollator):
         collate.mask_truncated = False
+        collate.temperature = options.get("temperature", 1.0)
     device = _device(model)
     scored: list[list[float]] = []
     bar = tqdm(total=len(records), desc="score", unit="record", disable=not progress)
@@ -181,7 +182,8 @@ def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> tuple[T
         index = -numbers[:, -width:][kept].double().cpu() - 1
         sound = (index == index.round()) & (index >= 0) & (index < count)
         if sound.all() and len(index.unique()) == len(index):
-            values, known = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+            values = torch.zeros(count, dtype=torch.float32)
+            known = torch.zeros(count, dtype=torch.bool)
             values[index.long()] = log_prob[kept].float().cpu()
             known[index.long()] = True
             return values, known

@@ -82,7 +82,9 @@ class HeadLoss:
     """The loss of one forward pass, computed by ``loss_in_head`` inside the head."""
 
     def __init__(self, model: Any, compute: Callable[[Tensor, Head], Tensor], sample: bool) -> None:
-        self._model, self._compute, self._sample = model, compute, sample
+        # Dynamo refuses to trace a module that it also sees through its own wrapper.
+        self._model = getattr(model, "_orig_mod", model)
+        self._compute, self._sample = compute, sample
         self._losses: list[Tensor] = []
         self._products: list[Tensor] = []
         self._head: Head | None = None

@@ -50,6 +50,7 @@ from topr_kernels.hf.fields import (
     weight_of,
 )
 from topr_kernels.hf.packing import pack
+from topr_kernels.hf.sampled import check_sampling
 from topr_kernels.hf.sharing import tree_batch
 from topr_kernels.layout import IGNORE_INDEX
 
@@ -108,6 +109,8 @@ class CompletionCollator:
             in TOPR, all in SFT), its weight does not depend on mu and ``behavior_log_prob`` may be
             missing. None, or a taper of one's own: every record must have it.
         baseline: of the loss.
+        temperature: of the loss. Records with log mu that say they were sampled at another, or with
+            top-p and the like, are refused.
 
     Raises:
         ValueError: on a call, if a record lacks a field or has an empty prompt; if its
@@ -127,12 +130,12 @@ class CompletionCollator:
     eos_token_id: int | Sequence[int] | None = None
     limits: Any = None
     baseline: float = 0.0
+    temperature: float = 1.0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
         read = [
-            _read(record, f"record {i} of the batch", self.limits, self.baseline)
-            for i, record in enumerate(features)
+            _read(record, f"record {i} of the batch", self) for i, record in enumerate(features)
         ]
         prompts = [record.prompt for record in read]
         sequences = [record.prompt + record.completion for record in read]
@@ -149,7 +152,7 @@ class CompletionCollator:
         has_segments = any(r.segments is not None for r in read)
         behavior = [
             [0.0] * len(r.prompt)
-            + [x if keep else 0.0 for x, keep in zip(r.behavior or mask, mask, strict=True)]
+            + [x if keep else 0.0 for x, keep in zip(_known(r), mask, strict=True)]
             for r, mask in zip(read, scored, strict=True)
         ]
         batch: dict[str, Any]
@@ -301,7 +304,13 @@ def check_token_ids(
     return prompt, completion, [1] * len(completion) if mask is None else mask
 
 
-def _read(record: Mapping[str, Any], where: str, limits: Any, baseline: float) -> _Read:
+def _known(record: _Read) -> list[float]:
+    """Log mu of the completion; 0 where it is missing, as ``behavior_known`` says."""
+    return [0.0] * len(record.mask) if record.behavior is None else record.behavior
+
+
+def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -> _Read:
+    limits, baseline = collator.limits, collator.baseline
     reward = None if record.get("reward") is None else reward_of(record, where)
     remedy = "Score the records first, and keep remove_unused_columns=False"
     if limits is None:
@@ -313,6 +322,8 @@ def _read(record: Mapping[str, Any], where: str, limits: Any, baseline: float) -
         needed.insert(0, "behavior_log_prob")
     prompt, completion, mask = check_token_ids(record, where, needed, remedy)
     behavior = behavior_of(record, len(completion), where, mask)
+    if behavior is not None:
+        check_sampling(record, collator.temperature, where)
     return _Read(
         prompt,
         completion,

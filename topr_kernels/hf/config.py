@@ -63,9 +63,10 @@ class TOPRConfig(TrainingArguments):
             first tokens off. Recorded log mu is then that of another prompt.
         behavior: "recorded" takes ``behavior_log_prob`` from the records. "initial" scores it with the
             model as the trainer gets it, for data sampled from that model at ``temperature``, under
-            the autocast of training: ratios start at exactly 1. With FSDP or DeepSpeed in half
-            precision they start at 1 but for rounding, which these do in other places. Each process
-            must hold the whole model then (no ZeRO-3 while it is loaded, no
+            the autocast of training. Ratios start at exactly 1 in a batch of the records that were
+            scored together, in the order of the data set; in others, as shuffling makes them, at 1 but
+            for the rounding of another shape. FSDP and DeepSpeed in half precision round in other
+            places, too. Each process must hold the whole model then (no ZeRO-3 while it is loaded, no
             ``cpu_ram_efficient_loading``). A resumed run must get the same initial model.
         beta: must be 0, like entropy_coef: TOPR has neither a KL penalty nor an entropy bonus; its taper
             keeps it stable.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset
 
 from topr_kernels.choices import TRUNCATIONS
 from topr_kernels.hf import fields
+from topr_kernels.hf.sampled import check_sampling
 from topr_kernels.hf.tokenise import Ids, Reader, check_messages, tools_of
 from topr_kernels.hf.turns import Turns, read_turns
 from topr_kernels.validation import check_choice
@@ -38,6 +40,7 @@ def prepare_records(
     max_length: int | None = None,
     truncate: str | None = None,
     vocabulary: int | None = None,
+    temperature: float = 1.0,
 ) -> Any:
     """Turns prompt + completion + reward records into token records for ``CompletionCollator``.
 
@@ -87,6 +90,8 @@ def prepare_records(
         truncate: what to do with longer records: None refuses them, "prompt_left" cuts tokens off the
             beginning of the prompt (log mu that was recorded is then that of another prompt).
         vocabulary: number of ids of the model; None: not checked.
+        temperature: of the loss. Records with log mu that say they were sampled at another, or with
+            top-p and the like, are refused.
 
     Returns:
         Records with ``prompt_token_ids``, ``completion_token_ids`` and ``reward``, and the other fields:
@@ -114,7 +119,7 @@ def prepare_records(
                 f"truncate: got {truncate!r} without max_length; give the length to cut to"
             )
     reader = Reader(tokenizer, chat_template_kwargs or {}, _ids(eos_token_id, tokenizer))
-    prepare = _Prepare(reader, max_length, truncate, vocabulary)
+    prepare = _Prepare(reader, max_length, truncate, vocabulary, temperature=temperature)
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"dataset: got a {type(dataset).__name__} with the keys {sorted(dataset)}; expected a list "
@@ -168,7 +173,7 @@ def _listed(dataset: Any) -> Sequence[Any]:
     remedy = ""
     if table:
         remedy = "; of a table make one with datasets.Dataset.from_pandas, or a list of its rows"
-    elif isinstance(dataset, (str, bytes)):
+    elif isinstance(dataset, (str, bytes, PathLike)):
         remedy = "; load it, as with datasets.load_dataset(...)"
     elif isinstance(dataset, Iterator) or hasattr(dataset, "__iter__"):
         remedy = "; of what can be iterated over make one with list(...), or a stream with "
@@ -203,17 +208,20 @@ class _Prepare:
         truncate: str | None,
         vocabulary: int | None,
         features: Any = None,
+        temperature: float = 1.0,
     ) -> None:
         self._reader = reader
         self._max_length = max_length
         self._truncate = truncate
         self._vocabulary = vocabulary
+        self._temperature = temperature
         self._features = features
         self._warned = False
 
     def reading(self, features: Any) -> _Prepare:
         """The same for records of a data set with these features."""
-        return _Prepare(self._reader, self._max_length, self._truncate, self._vocabulary, features)
+        same = self._reader, self._max_length, self._truncate, self._vocabulary
+        return _Prepare(*same, features, self._temperature)
 
     def keeps(self, record: Mapping[str, Any], i: int) -> bool:
         """Checks a record and tells whether it can stay as it is."""
@@ -247,6 +255,8 @@ class _Prepare:
         mask = self._mask(record, completion, told, where)
         behavior = fields.behavior_of(record, len(completion), where, mask)
         fields.check_meaning(record, prompt, completion, mask, where)
+        if behavior is not None:
+            check_sampling(record, self._temperature, where)
         prompt = self._fitted(prompt, len(completion), where)
         result |= dict(zip(fields.TOKENS, (prompt, completion), strict=True)) | {"reward": reward}
         if mask is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -110,7 +111,8 @@ def reward_of(record: Mapping[str, Any], where: str) -> float:
             f"signed reward{hint}"
         )
     # True would be 1, and False no failure but nothing at all.
-    if isinstance(reward, bool) or not isinstance(reward, Real):
+    # DuckDB and Arrow write 1.0 as a decimal.
+    if isinstance(reward, bool) or not isinstance(reward, (Real, Decimal)):
         raise TypeError(
             f"{where}, field 'reward': got {reward!r} of type {type(reward).__name__}; expected a "
             "signed number, such as 1.0 for a success and -1.0 for a failure; of several rewards "

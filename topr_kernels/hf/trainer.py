@@ -136,7 +136,7 @@ class TOPRTrainer(Trainer):
         args = TOPRConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(model, args, train_dataset, eval_dataset, kwargs)
         if data_collator is not None:
-            _check_own_collator(args)
+            _check_own_collator(data_collator, args)
         super().__init__(
             model=model,
             args=args,
@@ -163,6 +163,7 @@ class TOPRTrainer(Trainer):
                 eos,
                 args.limits,
                 args.baseline,
+                args.temperature,
             )
         self._prepare = functools.partial(
             prepare_records,
@@ -171,6 +172,7 @@ class TOPRTrainer(Trainer):
             max_length=longest(self.model, args),
             truncate=args.truncate,
             vocabulary=vocabulary(self.model),
+            temperature=args.temperature,
         )
         given = self.train_dataset, self.eval_dataset
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
@@ -622,8 +624,15 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
     return change(data)
 
 
-def _check_own_collator(args: TOPRConfig) -> None:
-    """Refuses settings that only the default collator implements."""
+def _check_own_collator(collator: Any, args: TOPRConfig) -> None:
+    """Refuses what is no collator, and settings that only the default one implements."""
+    if isinstance(collator, type) or not callable(collator):
+        got = f"a {type(collator).__name__}"
+        got = f"the class {collator.__name__}" if isinstance(collator, type) else got
+        raise TypeError(
+            f"data_collator: got {got}; expected an object to call with a list of records, as "
+            "CompletionCollator(pad_id)"
+        )
     for name in ("share_prefix", "packing", "mask_truncated"):
         if getattr(args, name):
             raise ValueError(

@@ -272,8 +272,12 @@ class TOPRGRPOTrainer(GRPOTrainer):
         self._metrics[mode]["entropy"].append(sums / max(tokens, 1.0))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``GRPOTrainer.log``, with the metrics of the completions since the last one."""
+        """``GRPOTrainer.log``; a log of training or evaluation gets the metrics since the last one."""
         mode = "train" if self.model.training else "eval"
+        # All processes write those two; another log may be one process's own, and gathering would hang.
+        if not any(x == "loss" or (mode == "eval" and x.endswith("_loss")) for x in logs):
+            super().log(logs, start_time)
+            return
         figures = self._topr_sequences[mode].result(self._topr_gather)
         self._topr_sequences[mode] = SequenceMetrics()
         nothing = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)

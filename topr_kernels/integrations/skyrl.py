@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from topr_kernels.integrations.tokens import (
+    check_free,
     check_precision,
     check_ratio,
+    check_signs,
     figures,
     one_per_sequence,
     read_limits,
@@ -123,12 +124,7 @@ def _refuse_settings(config: Any) -> None:
             f"off_policy_correction: {', '.join(set_here)} would weigh or mask on top of the ratio "
             "pi/mu that TOPR takes per sequence; set them to null, and use_tis=false"
         )
-    for name in ("use_kl_in_reward", "advantage_batch_normalize"):
-        if getattr(config, name, False):
-            raise ValueError(
-                f"{name}: expected false, it turns right answers negative, which chooses the limits of "
-                f"wrong ones; set trainer.algorithm.{name}=false"
-            )
+    check_signs("trainer.algorithm", config, ("use_kl_in_reward", "advantage_batch_normalize"))
 
 
 def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "sequence") -> None:
@@ -145,10 +141,6 @@ def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "s
     skyrl = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils")
     registry: Any = skyrl.PolicyLossRegistry
     if name in registry.list_available():
-        taken: Callable[..., Any] = registry.get(name)
-        if getattr(taken, "func", None) is not topr_policy_loss:
-            raise ValueError(
-                f"register: {name!r} is a policy loss of SkyRL's own; choose another name"
-            )
+        check_free("SkyRL", name, registry.get(name), topr_policy_loss, "choose another name")
         registry.unregister(name)
     registry.register(name, loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +104,37 @@ def check_ratio(ratio: str) -> None:
         ValueError: a ratio that is none of ``choices.RATIOS``.
     """
     validation.check_choice("ratio", ratio, choices.RATIOS)
+
+
+def check_signs(where: str, config: object, names: Sequence[str]) -> None:
+    """Refuses settings that turn right answers negative, and so choose the limits of wrong ones.
+
+    Raises:
+        ValueError: one of the names is true in ``config``, which ``where`` calls by its path.
+    """
+    for name in names:
+        if getattr(config, name, False):
+            raise ValueError(
+                f"{where}.{name}: expected false, it turns right answers negative, which chooses the "
+                "limits of wrong ones; set it to false"
+            )
+
+
+def check_free(framework: str, name: str, taken: object, ours: object, remedy: str) -> None:
+    """Refuses to register under the name of a loss that a framework has itself.
+
+    Args:
+        framework: its name.
+        name: to register.
+        taken: what has that name, or None.
+        ours: the loss, of which ``taken`` may be a partial.
+        remedy: what the message says to do.
+
+    Raises:
+        ValueError: ``taken`` is another's.
+    """
+    if taken is not None and getattr(taken, "func", None) is not ours:
+        raise ValueError(f"register: {name!r} is a policy loss of {framework}'s own; {remedy}")
 
 
 def figures(out: TOPROutput) -> dict[str, float]:

@@ -38,7 +38,14 @@ from typing import Any
 from torch import Tensor
 
 from topr_kernels import validation
-from topr_kernels.integrations.tokens import check_precision, check_ratio, figures, one_per_sequence
+from topr_kernels.integrations.tokens import (
+    check_free,
+    check_precision,
+    check_ratio,
+    check_signs,
+    figures,
+    one_per_sequence,
+)
 from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.loss import topr_loss_from_log_prob
 
@@ -182,12 +189,8 @@ def topr_advantage(
     Raises:
         ValueError: ``use_kl_in_reward``, which makes right answers negative.
     """
-    if getattr(config, "use_kl_in_reward", False):
-        raise ValueError(
-            "algorithm.use_kl_in_reward: expected false, a KL penalty inside the reward turns right "
-            "answers negative, which chooses the limits of wrong ones; set it to false, and "
-            "actor.use_kl_loss=true if a penalty is wanted"
-        )
+    # A penalty that is wanted goes beside the loss: actor.use_kl_loss=true.
+    check_signs("algorithm", config, ("use_kl_in_reward",))
     score = (token_level_rewards * response_mask).sum(-1, keepdim=True) * response_mask
     return score, score
 
@@ -223,12 +226,14 @@ def register(
             "register: verl.trainer.ppo.core_algos cannot be imported; install verl in the environment "
             "of the workers, or hand topr_policy_loss to your own registry"
         ) from error
-    taken = verl.POLICY_LOSS_REGISTRY.get(name)
-    if taken is not None and getattr(taken, "func", None) is not topr_policy_loss:
-        raise ValueError(
-            f"register: {name!r} is a loss of verl's own; register() and loss_mode=topr are right for "
-            "every setting, rollout_correction.bypass_mode=true among them"
-        )
+    check_free(
+        "verl",
+        name,
+        verl.POLICY_LOSS_REGISTRY.get(name),
+        topr_policy_loss,
+        "register() and loss_mode=topr are right for every setting, "
+        "rollout_correction.bypass_mode=true among them",
+    )
     loss = functools.partial(topr_policy_loss, limits=limits, ratio=ratio)
     verl.register_policy_loss(name)(loss)
     verl.register_adv_est("topr")(topr_advantage)

@@ -14,7 +14,7 @@ from typing import Any
 from topr_kernels.recipe.algebra import has_words, same_algebra
 from topr_kernels.recipe.answer_parts import Parts, in_group, labelled, parts, split_top
 from topr_kernels.recipe.plain_text import LONGEST_ANSWER, plain, without_outer_braces
-from topr_kernels.recipe.quantities import near, quantity, without_unit
+from topr_kernels.recipe.quantities import in_smallest, near, quantity, without_unit
 
 # Levels of nested lists that are compared.
 _DEEPEST = 5
@@ -119,9 +119,19 @@ def _same(gold: str, answer: str, depth: int) -> bool:
         return False
     if _form(gold) == _form(answer):
         return True
+    if _ascending(gold) == _ascending(answer):
+        return True
     if has_words(gold) or has_words(answer) or ("=" in gold) != ("=" in answer):
         return False
     return same_algebra(gold, answer)
+
+
+def _ascending(text: str) -> list[str]:
+    """The parts of a chain of inequalities and the signs between them, the smallest part first."""
+    chain = [_form(part) for part in re.split(r"(<|>|\\[lg]e(?![a-z]))", text)]
+    if not set(chain[1::2]) <= {">", r"\ge"}:
+        return chain
+    return [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(chain)]
 
 
 def _same_quantity(gold: str, answer: str, depth: int) -> bool | None:
@@ -139,7 +149,9 @@ def _same_quantity(gold: str, answer: str, depth: int) -> bool | None:
             for q in (right, given)
         )
     if right.unit != given.unit and right.unit and given.unit:
-        return False
+        right, given = in_smallest(right), in_smallest(given)
+        if right.unit != given.unit:
+            return False
     return near(right.value, given.value, max(right.digits, given.digits))
 
 

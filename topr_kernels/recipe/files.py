@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -85,6 +85,27 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: not JSON ({error}); delete it and run again") from error
+
+
+def parse_json(text: str) -> Any:
+    """A text as JSON.
+
+    Raises:
+        json.JSONDecodeError: if it is none.
+        ValueError: if an object holds a key twice, of which Python would keep the last; if a number has
+            thousands of digits.
+        RecursionError: if brackets are nested thousands deep.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} is there twice; leave one of the two out")
+        found[name] = value
+    return found
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
     state = _state(train_step(settings, records, out))
     train_on = read_nonempty(records)
-    trainable_fields(train_on, settings.limits, settings.baseline or 0.0)
+    trainable_fields(train_on, settings.limits, settings.baseline or 0.0, settings.ratio)
     prompt, completion = _tokens(train_on)
     return [
         state,

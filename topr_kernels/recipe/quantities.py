@@ -79,6 +79,20 @@ _UNITS = {
     for unit in line.split(",")
     for name in unit.split()
 }
+# Units of one kind, each with the number of those before it that it holds; so 1.5 h are 90 min.
+_KINDS = (
+    "s min:60 h:60 day:24 week:7,month year:12,mm cm:10 m:100 km:1000,in ft:12 yd:3 mi:1760,"
+    "mg g:1000 kg:1000,oz lb:16,ml l:1000"
+)
+_SIZES: dict[str, tuple[str, int]] = {}
+for _kind in _KINDS.split(","):
+    _size, _smallest = 1, _kind.split()[0]
+    for _entry in _kind.split():
+        _name, _, _holds = _entry.partition(":")
+        _size *= int(_holds or 1)
+        _SIZES[_name] = _smallest, _size
+# "1 hour, 30 minutes and 5 seconds"
+_SEVERAL = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\.?(?:,?\s*(?:and\s+)?(?=\d)|$)")
 # Words that change the value of the number before them, or join another number to it.
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|than|pi|factorial|squared|cubed|sqrt|root|base|mod|below|above|plus|minus|not|but|"
@@ -102,6 +116,7 @@ _CENTS = re.compile(r"(\d+) dollars?,? (?:and )?(\d{1,2}) cents?$")
 def quantity(text: str) -> Quantity | None:
     """A normalised text (``plain``) as a number with a unit; None for anything else."""
     text = _CENTS.sub(lambda m: f"{m.group(1)}.{int(m.group(2)):02} dollars", _in_digits(text))
+    text = _summed(text)
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > _LONGEST_NUMBER:
         return None
@@ -130,6 +145,35 @@ def quantity(text: str) -> Quantity | None:
     negative = "".join(filter(None, (groups["sign"], groups["inner"]))).strip() not in ("", "+")
     decimal = (groups["decimal"] or "").partition(".")[2]
     return Quantity(-value if negative else value, unit, len(decimal))
+
+
+def in_smallest(found: Quantity) -> Quantity:
+    """A quantity in the smallest unit of its kind: 2 km/h in mm/s."""
+    value, names = found.value, []
+    for i, part in enumerate(found.unit.split("/")):
+        name, _, power = part.partition("^")
+        smallest, size = _SIZES.get(name, (name, 1))
+        factor = Fraction(size ** int(power or 1))
+        value = value / factor if i else value * factor
+        names.append(f"{smallest}^{power}" if power else smallest)
+    return found._replace(value=value, unit="/".join(names))
+
+
+def _summed(text: str) -> str:
+    """Numbers with units of one kind, from the largest to the smallest, as one in the last of them."""
+    found = [(m.group(1), m.group(2).lower()) for m in _SEVERAL.finditer(text)]
+    if len(found) < 2 or _SEVERAL.sub("", text).strip():
+        return text
+    names = [_UNITS.get(word) or _UNITS.get(word.rstrip("s"), "") for _, word in found]
+    # "2h 30m"
+    names = ["min" if n == "m" and names[0] == "h" else n for n in names]
+    sizes = [_SIZES.get(name, ("", 0)) for name in names]
+    kinds, sizes_of = {kind for kind, _ in sizes}, [size for _, size in sizes]
+    if len(kinds) > 1 or "" in kinds or sizes_of != sorted(set(sizes_of), reverse=True):
+        return text
+    each = (Fraction(x) * size for (x, _), size in zip(found, sizes_of, strict=True))
+    total = sum(each, Fraction(0)) / sizes_of[-1]
+    return f"{total.numerator}/{total.denominator} {names[-1]}"
 
 
 def _value(groups: dict[str, str | None]) -> Fraction:

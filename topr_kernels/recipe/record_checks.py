@@ -10,7 +10,7 @@ from topr_kernels.limits import Limits
 from topr_kernels.recipe.records import Record, RecordError
 
 #: Fields of a record that training may do without.
-_MAY_BE_ABSENT = ("behavior_log_prob", "completion_mask", "sample_weight")
+_MAY_BE_ABSENT = ("behavior_log_prob", "completion_mask", "sample_weight", "segments")
 
 
 def training_fields(

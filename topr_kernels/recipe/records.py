@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topr_kernels.hf.fields import MASK, mask_of, name_here
-from topr_kernels.recipe.files import atomic_path, one_line
+from topr_kernels.hf.fields import MASK, SEGMENTS, mask_of, name_here, segments_of
+from topr_kernels.recipe.files import atomic_path, one_line, parse_json
 
 FinishReason = Literal["stop", "length"]
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -92,6 +92,8 @@ class Record:
         completion_mask: of a trajectory: 1 for each completion token that the policy wrote, 0 for those
             of tools and others, under which ``behavior_log_prob`` is not read; None if it wrote all.
         sample_weight: >= 0, multiplies the record's loss; None for 1.
+        segments: of a trajectory: one integer for each completion token, equal ones in a row being a
+            segment, for the ratios per segment; None for a segment per turn.
     """
 
     group: int
@@ -108,6 +110,7 @@ class Record:
     judged: Judged | None = None
     completion_mask: list[int] | None = None
     sample_weight: float | None = None
+    segments: list[int] | None = None
 
     @property
     def length(self) -> int:
@@ -220,7 +223,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
 def _from_json(line: str, where: str) -> Record:
     try:
-        raw = json.loads(line)
+        raw = parse_json(line)
     except json.JSONDecodeError as error:
         raise RecordError(f"{where}: not a line of JSON ({error}); half-written?") from error
     # A number of thousands of digits, or brackets as deep.
@@ -284,13 +287,13 @@ def _check_lengths(record: Record, where: str) -> None:
             f"{where}, field 'behavior_log_prob': {len(scored)} entries for "
             f"{len(record.completion_token_ids)} completion tokens; one per token is expected"
         )
-
-    mask = record.completion_mask
-    if mask is not None and len(mask) != len(record.completion_token_ids):
-        raise RecordError(
-            f"{where}, field {MASK!r}: {len(mask)} entries for {len(record.completion_token_ids)} "
-            "completion tokens; one per token is expected, and none for the prompt"
-        )
+    for name, values in ((MASK, record.completion_mask), (SEGMENTS, record.segments)):
+        if values is not None and len(values) != len(record.completion_token_ids):
+            raise RecordError(
+                f"{where}, field {name!r}: {len(values)} entries for "
+                f"{len(record.completion_token_ids)} completion tokens; one per token is expected, and "
+                "none for the prompt"
+            )
 
 
 def _error(where: str, name: str, value: Any, expected: str) -> RecordError:
@@ -367,6 +370,15 @@ def _completion_mask(value: Any, where: str, name: str) -> list[int] | None:
         raise RecordError(str(error)) from error
 
 
+def _segments(value: Any, where: str, name: str) -> list[int] | None:
+    if value is not None and not isinstance(value, list):
+        raise _error(where, name, value, "a list of whole numbers, or nothing")
+    try:
+        return segments_of({name: value}, len(value or ()), where)
+    except (TypeError, ValueError) as error:
+        raise RecordError(str(error)) from error
+
+
 def _weight(value: Any, where: str, name: str) -> float | None:
     if value is not None and _number(value, where, name) < 0:
         raise _error(where, name, value, "a number >= 0; the sign is that of the reward")
@@ -413,6 +425,7 @@ _CHECKS: dict[str, Any] = {
     "valid": _valid,
     "judged": _judged,
     "sample_weight": _weight,
+    "segments": _segments,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -463,4 +476,5 @@ _OPTIONAL = (
     ),
     pa.field(MASK, pa.list_(pa.int8())),
     pa.field("sample_weight", pa.float64()),
+    pa.field(SEGMENTS, pa.list_(pa.int64())),
 )

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
-from topr_kernels.recipe.files import FileError
+from topr_kernels.recipe.files import FileError, parse_json
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import is_unicode
 from topr_kernels.recipe.rewards import RewardTask, reward_key
@@ -142,9 +142,11 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
     """
     file = task_file(name)
     try:
-        settings = json.loads(config, object_pairs_hook=_without_duplicates)
+        settings = parse_json(config)
     except json.JSONDecodeError as error:
         raise SettingsError(f"task_config: got {config!r}; not JSON ({error})") from error
+    except ValueError as error:
+        raise SettingsError(f"task_config: {error}") from error
     if not isinstance(settings, Mapping):
         raise SettingsError(f"task_config: got {config}; expected a JSON object")
     if settings and (file or name == "arithmetic"):
@@ -166,16 +168,6 @@ def task_file(name: str) -> Path | None:
     """The file of a ``--task``, ``~`` in it the home folder; None for a task without one."""
     _, colon, file = name.partition(":")
     return Path(file).expanduser() if colon else None
-
-
-def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(
-                f"task_config: the key {name!r} is there twice; leave one of the two out"
-            )
-    return dict(pairs)
 
 
 def find_tasks(options: QuestionOptions) -> tuple[AnyTask, AnyTask]:
@@ -303,7 +295,7 @@ def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Quest
 
 def _entry(line: str, where: str) -> dict[str, str]:
     try:
-        raw = json.loads(line)
+        raw = parse_json(line)
     except json.JSONDecodeError as error:
         raise FileError(f"{where}: not a line of JSON ({error}); half-written?") from error
     except (ValueError, RecursionError) as error:

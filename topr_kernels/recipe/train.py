@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
+from topr_kernels.choices import SEGMENT_RATIOS
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.heads import head_shape
 from topr_kernels.limits import PRESETS, Limits
@@ -24,7 +25,7 @@ from topr_kernels.recipe.record_checks import (
     check_tokens,
     training_fields,
 )
-from topr_kernels.recipe.records import Record
+from topr_kernels.recipe.records import Record, RecordError
 from topr_kernels.recipe.score import workspace_bytes
 
 
@@ -84,7 +85,7 @@ def train(
         RecordError: as ``trainable_fields``, or if the ids come from another tokenizer.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
-    fields = trainable_fields(records, settings.limits, settings.baseline)
+    fields = trainable_fields(records, settings.limits, settings.baseline, settings.ratio)
     check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
@@ -126,7 +127,7 @@ def train(
 
 
 def trainable_fields(
-    records: Sequence[Record], limits: str | Limits, baseline: float
+    records: Sequence[Record], limits: str | Limits, baseline: float, ratio: str
 ) -> list[dict[str, Any]]:
     """The fields of records that the Trainer takes.
 
@@ -134,11 +135,18 @@ def trainable_fields(
         records: N records. Those whose weight does not depend on mu (positives in TOPR) need none.
         limits: of the training.
         baseline: of the training.
+        ratio: of the training.
 
     Raises:
-        RecordError: if a record has no log mu that the limits read, if mu comes from several sources, or
-            if it is not that of the policy that sampled.
+        RecordError: if a record has no log mu that the limits read, or segments that the ratio does not
+            read; if mu comes from several sources, or is not that of the policy that sampled.
     """
+    cut = next((i for i, record in enumerate(records) if record.segments is not None), None)
+    if cut is not None and ratio not in SEGMENT_RATIOS:
+        raise RecordError(
+            f"record {cut}, field 'segments': ratio={ratio!r} does not read it; use --ratio "
+            f"{' or '.join(SEGMENT_RATIOS)}, or remove the field"
+        )
     if isinstance(limits, str):
         limits = PRESETS[limits]
     fields = training_fields(records, limits, baseline)

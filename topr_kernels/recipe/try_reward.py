@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from topr_kernels.recipe.files import FileError, check_link
+from topr_kernels.recipe.files import FileError, check_link, parse_json
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import count_problems, verdicts
 from topr_kernels.recipe.task_files import naming_reward
@@ -59,7 +58,7 @@ def _answers(path: Path) -> list[tuple[str, str, Question]]:
 
 def _answer(line: str, number: int, file: str) -> tuple[str, str, Question]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         texts = isinstance(entry, Mapping) and [entry["question"], entry["completion"]]
     except (ValueError, KeyError, RecursionError) as error:
         raise FileError(f"{file}, line {number}: {error!r}; {_EXPECTED}") from error
