@@ -41,6 +41,7 @@ OUTSIDE = {
     "integrations.areal": {"areal"},
     "integrations.trinity": {"trinity"},
     "hf": {"transformers", "accelerate", "trl", "tqdm"},
+    "hf.images": {"PIL"},
     "recipe": {
         "accelerate",
         "gguf",
