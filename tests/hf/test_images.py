@@ -223,7 +223,10 @@ def test_images_may_be_given_in_many_ways(tmp_path: Any):
     assert torch.equal(batches[0]["pixel_values"], plain["pixel_values"])
 
 
-DROPS_IMAGES = "{% for m in messages %}{{ m.content if m.content is string else m.content[1].text }}{% endfor %}"
+DROPS_IMAGES = (
+    "{% for m in messages %}{{ m.content if m.content is string else m.content[1].text }}"
+    "{% endfor %}"
+)
 REFUSED = [
     ({"images": ["none.png"]}, r"number 0: cannot be read \(FileNotFoundError.*none.png.*download"),
     ({"images": ["https://x.y/z.png"]}, r"number 0: cannot be read .*download what is elsewhere"),

@@ -17,10 +17,10 @@ from topr_kernels.choices import TRUNCATIONS
 from topr_kernels.hf import fields
 from topr_kernels.hf.images import (
     ImageInputs,
+    check_readable,
     image_inputs,
     images_of,
     matched,
-    opened,
     take_images,
     tokenizer_of,
 )
@@ -269,7 +269,7 @@ class _Prepare:
             read = () if self._features is None else _READ
             result = {n: x for n, x in record.items() if n not in read}
             for k, image in enumerate(images):
-                opened(image, k, where)
+                check_readable(image, k, where)
         else:
             prompt, completion, told, images = self._tokenise(record, images, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}

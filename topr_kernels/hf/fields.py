@@ -374,6 +374,8 @@ def name_here(name: str) -> str | None:
         return "behavior_log_prob"
     if _MASK.search(name) or name in _LABELS:
         return MASK
+    if _IMAGE.match(name):
+        return IMAGES
     return WEIGHT if _WEIGHT.search(name) else None
 
 

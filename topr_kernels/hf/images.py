@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate, groupby
 from os import PathLike, fspath
@@ -95,9 +96,25 @@ def opened(image: Any, k: int, where: str) -> Any:
         ValueError: if it cannot be read.
     """
     pil, ops = _pil()
-    try:
+    with _naming(k, where):
         found = image if isinstance(image, pil.Image) else pil.open(_source(image))
         return ops.exif_transpose(found).convert("RGB")
+
+
+def check_readable(image: Any, k: int, where: str) -> None:
+    """Raises ``ValueError`` as ``opened``, if there is no image; its pixels are not read."""
+    if isinstance(image, (str, bytes, PathLike, Mapping)):
+        with _naming(k, where):
+            _pil()[0].open(_source(image)).close()
+
+
+@contextmanager
+def _naming(k: int, where: str) -> Iterator[None]:
+    """Has an error name an image."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
     # Decoders raise what they like.
     except Exception as error:
         raise ValueError(

@@ -87,6 +87,10 @@ class Reader:
             )
         return start, [*after, self._end]
 
+    def prompt(self, messages: Messages, where: str) -> list[int]:
+        """Ids of messages with the generation prompt, as the policy gets them."""
+        return self._bare(self._render(messages, {}, where, add_generation_prompt=True))
+
     def messages(
         self,
         prompt: Messages,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topr_kernels.hf.fields import MASK, mask_of, name_here
+from topr_kernels.hf.fields import IMAGES, MASK, mask_of, name_here
 from topr_kernels.recipe.files import atomic_path, one_line
 
 FinishReason = Literal["stop", "length"]
@@ -92,6 +92,8 @@ class Record:
         completion_mask: of a trajectory: 1 for each completion token that the policy wrote, 0 for those
             of tools and others, under which ``behavior_log_prob`` is not read; None if it wrote all.
         sample_weight: >= 0, multiplies the record's loss; None for 1.
+        images: of the prompt and, in a trajectory, the completion, in the order of their tokens: paths,
+            relative ones to the folder that commands run in, or ``data:`` URLs in base64; None for none.
     """
 
     group: int
@@ -108,6 +110,7 @@ class Record:
     judged: Judged | None = None
     completion_mask: list[int] | None = None
     sample_weight: float | None = None
+    images: list[str] | None = None
 
     @property
     def length(self) -> int:
@@ -373,6 +376,14 @@ def _weight(value: Any, where: str, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def _images(value: Any, where: str, name: str) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise _error(where, name, value, "a list of paths and data: URLs in base64, or nothing")
+    return [_text(image, where, f"{name}[{i}]") for i, image in enumerate(value)] or None
+
+
 def _finish_reason(value: Any, where: str, name: str) -> FinishReason:
     if value == "stop":
         return "stop"
@@ -413,6 +424,7 @@ _CHECKS: dict[str, Any] = {
     "valid": _valid,
     "judged": _judged,
     "sample_weight": _weight,
+    IMAGES: _images,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -463,4 +475,5 @@ _OPTIONAL = (
     ),
     pa.field(MASK, pa.list_(pa.int8())),
     pa.field("sample_weight", pa.float64()),
+    pa.field(IMAGES, pa.list_(pa.string())),
 )
