@@ -46,3 +46,14 @@ def test_it_scores_trains_and_saves(name: str, tmp_path: Path):
     assert abs(steps[1]["kl_k1"]) > 1e-2
     before = dict(random_model().named_parameters())
     assert all(not torch.equal(p, before[n]) for n, p in trained.named_parameters())
+
+
+def test_a_tiny_model_learns_to_count_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From guesses and their rewards alone, on pictures that it has not seen."""
+    pytest.importorskip("PIL")
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("images", EXAMPLES / "images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, after = module.main(pictures=320, epochs=5)
+    assert before < 0.5 and after > 0.7

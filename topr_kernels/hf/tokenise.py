@@ -247,8 +247,8 @@ class Reader:
         return text
 
     def _applied(self, messages: Messages, options: Mapping[str, Any], where: str) -> Any:
-        if self._wants_parts:
-            messages = [_in_parts(message) for message in messages]
+        lost = self._lost_as_text
+        messages = [_in_parts(m) if _speaker(m) in lost else m for m in messages]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
         # A template raises what it likes.
@@ -259,19 +259,31 @@ class Reader:
             ) from error
 
     @cached_property
-    def _wants_parts(self) -> bool:
-        """Whether the template of a processor reads a message's text from a list of parts alone."""
+    def _lost_as_text(self) -> set[str]:
+        """Whose text the template of a processor reads from a list of parts alone."""
         template = self._options.get("chat_template")
         if self.vision is None or template is None:
-            return False
-        probe = [{"role": "user", "content": _ANSWER}]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                probe, chat_template=template, tokenize=False
-            )
-        except Exception:
-            return True
-        return _ANSWER not in text
+            return set()
+        lost: set[str] = set()
+        talk: Messages = []
+
+        def keeps(message: dict[str, Any]) -> bool:
+            try:
+                text: str = self._tokenizer.apply_chat_template(
+                    [*talk, message], chat_template=template, tokenize=False
+                )
+            # A template raises what it likes.
+            except Exception:
+                return False
+            return _ANSWER in text
+
+        for role in ("user", "assistant"):
+            said = {"role": role, "content": _ANSWER}
+            if not keeps(said) and keeps(_in_parts(said)):
+                lost.add(role)
+            asked = {"role": "user", "content": "?"}
+            talk = [_in_parts(asked) if lost else asked]
+        return lost
 
     def _expanded(self, text: str) -> str:
         """A text with all tokens of its images."""
@@ -392,6 +404,10 @@ def _check_parts(content: Any, name: str, where: str, images: bool) -> None:
                 "(processing_class of TOPRTrainer); video, sound and files are not given to the model; "
                 "leave the record out"
             )
+
+
+def _speaker(message: Mapping[str, Any]) -> str:
+    return "assistant" if message.get("role") == "assistant" else "user"
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
