@@ -302,6 +302,11 @@ def test_other_images_than_the_tokens_were_made_with_are_refused():
         rows += [{**ready[1], "images": images, "behavior_log_prob": [-1.0] * 4}]
         with pytest.raises(ValueError, match=f"record 1 of the batch, field 'images': .*{message}"):
             make(rows)
+    without = {n: x for n, x in ready[1].items() if n != "images"}
+    with pytest.raises(ValueError, match=r"record 0 of the batch, field 'images': .* runs of \[\]"):
+        make([{**without, "behavior_log_prob": [-1.0] * 4}])
+    with pytest.raises(ValueError, match=r"record 0, field 'images': .* runs of \[\]"):
+        prepare_records([without], processor("qwen2_vl"))
     written = {**ready[1], "behavior_log_prob": [-1.0] * 4}
     written |= {"prompt_token_ids": ready[1]["prompt_token_ids"][:4]}
     written |= {"completion_token_ids": ready[1]["prompt_token_ids"][4:8]}
@@ -412,6 +417,21 @@ def test_prompts_with_images_are_not_shared(tmp_path: Any, caplog: pytest.LogCap
     text = prepare_records(records()[2:] * 4, processor("llava"))
     scored = [{**x, "behavior_log_prob": [-1.0] * 2} for x in text]
     assert "tree_ends" in collator("llava", share_prefix=True)(scored)
+
+
+def test_what_would_hang_or_cut_images_up_is_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
+    ready = trainer_of("llava", model("llava"), tmp_path, records())
+    assert [bool(x.get("images")) for x in ready.train_dataset] == [True, True, False]
+    monkeypatch.setattr(TOPRConfig, "world_size", 2)
+    ready.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="some records have images and some none, but a sharded"):
+        ready._fit_images(ready.train_dataset)
+    ready._fit_images(ready.train_dataset[:2])
+    monkeypatch.setattr(TOPRConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process drives 2 GPUs"):
+        ready._fit_images(ready.train_dataset[:2])
 
 
 def test_packing_is_refused_beside_images():

@@ -19,6 +19,7 @@ from test_recipe_curate import record
 from tiny import random_model, tiny_tokenizer
 from vision import model, picture, processor
 
+from topr_kernels.hf import CompletionCollator, completion_logits
 from topr_kernels.recipe import (
     Record,
     RecordError,
@@ -91,29 +92,27 @@ def test_from_questions_about_pictures_to_a_trained_model(
     )
 
 
-def test_a_batch_with_pictures_is_sampled_as_each_question_alone(folder: Path):
-    loaded = load_model(str(folder / "tiny"))
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava_next"])
+def test_a_batch_with_pictures_is_sampled_as_each_question_alone(family: str, folder: Path):
+    """And each token is the likeliest by the very log-probs that are scored."""
+    policy, reads = model(family), processor(family)
     images = [[str(folder / "0.png")], [str(folder / "1.png"), str(folder / "2.png")], []]
-    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "chat": True}
-    options["stop_ids"] = stop_token_ids(loaded.tokenizer, model=loaded.model)
     prompts = ["how many?", "more?", "none?"]
-    together = complete(loaded.model, loaded.processor, prompts, images=images, **options)
+    stops = stop_token_ids(reads.tokenizer, one_line=False)
+    options: dict[str, Any] = {"max_new_tokens": 5, "seed": 0, "stop_ids": stops, "chat": True}
+    together = complete(policy, reads, prompts, images=images, temperature=0.0, **options)
     for prompt, shown, found in zip(prompts, images, together, strict=True):
-        (alone,) = complete(loaded.model, loaded.processor, [prompt], images=[shown], **options)
-        assert alone == found
-        ids = found.prompt_token_ids + found.token_ids
-        row = record(tokens=len(found.token_ids), prompt_token_ids=found.prompt_token_ids,
-                     completion_token_ids=found.token_ids, images=shown or None,
-                     behavior_log_prob=None)  # fmt: skip
-        (scored,) = score(loaded.model, [row], pad_token_id=0, batch_size=1,
-                          processor=loaded.processor, progress=False)  # fmt: skip
-        # The most likely of each step: what was sampled is what is scored.
-        assert min(scored.behavior_log_prob) > -torch.log(torch.tensor(144.0))
-        assert len(ids) == len(scored.prompt_token_ids) + len(scored.completion_token_ids)
+        given = {"images": [shown], "temperature": 0.0, **options}
+        assert complete(policy, reads, [prompt], **given) == [found]
+        row = {"prompt_token_ids": found.prompt_token_ids, "completion_token_ids": found.token_ids}
+        row |= {"images": shown, "behavior_log_prob": [-1.0] * len(found.token_ids), "reward": 1.0}
+        batch = CompletionCollator(0, processor=reads)([row])
+        logits = completion_logits(policy, batch)[0, :-1]
+        assert logits.argmax(-1).tolist()[-len(found.token_ids) :] == found.token_ids
     with pytest.raises(ValueError, match=r"question 'how many\?': has 1 images; expected .*--chat"):
-        prompt_token_ids(loaded.processor, "how many?", images=images[0])
+        prompt_token_ids(reads, "how many?", images=images[0])
     with pytest.raises(ValueError, match="expected the model's processor"):
-        prompt_token_ids(loaded.tokenizer, "how many?", chat=True, images=images[0])
+        prompt_token_ids(reads.tokenizer, "how many?", chat=True, images=images[0])
 
 
 def records_of(folder: Path) -> list[Record]:

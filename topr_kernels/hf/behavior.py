@@ -55,7 +55,8 @@ def score_behavior(
         ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt,
             or the model gives one of its tokens NaN.
     """
-    check_records(records, "the data", images=collator.processor is not None)
+    reads = not isinstance(collator, CompletionCollator) or collator.processor is not None
+    check_records(records, "the data", images=reads)
     return score_checked(
         model,
         records,

@@ -162,14 +162,9 @@ class CompletionCollator:
             )
             for i, record in enumerate(features)
         ]
-        with_images = any(record.images for record in read)
-        if with_images and self.packing:
-            raise ValueError(
-                "packing: got True with a batch that has images, whose tokens models join by positions "
-                "or masks that count the row as one sequence; use packing=False"
-            )
         prompts = [record.prompt for record in read]
         sequences = [record.prompt + record.completion for record in read]
+        with_images = self._with_images(read, sequences)
         scored = [
             [0] * len(r.mask) if cut else r.mask
             for r, cut in zip(read, self._truncated(features, read), strict=True)
@@ -223,6 +218,21 @@ class CompletionCollator:
             return batch
         completions = [record.completion for record in read]
         return tree_batch(prompts, completions, batch, self.pad_token_id)
+
+    def _with_images(self, read: Sequence[_Read], sequences: Sequence[Sequence[int]]) -> bool:
+        """Whether a record of the batch has images."""
+        if self._vision is None:
+            return False
+        if not any(record.images for record in read):
+            for i, sequence in enumerate(sequences):
+                self._vision.check_runs(sequence, [], f"record {i} of the batch")
+            return False
+        if self.packing:
+            raise ValueError(
+                "packing: got True with a batch that has images, whose tokens models join by positions "
+                "or masks that count the row as one sequence; use packing=False"
+            )
+        return True
 
     def _image_entries(
         self, read: Sequence[_Read], sequences: Sequence[Sequence[int]], width: int

@@ -270,6 +270,8 @@ class _Prepare:
             result = {n: x for n, x in record.items() if n not in read}
             for k, image in enumerate(images):
                 check_readable(image, k, where)
+            if self._vision is not None and not images:
+                self._vision.check_runs(prompt + completion, [], where)
         else:
             prompt, completion, told, images = self._tokenise(record, images, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}

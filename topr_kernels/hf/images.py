@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate, groupby
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import torch
@@ -80,6 +80,13 @@ def has_images(dataset: Any) -> bool:
     return IMAGES in (getattr(dataset, "column_names", None) or ())
 
 
+def all_have_images(dataset: Any) -> bool:
+    """Whether each record of a data set that ``has_images`` has some; it is read for that."""
+    if isinstance(dataset, list):
+        return all(_any_of(record.get(IMAGES)) for record in dataset)
+    return all(map(_any_of, dataset[IMAGES])) if hasattr(dataset, "__len__") else True
+
+
 def _any_of(images: Any) -> bool:
     return images is not None and len(images) > 0
 
@@ -121,20 +128,6 @@ def _naming(k: int, where: str) -> Iterator[None]:
             f"{where}, {_named(k)}: cannot be read ({type(error).__name__}: {error}); {_ACCEPTED} that "
             "this machine can open; download what is elsewhere, or leave the record out"
         ) from error
-
-
-def stored(image: Any, k: int, where: str) -> dict[str, Any]:
-    """An image as a data set keeps it: its file's bytes or its path, the other None."""
-    if isinstance(image, Mapping):
-        return {"bytes": image.get("bytes"), "path": image.get("path")}
-    if isinstance(image, PathLike) or (isinstance(image, str) and not image.startswith("data:")):
-        return {"bytes": None, "path": fspath(image)}
-    if isinstance(image, (str, bytes)):
-        return {"bytes": _source(image).getvalue(), "path": None}
-    file = io.BytesIO()
-    # Without loss: tokens and log mu belong to these pixels.
-    opened(image, k, where).save(file, format="PNG")
-    return {"bytes": file.getvalue(), "path": None}
 
 
 def take_images(

@@ -24,7 +24,7 @@ from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.forward import arranged, label_layout
 from topr_kernels.hf.heads import base_model, head_shape
-from topr_kernels.hf.images import has_images, is_processor, tokenizer_of
+from topr_kernels.hf.images import all_have_images, has_images, is_processor, tokenizer_of
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import (
     check_loader,
@@ -179,7 +179,7 @@ class TOPRTrainer(Trainer):
         given = self.train_dataset, self.eval_dataset
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
         if has_images(self.train_dataset):
-            self._share_none_beside_images()
+            self._fit_images(self.train_dataset)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
         self._head_checked = self._noise_checked = False
@@ -315,12 +315,21 @@ class TOPRTrainer(Trainer):
         several = self.args.n_gpu > 1 and not self._must_share
         return self.args.share_prefix is not False and problem is None and not several
 
-    def _share_none_beside_images(self) -> None:
+    def _fit_images(self, dataset: Any) -> None:
         """Has the collator share no prompts, since the training set has images.
 
         Raises:
-            ValueError: if sharing was asked for, or one process drives several GPUs.
+            ValueError: if sharing was asked for, if one process drives several GPUs, or if the model is
+                sharded and some records have no image.
         """
+        plugin = self.accelerator.state.deepspeed_plugin
+        sharded = self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
+        if sharded and self.args.world_size > 1 and not all_have_images(dataset):
+            raise ValueError(
+                "train_dataset: some records have images and some none, but a sharded model (FSDP, "
+                "ZeRO-3) runs its vision tower on all processes or on none, and would wait for ever: "
+                "train on records that all have images, or without sharding"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"train_dataset: has images, but one process drives {self.args.n_gpu} GPUs by "

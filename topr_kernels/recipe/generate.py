@@ -178,8 +178,8 @@ def read_prompts(
     """
     if images is not None and any(images):
         return _prompts_with_images(model, tokenizer, prompts, chat, images)
-    tokenizer = tokenizer_of(tokenizer)
     token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+    tokenizer = tokenizer_of(tokenizer)
     distinct = list(dict.fromkeys(map(tuple, token_ids)))
     row = {ids: i for i, ids in enumerate(distinct)}
     rows = torch.tensor([row[tuple(ids)] for ids in token_ids], device=model.device)
