@@ -34,6 +34,7 @@ RUN_BY = {
     "benchmarks/report.py": "test_readme.py::test_the_tables_are_those_that_were_measured",
     "docs/draw_update.py": "test_readme.py::test_the_picture_is_drawn",
     "examples/agent.py": "hf/test_agent.py::test_the_agent_trains_on_what_it_wrote",
+    "examples/images.py": "hf/test_examples.py::test_a_tiny_model_learns_to_count_in_pictures",
     "examples/loop.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
     "examples/trainer.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),
