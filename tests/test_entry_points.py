@@ -37,6 +37,7 @@ RUN_BY = {
     "examples/agent.py": "hf/test_agent.py::test_the_agent_trains_on_what_it_wrote",
     "examples/ddp.py": "hf/test_examples.py::test_two_processes_take_the_steps_of_one",
     "examples/grpo.py": "hf/test_examples.py::test_grpo",
+    "examples/images.py": "hf/test_examples.py::test_a_tiny_model_learns_to_count_in_pictures",
     "examples/loop.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
     "examples/trainer.py": "hf/test_examples.py::test_it_scores_trains_and_saves",
     "setup.py": ("test_build.py::test_wheel_holds_a_library_that_needs_neither_python_nor_torch"),

@@ -42,6 +42,7 @@ OUTSIDE = {
     "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.trinity": {"trinity"},
     "hf": {"transformers", "accelerate", "trl", "tqdm"},
+    "hf.images": {"PIL"},
     "recipe": {
         "accelerate",
         "gguf",

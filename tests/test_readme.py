@@ -41,6 +41,8 @@ RUN_BY = {
     ("docs/getting-started.md", "Twelve lines", 0): "test_twelve_lines",
     ("docs/getting-started.md", "Twelve lines", 1): "test_twelve_lines",
     ("docs/huggingface.md", "The Trainer", 0): "test_the_trainer",
+    ("docs/images.md", "With the Trainer", 0): "test_images",
+    ("docs/images.md", "In a loop", 0): "test_images",
     ("docs/loops.md", "TRL", 0): "test_trl",
     ("docs/loops.md", "A loop of your own", 0): "test_other_loops",
     ("docs/loops.md", "A loop of your own", 1): "test_a_plain_loop_over_a_hugging_face_model",
@@ -230,6 +232,28 @@ def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         names: dict[str, Any] = {"name": str(tmp_path / "model")}
         exec(source, names)
         assert any(not torch.equal(p, before[n]) for n, p in names["model"].named_parameters())
+
+
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    from vision import model, picture, processor
+
+    model("llava").save_pretrained(tmp_path / "model")
+    processor("llava").save_pretrained(tmp_path / "model")
+    for k, name in enumerate(("a.png", "b.png")):
+        picture(16, 16 + 16 * k, seed=k).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    before = dict(model("llava").named_parameters())
+    names: dict[str, Any] = {"name": str(tmp_path / "model")}
+    exec(block("images", "With the Trainer"), names)
+    assert any(not torch.equal(p, before[n]) for n, p in names["model"].named_parameters())
+    names["model"].zero_grad()
+    exec(block("images", "In a loop"), names)
+    assert names["batch"]["pixel_values"].shape[0] == 2
+    assert all(
+        p.grad is not None for n, p in names["model"].named_parameters() if "language_model" in n
+    )
 
 
 def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

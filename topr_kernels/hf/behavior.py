@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
 from topr_kernels.hf.collator import CompletionCollator, check_token_ids, without_sharing
-from topr_kernels.hf.fields import TOKENS
+from topr_kernels.hf.fields import IMAGES, TOKENS
 from topr_kernels.hf.packing import eval_mode
-from topr_kernels.hf.sharing import shares_prefix
+from topr_kernels.hf.sharing import BESIDE_IMAGES, shares_prefix, warn_unshared
 from topr_kernels.layout import IGNORE_INDEX
 
 
@@ -55,7 +55,8 @@ def score_behavior(
         ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt, or
             says that it was sampled otherwise; if the model gives one of its tokens NaN.
     """
-    check_records(records, "the data")
+    reads = not isinstance(collator, CompletionCollator) or collator.processor is not None
+    check_records(records, "the data", images=reads)
     return score_checked(
         model,
         records,
@@ -134,10 +135,14 @@ def fitting(collator: Any, model: nn.Module, records: Sequence[Mapping[str, Any]
     Args:
         collator: as in ``score_checked``.
         model: as in ``score_behavior``.
-        records: as in ``score_behavior``; the longest is run to find out, once for a model.
+        records: as in ``score_behavior``; the longest is run to find out, once for a model. With images
+            none are shared.
     """
     if not (records and isinstance(collator, CompletionCollator) and collator.share_prefix):
         return collator
+    if any(record.get(IMAGES) for record in records):
+        warn_unshared(BESIDE_IMAGES)
+        return without_sharing(collator)
     longest = max(([x for name in TOKENS for x in record[name]] for record in records), key=len)
     shares = shares_prefix(model, torch.tensor(longest, device=_device(model)))
     return collator if shares else without_sharing(collator)
@@ -195,8 +200,14 @@ def _in_order(log_prob: Tensor, batch: Mapping[str, Any], count: int) -> tuple[T
     )
 
 
-def check_records(records: Sequence[Mapping[str, Any]], of: str) -> None:
-    """Raises ``ValueError`` if a record cannot be scored; the message calls it a record ``of`` these."""
+def check_records(records: Sequence[Mapping[str, Any]], of: str, images: bool = True) -> None:
+    """Raises ``ValueError`` if a record cannot be scored; the message calls it a record ``of`` these.
+
+    Args:
+        records: to be scored.
+        of: what they are called.
+        images: whether the collator reads images.
+    """
     remedy = "Give it token ids, which prepare_records makes of text and messages"
     for i, record in enumerate(records):
-        check_token_ids(record, f"record {i} of {of}", (), remedy)
+        check_token_ids(record, f"record {i} of {of}", (), remedy, images=images)

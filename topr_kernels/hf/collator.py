@@ -49,9 +49,16 @@ from topr_kernels.hf.fields import (
     was_cut,
     weight_of,
 )
+from topr_kernels.hf.images import (
+    COUNTS,
+    image_inputs,
+    images_of,
+    right_aligned_kinds,
+)
 from topr_kernels.hf.packing import pack
 from topr_kernels.hf.sampled import check_sampling
-from topr_kernels.hf.sharing import tree_batch
+from topr_kernels.hf.sharing import BESIDE_IMAGES, tree_batch, warn_unshared
+from topr_kernels.hf.signature import POSITIONS
 from topr_kernels.layout import IGNORE_INDEX
 
 
@@ -92,8 +99,15 @@ class CompletionCollator:
     ignore the packing.
 
     With ``share_prefix`` it is a batch of trees, see ``topr_kernels.hf.sharing``, which also holds the
-    batch that it would be without, as ``unshared``. Where less than a tenth of the tokens would be saved
-    it is that batch.
+    batch that it would be without, as ``unshared``. Where less than a tenth of the tokens would be
+    saved, or a record has images, it is that batch.
+
+    If a record has ``images`` (a list: paths, bytes, PIL images; see ``prepare_records``) the batch
+    also holds what ``processor`` makes of them all, in the records' order (``pixel_values``,
+    ``image_grid_thw``, ``image_sizes``, ...), the kinds of tokens [B, T] int64 if the processor has
+    them, and ``image_counts`` [B] int64. It then has no ``position_ids``: the model counts its own, or
+    they are counted from the mask. Images are read and processed here, in a loader's workers if it has
+    some.
 
     Args:
         pad_token_id: id that fills the padding; any id of the vocabulary will do.
@@ -111,14 +125,17 @@ class CompletionCollator:
         baseline: of the loss.
         temperature: of the loss. Records with log mu that say they were sampled at another, or with
             top-p and the like, are refused.
+        processor: the model's processor (``AutoProcessor``), for records with images.
 
     Raises:
+        ValueError: if ``processor`` has no token for images, or its tokenizer no pad token.
         ValueError: on a call, if a record lacks a field or has an empty prompt; if its
             ``behavior_log_prob`` is not as long as its completion, or holds anything but finite numbers
             <= 0; if a token id is negative or a reward not finite; if a field means something that would
             be ignored (see ``prepare_records``); if only some records have a ``group`` or
-            ``finish_reason``; if it is unknown which completions were cut off. Messages name the record
-            and the position.
+            ``finish_reason``; if it is unknown which completions were cut off; if a record has images
+            without ``processor`` or with ``packing``, one cannot be read, or they are not those that its
+            token ids were made with. Messages name the record and the position.
         TypeError: on a call, if a field holds something else than numbers; if a ``group`` is neither int
             nor str, or if both kinds occur.
     """
@@ -131,6 +148,10 @@ class CompletionCollator:
     limits: Any = None
     baseline: float = 0.0
     temperature: float = 1.0
+    processor: Any = None
+
+    def __post_init__(self) -> None:
+        self._vision = None if self.processor is None else image_inputs(self.processor)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Lays B records out as one batch; see the class for its fields."""
@@ -139,6 +160,7 @@ class CompletionCollator:
         ]
         prompts = [record.prompt for record in read]
         sequences = [record.prompt + record.completion for record in read]
+        with_images = self._with_images(read, sequences)
         scored = [
             [0] * len(r.mask) if cut else r.mask
             for r, cut in zip(read, self._truncated(features, read), strict=True)
@@ -172,6 +194,9 @@ class CompletionCollator:
                 batch[SEGMENTS] = _right_align(segments, width, 0, torch.int64)
             kept = [len(mask) - mask.index(1) for mask in scored if any(mask)]
             batch["logits_to_keep"] = max(kept, default=0) + 1
+            if with_images:
+                batch |= self._image_entries(read, sequences, width)
+                del batch[POSITIONS]
         batch["reward"] = torch.tensor([r.reward for r in read], dtype=torch.float32)
         if any(record.get(WEIGHT) is not None for record in features):
             weights = [r.weight for r in read]
@@ -184,8 +209,41 @@ class CompletionCollator:
             batch["group"] = _groups(groups)
         if not self.share_prefix:
             return batch
+        if with_images:
+            warn_unshared(BESIDE_IMAGES)
+            return batch
         completions = [record.completion for record in read]
         return tree_batch(prompts, completions, batch, self.pad_token_id)
+
+    def _with_images(self, read: Sequence[_Read], sequences: Sequence[Sequence[int]]) -> bool:
+        """Whether a record of the batch has images."""
+        if self._vision is None:
+            return False
+        if not any(record.images for record in read):
+            for i, sequence in enumerate(sequences):
+                self._vision.check_runs(sequence, [], f"record {i} of the batch")
+            return False
+        if self.packing:
+            raise ValueError(
+                "packing: got True with a batch that has images, whose tokens models join by positions "
+                "or masks that count the row as one sequence; use packing=False"
+            )
+        return True
+
+    def _image_entries(
+        self, read: Sequence[_Read], sequences: Sequence[Sequence[int]], width: int
+    ) -> dict[str, Tensor]:
+        """What a batch of T = ``width`` columns holds besides, if a record of it has images."""
+        vision = self._vision
+        assert vision is not None
+        where = [f"record {i} of the batch" for i in range(len(read))]
+        shown = [i for i, record in enumerate(read) if record.images]
+        tensors, runs = vision.tensors([read[i].images for i in shown], [where[i] for i in shown])
+        expected = dict(zip(shown, runs, strict=True))
+        for i, sequence in enumerate(sequences):
+            vision.check_runs(sequence, expected.get(i, []), where[i])
+        counts = torch.tensor([len(record.images) for record in read])
+        return {**tensors, **right_aligned_kinds(vision, sequences, width), COUNTS: counts}
 
     def _truncated(
         self, features: Sequence[Mapping[str, Any]], read: Sequence[_Read]
@@ -269,10 +327,15 @@ class _Read(NamedTuple):
     behavior: list[float] | None
     reward: float
     weight: float
+    images: list[Any]
 
 
 def check_token_ids(
-    record: Mapping[str, Any], where: str, more: Sequence[str], remedy: str
+    record: Mapping[str, Any],
+    where: str,
+    more: Sequence[str],
+    remedy: str,
+    images: bool = False,
 ) -> tuple[list[int], list[int], list[int]]:
     """Checks that a record has token ids, and a prompt of at least one, and nothing that is ignored.
 
@@ -281,6 +344,7 @@ def check_token_ids(
         where: what the messages call it.
         more: further fields that it must have.
         remedy: what to do about a missing field.
+        images: whether images are read.
 
     Returns:
         The ids of prompt and completion, and a mask of the latter: 1 where the policy wrote it.
@@ -300,7 +364,7 @@ def check_token_ids(
             "completion; give the prompt at least a BOS token"
         )
     mask = mask_of(record, len(completion), where)
-    check_meaning(record, prompt, completion, mask, where)
+    check_meaning(record, prompt, completion, mask, where, images)
     return prompt, completion, [1] * len(completion) if mask is None else mask
 
 
@@ -310,7 +374,7 @@ def _known(record: _Read) -> list[float]:
 
 
 def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -> _Read:
-    limits, baseline = collator.limits, collator.baseline
+    limits, baseline, vision = collator.limits, collator.baseline, collator._vision
     reward = None if record.get("reward") is None else reward_of(record, where)
     remedy = "Score the records first, and keep remove_unused_columns=False"
     if limits is None:
@@ -320,7 +384,13 @@ def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -
     needed = ["reward"]
     if reward is None or reads_behavior(reward, limits, baseline):
         needed.insert(0, "behavior_log_prob")
-    prompt, completion, mask = check_token_ids(record, where, needed, remedy)
+    sees = vision is not None
+    prompt, completion, mask = check_token_ids(record, where, needed, remedy, images=sees)
+    images = []
+    if vision is not None:
+        images = images_of(record, where)
+        if images:
+            vision.check_written(completion, mask, len(prompt), where)
     behavior = behavior_of(record, len(completion), where, mask)
     if behavior is not None:
         check_sampling(record, collator.temperature, where)
@@ -332,6 +402,7 @@ def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -
         behavior,
         reward_of(record, where),
         weight_of(record, where),
+        images,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from os import PathLike
 from typing import Any, cast
 
@@ -15,8 +16,17 @@ from torch.utils.data import Dataset, IterableDataset
 
 from topr_kernels.choices import TRUNCATIONS
 from topr_kernels.hf import fields
+from topr_kernels.hf.images import (
+    ImageInputs,
+    check_readable,
+    image_inputs,
+    images_of,
+    matched,
+    take_images,
+    tokenizer_of,
+)
 from topr_kernels.hf.sampled import check_sampling
-from topr_kernels.hf.tokenise import Ids, Reader, check_messages, tools_of
+from topr_kernels.hf.tokenise import Ids, Messages, Reader, check_messages, tools_of
 from topr_kernels.hf.turns import Turns, read_turns
 from topr_kernels.validation import check_choice
 
@@ -68,20 +78,27 @@ def prepare_records(
     A completion was cut off if its ``finish_reason`` is "length" or ``truncated`` is True. Without
     ``behavior_log_prob`` the records can be scored, but not yet collated.
 
+    With the model's processor in the place of the tokenizer a record may have ``images``: a list of
+    paths, bytes of files, data URLs in base64, PIL images, or the mappings of bytes and path of an
+    undecoded column. In text each stands where the processor's image token does; in messages where a
+    part ``{"type": "image"}`` does, or in the part itself (under ``image``, ``path``, ``url``,
+    ``base64`` or ``image_url``). Images are kept as they are given and processed once here: the token
+    ids hold all tokens that the processor makes of each. ``truncate`` never cuts a record with images.
+
     ``completion_mask`` has one 0 or 1 per token of the completion, 1 where the policy wrote it; without
     it that is all of them. ``sample_weight`` multiplies the record's loss; ``segments``, one integer per
     token of the completion, are for the ratios per segment.
 
     Fields that are known to mean something which training does not do (masks and weights under another
-    name, labels, images, positions; log mu under another name) are refused unless they change nothing;
-    unknown ones are kept.
+    name, labels, video, sound, positions; log mu under another name) are refused unless they change
+    nothing; unknown ones are kept.
 
     Args:
         dataset: a list of mappings, a ``datasets.Dataset`` or ``IterableDataset`` in any format, or one
             of torch. A column that a data set has in some records only is None in the others
             and counts as absent there; so do fields of messages and tools, which Arrow fills up with
             None. Those of a list reach the template as they are. Streams are read as they are used.
-        tokenizer: of the model; its chat template for messages.
+        tokenizer: of the model; its chat template for messages. For images the model's processor.
         chat_template_kwargs: for every call of the chat template (``enable_thinking``, ...).
         eos_token_id: id, or ids, that end a completion. Give ``model.generation_config.eos_token_id``
             where turns end with another token than the tokenizer's EOS. Of several, the one that ends a
@@ -106,7 +123,9 @@ def prepare_records(
             ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if
             messages of a completion are no turns of the assistant, or their template rewrites earlier
             ones; if a token lies across the border of prompt and completion; if EOS is needed and
-            unknown. All name the record and the field.
+            unknown; if an image cannot be read, there are more or fewer than places for them, there is
+            no processor, or a record with images is longer than ``max_length``. All name the record and
+            the field.
 
     Warns:
         UserWarning: if text is ended with one of several ``eos_token_id`` and it is not the tokenizer's;
@@ -118,7 +137,8 @@ def prepare_records(
             raise ValueError(
                 f"truncate: got {truncate!r} without max_length; give the length to cut to"
             )
-    reader = Reader(tokenizer, chat_template_kwargs or {}, _ids(eos_token_id, tokenizer))
+    vision, tokenizer = image_inputs(tokenizer), tokenizer_of(tokenizer)
+    reader = Reader(tokenizer, chat_template_kwargs or {}, _ids(eos_token_id, tokenizer), vision)
     prepare = _Prepare(reader, max_length, truncate, vocabulary, temperature=temperature)
     if isinstance(dataset, Mapping):
         raise TypeError(
@@ -145,6 +165,7 @@ def _mapped(dataset: Any, prepare: _Prepare) -> Any:
         )
     # A stream that nobody has looked into yet starts again from its beginning.
     names = dataset.column_names or list(next(iter(dataset), {}))
+    dataset = _undecoded(dataset)
     features = dataset.features
     prepare = prepare.reading(_UNKNOWN if features is None else dict(features))
     tokens = hasattr(dataset, "__len__") and set(fields.TOKENS) <= set(names)
@@ -152,6 +173,19 @@ def _mapped(dataset: Any, prepare: _Prepare) -> Any:
         return dataset
     drop = [name for name in _READ if name in names]
     return dataset.map(prepare, with_indices=True, remove_columns=drop)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """A data set whose images are the bytes and paths that it stores: decoded they take more memory."""
+    feature = (dataset.features or {}).get(fields.IMAGES)
+    inner = getattr(feature, "feature", None)
+    if not (hasattr(inner, "decode_example") and getattr(inner, "decode", False)):
+        return dataset
+    raw: Any = copy(inner)
+    whole: Any = copy(feature)
+    raw.decode = False
+    whole.feature = raw
+    return dataset.cast_column(fields.IMAGES, whole)
 
 
 def _listed(dataset: Any) -> Sequence[Any]:
@@ -236,14 +270,21 @@ class _Prepare:
         if not isinstance(record, Mapping):
             raise TypeError(f"{where}: got a {type(record).__name__}; expected a mapping")
         reward, told = fields.reward_of(record, where), None
+        images = images_of(record, where) if self._vision is not None else []
         if any(record.get(name) is not None for name in fields.TOKENS):
             prompt, completion = self._given(record, where)
             # Rows of a data set that is mapped have the same columns, whatever they hold.
             read = () if self._features is None else _READ
             result = {n: x for n, x in record.items() if n not in read}
+            for k, image in enumerate(images):
+                check_readable(image, k, where)
+            if self._vision is not None and not images:
+                self._vision.check_runs(prompt + completion, [], where)
         else:
-            prompt, completion, told = self._tokenise(record, where)
+            prompt, completion, told, images = self._tokenise(record, images, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}
+            if images and self._features is None:
+                result[fields.IMAGES] = images
         if not prompt:
             raise ValueError(
                 f"{where}, field 'prompt': has no tokens, so nothing predicts the first token of "
@@ -254,10 +295,12 @@ class _Prepare:
         fields.segments_of(record, len(completion), where)
         mask = self._mask(record, completion, told, where)
         behavior = fields.behavior_of(record, len(completion), where, mask)
-        fields.check_meaning(record, prompt, completion, mask, where)
+        fields.check_meaning(
+            record, prompt, completion, mask, where, images=self._vision is not None
+        )
         if behavior is not None:
             check_sampling(record, self._temperature, where)
-        prompt = self._fitted(prompt, len(completion), where)
+        prompt = self._fitted(prompt, len(completion), len(images), where)
         result |= dict(zip(fields.TOKENS, (prompt, completion), strict=True)) | {"reward": reward}
         if mask is not None:
             self._warn_of_nothing_written(mask, where)
@@ -277,6 +320,10 @@ class _Prepare:
         if mask is None and told is None and self._messages_elsewhere:
             return [1] * len(completion)
         return told if mask is None else mask
+
+    @property
+    def _vision(self) -> ImageInputs | None:
+        return self._reader.vision
 
     @property
     def _messages_elsewhere(self) -> bool:
@@ -309,9 +356,9 @@ class _Prepare:
         return prompt, completion
 
     def _tokenise(
-        self, record: Mapping[str, Any], where: str
-    ) -> tuple[list[int], list[int], list[int] | None]:
-        """Ids of text or messages; of messages also which of the completion's the policy wrote."""
+        self, record: Mapping[str, Any], images: list[Any], where: str
+    ) -> tuple[list[int], list[int], list[int] | None, list[Any]]:
+        """Ids of text or messages, of messages also which the policy wrote; and all images in order."""
         prompt, completion = record.get("prompt"), record.get("completion")
         for name, value in (("prompt", prompt), ("completion", completion)):
             if value is None:
@@ -323,19 +370,38 @@ class _Prepare:
                     f"{where}, field 'tools': expected none with a prompt of text, which holds what the "
                     "model is to see of them; drop the field, or give messages"
                 )
-            return *self._reader.text(prompt, completion, cut, where), None
+            self._check_placeholders(prompt + completion, images, where)
+            with self._reader.showing(images, where):
+                before, after = self._reader.text(prompt, completion, cut, where)
+            return before, after, None, images
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            return self._messages(record, cut, where)
+            turns, images = self._messages(record, images, cut, where)
+            return *turns, images
         name = "prompt" if not isinstance(prompt, str) else "completion"
         raise TypeError(
             f"{where}, field {name!r}: got a {type(record[name]).__name__}, with a prompt of type "
             f"{type(prompt).__name__}; {_FORMATS}"
         )
 
-    def _messages(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
+    def _check_placeholders(self, text: str, images: list[Any], where: str) -> None:
+        if self._vision is None:
+            return
+        placeholder = self._vision.placeholder
+        if text.count(placeholder) != len(images):
+            raise ValueError(
+                f"{where}, field {fields.IMAGES!r}: holds {len(images)} images, but prompt and "
+                f"completion have {placeholder!r}, which stands for one, {text.count(placeholder)} "
+                "times; expected it once for each image, in their order"
+            )
+
+    def _messages(
+        self, record: Mapping[str, Any], images: list[Any], cut: bool, where: str
+    ) -> tuple[Turns, list[Any]]:
         read = {name: record[name] for name in _READ if record.get(name) is not None}
-        found = [self._read(reading, cut, where) for reading in _readings(read, self._features)]
-        if any(ids != found[0] for ids in found):
+        found = [
+            self._read(reading, images, cut, where) for reading in _readings(read, self._features)
+        ]
+        if any(ids != found[0][0] for ids, _ in found):
             raise ValueError(
                 f"{where}, field 'prompt': holds a null that the chat template writes otherwise than an "
                 "absent field, and a data set cannot say which it was; write '' for the null, or give "
@@ -343,11 +409,16 @@ class _Prepare:
             )
         return found[0]
 
-    def _read(self, record: Mapping[str, Any], cut: bool, where: str) -> Turns:
+    def _read(
+        self, record: Mapping[str, Any], images: list[Any], cut: bool, where: str
+    ) -> tuple[Turns, list[Any]]:
         completion = record["completion"]
         given = [completion] if isinstance(completion, Mapping) else completion
-        before = check_messages(record["prompt"], "prompt", _FORMATS, where)
-        after = check_messages(given, "completion", _FORMATS, where)
+        sees = self._vision is not None
+        before = check_messages(record["prompt"], "prompt", _FORMATS, where, sees)
+        after = check_messages(given, "completion", _FORMATS, where, sees)
+        if sees:
+            before, after, images = self._with_images(before, after, images, where)
         extra = dict(record.get("chat_template_kwargs") or {})
         for name, value in (
             ("tools", tools_of(record.get("tools"))),
@@ -355,12 +426,42 @@ class _Prepare:
         ):
             if value:
                 extra[name] = value
-        return read_turns(self._reader, before, after, extra, cut, where)
+        with self._reader.showing(images, where):
+            turns = read_turns(self._reader, before, after, extra, cut, where)
+            self._reader.check_images(turns.prompt + turns.completion)
+        return turns, images
 
-    def _fitted(self, prompt: list[int], tokens: int, where: str) -> list[int]:
+    def _with_images(
+        self, before: Messages, after: Messages, images: list[Any], where: str
+    ) -> tuple[Messages, Messages, list[Any]]:
+        """Messages with bare placeholders, and the images of those that are read."""
+        before, seen = take_images(before, "prompt", where)
+        after, later = take_images(after, "completion", where)
+        if self._features is not None and any(x is not None for x in seen + later):
+            raise ValueError(
+                f"{where}, field 'prompt': got an image part of a data set that holds its image "
+                f"itself; expected the images in a column {fields.IMAGES!r} and parts "
+                "{'type': 'image'}, or the records as a list"
+            )
+        last = max((k for k, m in enumerate(after) if m["role"] == "assistant"), default=-1)
+        if take_images(after[last + 1 :], "completion", where)[1]:
+            raise ValueError(
+                f"{where}, field 'completion': has images after the last message of the assistant, "
+                "which teach nothing; leave those messages and their images out"
+            )
+        return before, after, matched(seen + later, images, where)
+
+    def _fitted(self, prompt: list[int], tokens: int, images: int, where: str) -> list[int]:
         most = self._max_length
         if most is None or len(prompt) + tokens <= most:
             return prompt
+        if images and tokens < most:
+            raise ValueError(
+                f"{where}, field {fields.IMAGES!r}: with the tokens of {images} images it has "
+                f"{len(prompt)} tokens of prompt and {tokens} of completion; expected at most {most} "
+                "together (max_length, or the model's positions), and a record with images is not cut; "
+                "leave it out, or give the processor a smaller size of images (Qwen's max_pixels)"
+            )
         if self._truncate is None or tokens >= most:
             cut = "" if tokens >= most else ", or use truncate='prompt_left'"
             raise ValueError(

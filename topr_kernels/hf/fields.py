@@ -24,6 +24,8 @@ MASK = "completion_mask"
 SEGMENTS = "segments"
 #: One number >= 0, by which the loss of the record is multiplied.
 WEIGHT = "sample_weight"
+#: A list: the images of prompt and completion in their order.
+IMAGES = "images"
 
 _MASK = re.compile(r"(^|_)masks?$")
 _WEIGHT = re.compile(r"(^|_)weights?$")
@@ -39,6 +41,9 @@ _MEDIA = re.compile(
     r"|^(pixel_values\w*|pixel_(attention_mask|position_ids)|input_features|feature_attention_mask"
     r"|input_audio\w*|second_per_grid_ts|spatial_shapes|num_tiles)$"
     r"|^(multi_?modal|mm)_(train_)?(data|inputs?|kwargs)$"
+)
+_IMAGE = re.compile(
+    r"^_?(input_)?(images?|imgs?|pictures?)(_?(urls?|paths?|files?|bytes|base64|data))?$"
 )
 _LABELS = ("labels", "target_ids")
 _POSITIONS = ("position_ids", "positions")
@@ -324,6 +329,7 @@ def check_meaning(
     completion: Sequence[int],
     mask: Sequence[int] | None,
     where: str,
+    images: bool = False,
 ) -> None:
     """Refuses fields that mean something which training would not do.
 
@@ -336,6 +342,7 @@ def check_meaning(
         completion: its token ids.
         mask: which of the completion's tokens the policy wrote, as ``mask_of``.
         where: names the record in messages.
+        images: whether the field ``images`` is given to the model.
 
     Raises:
         ValueError: naming the record, the field and the remedy.
@@ -343,7 +350,7 @@ def check_meaning(
     prompt, completion = list(prompt), list(completion)
     written = [1] * len(completion) if mask is None else list(mask)
     for name, given in record.items():
-        if not isinstance(name, str) or given is None:
+        if not isinstance(name, str) or given is None or (images and name == IMAGES):
             continue
         problem = _problem(name, plain(given), prompt, completion, written) or foreign_problem(
             name, plain(given), plain(record.get("reward"))
@@ -369,6 +376,8 @@ def name_here(name: str) -> str | None:
         return "behavior_log_prob"
     if _MASK.search(name) or name in _LABELS:
         return MASK
+    if _IMAGE.match(name):
+        return IMAGES
     return WEIGHT if _WEIGHT.search(name) else None
 
 
@@ -396,9 +405,16 @@ def _problem(
         # A count of none.
         if isinstance(value, Real) and not value:
             return None
+        if _IMAGE.match(name):
+            return (
+                f"expected images in a list under the name {IMAGES!r}, with the model's processor in "
+                "the place of its tokenizer (processing_class of TOPRTrainer, processor of "
+                "CompletionCollator), which makes them its inputs; or drop the field if the prompt can "
+                "do without it"
+            )
         return (
-            "expected none, images, video and sound are not given to the model; drop the field if the "
-            "prompt can do without it"
+            "expected none, video and sound are not given to the model, and tensors of images are made "
+            f"of the field {IMAGES!r}; drop the field if the prompt can do without it"
         )
     row = value if isinstance(value, (list, tuple)) else [value]
     length = len(prompt) + len(completion)

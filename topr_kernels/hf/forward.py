@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from topr_kernels.hf.capture import capture_hidden, check_logits
 from topr_kernels.hf.heads import Head, base_model
+from topr_kernels.hf.images import COUNTS
 from topr_kernels.hf.packing import CELLS, ROWS, in_rows, is_packed, packed_inputs
 from topr_kernels.hf.padding import (
     Moved,
@@ -37,6 +38,7 @@ _NOT_MODEL_INPUTS = frozenset(
         "segments",
         "group",
         "logits_to_keep",
+        COUNTS,
         *ROWS,
         *TREE,
         *VARLEN,
@@ -62,8 +64,8 @@ def completion_logits(
             batch. Without ``logits_to_keep`` all columns are kept; without ``position_ids`` they
             are counted from ``attention_mask`` [B, T], but not for a model that counts its own, as
             those with positions in three dimensions do (Qwen-VL), nor beside further entries from
-            which it may. Further entries (``token_type_ids``, ...) go to the model if its forward
-            names them.
+            which it may (those of ``CompletionCollator`` for images are known not to, in other
+            models). Further entries (``token_type_ids``, ...) go to the model if its forward names them.
         signature_of: the unwrapped model, whose forward says which arguments it takes. Of a PEFT
             model it is the base model's forward, to which PEFT passes arguments on.
         check_padded: run :func:`check_padding` on a model's first batch that has a mask. One that sees
@@ -140,7 +142,8 @@ def arranged(
     """
     mask, given = batch.get("attention_mask"), batch.get(POSITIONS)
     unwrapped = model if signature_of is None else signature_of
-    further = set(batch) - _NOT_MODEL_INPUTS - _NO_POSITIONS
+    # Of what CompletionCollator adds for images only kinds of tokens have columns, and they move too.
+    further = COUNTS not in batch and set(batch) - _NOT_MODEL_INPUTS - _NO_POSITIONS
     countable = isinstance(mask, Tensor) and mask.dim() == 2
     # Positions of other shapes, and beside other inputs, are the batch's own affair.
     if not check or is_packed(batch) or not countable or further or _is_own(given, mask):
@@ -197,6 +200,9 @@ def model_inputs(
     if batch.get("attention_mask") is not None:
         inputs["attention_mask"] = batch["attention_mask"]
     further = sorted(n for n in inputs if n not in ("attention_mask", *_NO_POSITIONS))
+    if COUNTS in batch and not counts_positions(base):
+        # Of CompletionCollator: without a method of its own a model numbers images' tokens like others.
+        further = []
     # Without explicit positions most models number the padding too, which moves every token.
     position_ids = _position_ids(batch)
     if batch.get(POSITIONS) is None and (further or counts_positions(base)):

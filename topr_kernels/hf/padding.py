@@ -46,6 +46,7 @@ _PER_TOKEN = (
     "behavior_log_prob",
     "segments",
     "token_type_ids",
+    "mm_token_type_ids",
     "inputs_embeds",
     POSITIONS,
 )

@@ -54,6 +54,10 @@ _FLEX = "flex_attention"
 _PER_TOKEN = ("labels", "behavior_log_prob", "segments")
 _PER_RECORD = ("reward", "group", "sequence_weight", "behavior_known")
 REMEDY = "use share_prefix=False"
+BESIDE_IMAGES = (
+    "records hold images: equal token ids may stand for different images, and models join the tokens of "
+    "an image by positions or masks of their own"
+)
 #: Share of the tokens that must be saved; less is not worth masks of other kinds.
 _LEAST_SAVED = 0.1
 #: Tokens of a sequence that the proof runs at most: its masks are dense.

@@ -11,8 +11,12 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+
+from topr_kernels.hf.fields import IMAGES
+from topr_kernels.hf.images import ImageInputs, is_image_part
 
 _ANSWER = "answer-goes-here"
 _MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -31,12 +35,44 @@ class Reader:
         tokenizer: of the model.
         options: of every call of the chat template.
         eos: ids that end a completion.
+        vision: of a processor, whose tokenizer it is; None if there are no images.
     """
 
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any], eos: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        options: Mapping[str, Any],
+        eos: tuple[int, ...],
+        vision: ImageInputs | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._options = dict(options)
         self.eos = eos
+        self.vision = vision
+        if vision is not None and vision.chat_template is not None:
+            self._options = {"chat_template": vision.chat_template, **self._options}
+        #: What is written in the place of each image of the record that is read.
+        self._expansions: Sequence[str] = ()
+        self._where = "record"
+
+    @contextmanager
+    def showing(self, images: Sequence[Any], where: str) -> Iterator[None]:
+        """While a record with these images is read, each stands for its placeholder, in their order."""
+        if self.vision is not None:
+            self._expansions, self._where = self.vision.expansions(images, where), where
+        try:
+            yield
+        finally:
+            self._expansions = ()
+
+    def check_images(self, ids: Sequence[int]) -> None:
+        """Raises ``ValueError`` unless a record's ids hold the tokens of all images that are shown."""
+        if self.vision is not None:
+            each = (
+                self._tokenizer(x, add_special_tokens=False)["input_ids"] for x in self._expansions
+            )
+            expected = [run for tokens in each for run in self.vision.runs(tokens)]
+            self.vision.check_runs(ids, expected, self._where)
 
     def text(self, prompt: str, completion: str, cut: bool, where: str) -> Ids:
         """Ids of a text and of the one that follows it, which ends with EOS unless it was cut off."""
@@ -50,6 +86,10 @@ class Reader:
                 "prepare_records eos_token_id, or the record finish_reason='length' if it was cut off"
             )
         return start, [*after, self._end]
+
+    def prompt(self, messages: Messages, where: str) -> list[int]:
+        """Ids of messages with the generation prompt, as the policy gets them."""
+        return self._bare(self._render(messages, {}, where, add_generation_prompt=True))
 
     def messages(
         self,
@@ -181,6 +221,11 @@ class Reader:
             return None
         if not _MARKS.search(template):
             return None
+        if self._expansions:
+            raise ValueError(
+                f"{where}: the chat template has {{% generation %}} marks, which are not read in a "
+                f"completion of several messages beside images; {REMEDY}, with completion_mask"
+            )
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self._applied(messages, {**options, "add_generation_prompt": False}, where)
         return list(found["input_ids"]), list(found["assistant_masks"])
@@ -202,6 +247,8 @@ class Reader:
         return text
 
     def _applied(self, messages: Messages, options: Mapping[str, Any], where: str) -> Any:
+        lost = self._lost_as_text
+        messages = [_in_parts(m) if _speaker(m) in lost else m for m in messages]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
         # A template raises what it likes.
@@ -211,12 +258,53 @@ class Reader:
                 f"messages as it wants them, or {REMEDY}"
             ) from error
 
+    @cached_property
+    def _lost_as_text(self) -> set[str]:
+        """Whose text the template of a processor reads from a list of parts alone."""
+        template = self._options.get("chat_template")
+        if self.vision is None or template is None:
+            return set()
+        lost: set[str] = set()
+        talk: Messages = []
+
+        def keeps(message: dict[str, Any]) -> bool:
+            try:
+                text: str = self._tokenizer.apply_chat_template(
+                    [*talk, message], chat_template=template, tokenize=False
+                )
+            # A template raises what it likes.
+            except Exception:
+                return False
+            return _ANSWER in text
+
+        for role in ("user", "assistant"):
+            said = {"role": role, "content": _ANSWER}
+            if not keeps(said) and keeps(_in_parts(said)):
+                lost.add(role)
+            asked = {"role": "user", "content": "?"}
+            talk = [_in_parts(asked) if lost else asked]
+        return lost
+
+    def _expanded(self, text: str) -> str:
+        """A text with all tokens of its images."""
+        if self.vision is None:
+            return text
+        first, *rest = text.split(self.vision.placeholder)
+        if len(rest) > len(self._expansions):
+            raise ValueError(
+                f"{self._where}, field {IMAGES!r}: holds {len(self._expansions)} images, but the text "
+                f"of the messages has {self.vision.placeholder!r}, which stands for one, {len(rest)} "
+                "times; write it as a part {'type': 'image'} and nowhere else"
+            )
+        pairs = zip(self._expansions, rest, strict=False)
+        return first + "".join(image + part for image, part in pairs)
+
     def _bare(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(self._expanded(text), add_special_tokens=False)["input_ids"])
 
     def _with_special(self, text: str) -> list[int]:
         """Ids with the special tokens that begin a text, each once, and none that ends it."""
-        bare, ids = self._bare(text), list(self._tokenizer(text)["input_ids"])
+        bare, ids = self._bare(text), list(self._tokenizer(self._expanded(text))["input_ids"])
         # Some tokenizers end every text with EOS: here the text goes on.
         appended = max(self._ends(ids) - self._ends(bare), 0)
         ids = ids[: len(ids) - appended]
@@ -252,7 +340,8 @@ class Reader:
 
     def _end_of_turn(self) -> int | None:
         """The first stop token that the chat template writes after an answer, if any."""
-        if not getattr(self._tokenizer, "chat_template", None):
+        own = getattr(self._tokenizer, "chat_template", None)
+        if not (own or self._options.get("chat_template")):
             return None
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
         try:
@@ -263,8 +352,17 @@ class Reader:
         return next((x for x in self._bare(end) if x in self.eos), None)
 
 
-def check_messages(messages: Any, name: str, formats: str, where: str) -> Messages:
+def check_messages(
+    messages: Any, name: str, formats: str, where: str, images: bool = False
+) -> Messages:
     """Messages of a record as a list of dicts.
+
+    Args:
+        messages: as given.
+        name: of their field.
+        formats: what is expected, for messages.
+        where: names the record in messages.
+        images: whether images are given to the model.
 
     Raises:
         TypeError: if they are no mappings with a role.
@@ -281,7 +379,7 @@ def check_messages(messages: Any, name: str, formats: str, where: str) -> Messag
                 f"{where}, field {name!r}: got the message {message!r:.60}; expected a mapping with "
                 "a role and content"
             )
-        _check_parts(message.get("content"), name, where)
+        _check_parts(message.get("content"), name, where, images)
     if not messages:
         raise ValueError(f"{where}, field {name!r}: has no messages; {formats}")
     return [dict(message) for message in messages]
@@ -293,16 +391,30 @@ def tools_of(value: Any) -> list[Any] | None:
     return [json.loads(x) if isinstance(x, str) else x for x in tools] if tools else None
 
 
-def _check_parts(content: Any, name: str, where: str) -> None:
+def _check_parts(content: Any, name: str, where: str, images: bool) -> None:
     for part in content if isinstance(content, (list, tuple)) else []:
+        if images and is_image_part(part):
+            continue
         kind = str(part.get("type", "")) if isinstance(part, Mapping) else ""
         held = [key for key in _MEDIA if isinstance(part, Mapping) and part.get(key) is not None]
         if held or any(key in kind for key in _MEDIA):
             raise ValueError(
                 f"{where}, field {name!r}: got a message with content of type {kind or held[0]!r}; "
-                "expected text, images, video and sound are not given to the model; leave the record "
-                "out"
+                "expected text, or images with the model's processor in the place of its tokenizer "
+                "(processing_class of TOPRTrainer); video, sound and files are not given to the model; "
+                "leave the record out"
             )
+
+
+def _speaker(message: Mapping[str, Any]) -> str:
+    return "assistant" if message.get("role") == "assistant" else "user"
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its text as a part."""
+    text = message.get("content")
+    parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
+    return {**message, "content": parts}
 
 
 def _inside(answer: dict[str, Any], begun: str, start: str, where: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.data import prepare_records
 from topr_kernels.hf.forward import arranged, label_layout
 from topr_kernels.hf.heads import base_model, head_shape
+from topr_kernels.hf.images import all_have_images, has_images, is_processor, tokenizer_of
 from topr_kernels.hf.initial import ScoredBy, score_initial
 from topr_kernels.hf.loading import (
     check_loader,
@@ -34,6 +35,7 @@ from topr_kernels.hf.loading import (
 )
 from topr_kernels.hf.packing import computing_eps
 from topr_kernels.hf.sharing import (
+    BESIDE_IMAGES,
     REMEDY,
     longest_sequence,
     prove_sharing,
@@ -60,8 +62,9 @@ class TOPRTrainer(Trainer):
 
     Takes the arguments of ``Trainer``. The data set holds prompt, completion and reward as text,
     messages or token ids, see ``prepare_records``; the default collator needs ``processing_class`` (the
-    tokenizer). Gradients do not depend on how a batch is split: the loss is normalised by the
-    non-empty sequences (or tokens) of the whole accumulated batch over all processes.
+    tokenizer, or for records with images the model's processor). Gradients do not depend on how a batch
+    is split: the loss is normalised by the non-empty sequences (or tokens) of the whole accumulated
+    batch over all processes.
 
     ``log`` gets the metrics of ``TOPROutput.metrics()``, of all sequences since the last log as if they
     were one batch; those that are undefined there are left out. ``evaluate`` reports the loss and the
@@ -164,6 +167,7 @@ class TOPRTrainer(Trainer):
                 args.limits,
                 args.baseline,
                 args.temperature,
+                processing_class if is_processor(processing_class) else None,
             )
         self._prepare = functools.partial(
             prepare_records,
@@ -176,6 +180,8 @@ class TOPRTrainer(Trainer):
         )
         given = self.train_dataset, self.eval_dataset
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
+        if has_images(self.train_dataset):
+            self._fit_images(self.train_dataset)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
         self._head_checked = self._noise_checked = False
@@ -310,6 +316,34 @@ class TOPRTrainer(Trainer):
             self._known_problem = problem
         several = self.args.n_gpu > 1 and not self._must_share
         return self.args.share_prefix is not False and problem is None and not several
+
+    def _fit_images(self, dataset: Any) -> None:
+        """Has the collator share no prompts, since the training set has images.
+
+        Raises:
+            ValueError: if sharing was asked for, if one process drives several GPUs, or if the model is
+                sharded and some records have no image.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin
+        sharded = self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
+        if sharded and self.args.world_size > 1 and not all_have_images(dataset):
+            raise ValueError(
+                "train_dataset: some records have images and some none, but a sharded model (FSDP, "
+                "ZeRO-3) runs its vision tower on all processes or on none, and would wait for ever: "
+                "train on records that all have images, or without sharding"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"train_dataset: has images, but one process drives {self.args.n_gpu} GPUs by "
+                "nn.DataParallel, which would cut the tensors of images up; launch one process per GPU "
+                "(torchrun, accelerate launch)"
+            )
+        if not getattr(self.data_collator, "share_prefix", False):
+            return
+        if self._must_share:
+            raise ValueError(f"share_prefix=True, but {BESIDE_IMAGES}; {REMEDY}")
+        self._known_problem = BESIDE_IMAGES
+        self.data_collator = without_sharing(cast(CompletionCollator, self.data_collator))
 
     def _as_shared(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch, without sharing if the first one shows that the model gives others results so.
@@ -645,10 +679,12 @@ def _eos_token_id(model: Any, processing_class: Any) -> Any:
     """Id or ids that end a completion: what generation stops at, else the tokenizer's."""
     generation = getattr(base_model(model), "generation_config", None)
     stops = getattr(generation, "eos_token_id", None)
-    return getattr(processing_class, "eos_token_id", None) if stops is None else stops
+    own = getattr(tokenizer_of(processing_class), "eos_token_id", None)
+    return own if stops is None else stops
 
 
 def _pad_token_id(processing_class: Any) -> int:
+    processing_class = tokenizer_of(processing_class)
     for name in ("pad_token_id", "eos_token_id"):
         token = getattr(processing_class, name, None)
         if token is not None:

@@ -26,7 +26,12 @@ from topr_kernels.recipe.models import (
 )
 from topr_kernels.recipe.options import Options, SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
-from topr_kernels.recipe.record_checks import check_positions, check_sources, check_tokens
+from topr_kernels.recipe.record_checks import (
+    check_images,
+    check_positions,
+    check_sources,
+    check_tokens,
+)
 from topr_kernels.recipe.records import (
     Record,
     RecordError,
@@ -48,7 +53,7 @@ from topr_kernels.recipe.settings import (
 from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
-from topr_kernels.recipe.trained_on import check_unseen, write_trained_on
+from topr_kernels.recipe.trained_on import check_unseen, with_images, write_trained_on
 from topr_kernels.recipe.vllm_backend import (
     engine_facts,
 )
@@ -137,6 +142,7 @@ def run_score(
         weights = weights_fingerprint(loaded.model)
         check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
         check_positions(to_score, positions(loaded.model))
+        check_images(to_score, loaded.processor, loaded.no_processor)
         for i, record in enumerate(to_score):
             if record.sampling.weights not in ("", weights):
                 raise RecordError(
@@ -151,6 +157,7 @@ def run_score(
                 pad_token_id=loaded.tokenizer.pad_token_id,
                 batch_size=settings.batch_size,
                 shards=partial / "parts",
+                processor=loaded.processor,
                 **share,
             )
 
@@ -245,12 +252,13 @@ def run_train(
             print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
             warn_if_none_right(trained_on, records.name)
         loaded = (models or Models()).take(settings.model)
+        check_images(trained_on, loaded.processor, loaded.no_processor)
         # In several processes an error here may be a consequence of another's, which ``share`` reports.
         alone = naming(f"--model {settings.model}: training failed", "--batch-size")
         with alone if processes == 1 else contextlib.nullcontext():
             history = train(
                 loaded.model,
-                loaded.tokenizer,
+                loaded.reads,
                 trained_on,
                 TrainSettings(
                     limits=settings.limits,
@@ -272,7 +280,7 @@ def run_train(
         shutil.rmtree(step.draft(out), ignore_errors=True)
         with naming(f"{out}: saving failed"), atomic_folder(step.draft(out)) as temporary:
             loaded.model.save_pretrained(temporary)
-            loaded.tokenizer.save_pretrained(temporary)
+            loaded.reads.save_pretrained(temporary)
             write_trained_on(temporary, trained_on, settings.model)
         train_figures = {
             "records": len(trained_on),
@@ -361,7 +369,8 @@ def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
         SettingsError: if ``out`` has another suffix, or the model was trained on held-out questions.
     """
     check_json(out)
-    check_unseen(settings.model, [q.prompt for q in questions_of(settings, 0)[1]])
+    held_out = questions_of(settings, 0)[1]
+    check_unseen(settings.model, [with_images(q.prompt, q.images) for q in held_out])
     inputs = model_input(settings.model) | task_inputs(settings)
     plan = plain(settings, "questions") | scorer(settings)
     return Step("evaluate", out, plan, inputs, [out.with_suffix(".parquet")])

@@ -16,9 +16,23 @@ from transformers import GenerationConfig
 
 from topr_kernels.hf.collator import pad_left
 from topr_kernels.hf.heads import base_model
+from topr_kernels.hf.images import (
+    ImageInputs,
+    image_inputs,
+    is_processor,
+    right_aligned_kinds,
+    tokenizer_of,
+)
 from topr_kernels.hf.padding import check_padding_once
-from topr_kernels.hf.signature import KEEP, cache_argument, cache_of, counts_from_padding_id
+from topr_kernels.hf.signature import (
+    KEEP,
+    POSITIONS,
+    cache_argument,
+    cache_of,
+    counts_from_padding_id,
+)
 from topr_kernels.hf.signature import positions as positions_of
+from topr_kernels.hf.tokenise import Reader
 from topr_kernels.recipe.files import read_json, write_json
 from topr_kernels.recipe.models import dtype_name, tokenizer_fingerprint
 from topr_kernels.recipe.options import SettingsError
@@ -70,8 +84,23 @@ def stop_token_ids(tokenizer: Any, *, one_line: bool = True, model: Any = None) 
     return sorted(stops)
 
 
-def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
-    """Ids of a prompt; with ``chat`` as the user's turn of the tokenizer's chat template."""
+def prompt_token_ids(
+    tokenizer: Any, prompt: str, *, chat: bool = False, images: Sequence[str] = ()
+) -> list[int]:
+    """Ids of a prompt; with ``chat`` as the user's turn of the tokenizer's chat template.
+
+    Args:
+        tokenizer: of the model; for images its processor.
+        prompt: a text.
+        chat: ask it through the chat template.
+        images: shown before the prompt, with ``chat``.
+
+    Raises:
+        ValueError: if there are images without ``chat`` or a processor, or one cannot be read.
+    """
+    if images or (chat and is_processor(tokenizer)):
+        return _ids_with_images(tokenizer, prompt, chat, images)
+    tokenizer = tokenizer_of(tokenizer)
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
     message = [{"role": "user", "content": prompt}]
@@ -80,6 +109,21 @@ def prompt_token_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list
             message, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     )
+
+
+def _ids_with_images(tokenizer: Any, prompt: str, chat: bool, images: Sequence[str]) -> list[int]:
+    vision, where = image_inputs(tokenizer), f"question {prompt[:40]!r}"
+    if vision is None or not chat:
+        raise ValueError(
+            f"{where}: has {len(images)} images; expected the model's processor in the place of its "
+            "tokenizer, and chat=True (--chat): its chat template says where images stand"
+        )
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    reader = Reader(vision.tokenizer, {}, (), vision)
+    with reader.showing(images, where):
+        ids = reader.prompt([{"role": "user", "content": parts}], where)
+        reader.check_images(ids)
+    return ids
 
 
 def answer_seed(seed: int, i: int) -> int:
@@ -96,7 +140,8 @@ class Prompts:
 
     Args:
         token_ids: ids of each prompt.
-        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``, one row per prompt.
+        inputs: ``input_ids``, ``attention_mask`` and ``position_ids``, one row per prompt; with images
+            their tensors and kinds of tokens in the place of positions, which the model then counts.
         cache: the argument that passes keys and values of all columns but the last to the model, one
             row per distinct prompt; {} if the model computes them anew.
         rows: [B], the row of each prompt in ``cache``.
@@ -110,20 +155,31 @@ class Prompts:
 
 @torch.no_grad()
 def read_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    chat: bool = False,
+    images: Sequence[Sequence[str]] | None = None,
 ) -> Prompts:
     """Runs the prompts through the model: their common prefix once, and equal prompts once.
 
+    Prompts with images are left to ``complete``.
+
     Args:
         model: a causal language model in eval mode.
-        tokenizer: its tokenizer, with a pad token.
+        tokenizer: its tokenizer, with a pad token; for images its processor.
         prompts: texts, at least one.
         chat: ask each prompt as the user's turn of the chat template.
+        images: shown before each prompt; None for none.
 
     Raises:
         ValueError: if padding or positions would make the model answer otherwise than a prompt alone.
     """
+    if images is not None and any(images):
+        return _prompts_with_images(model, tokenizer, prompts, chat, images)
     token_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+    tokenizer = tokenizer_of(tokenizer)
     distinct = list(dict.fromkeys(map(tuple, token_ids)))
     row = {ids: i for i, ids in enumerate(distinct)}
     rows = torch.tensor([row[tuple(ids)] for ids in token_ids], device=model.device)
@@ -153,6 +209,28 @@ def read_prompts(
     return Prompts(token_ids, inputs, cache, rows)
 
 
+def _prompts_with_images(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    chat: bool,
+    images: Sequence[Sequence[str]],
+) -> Prompts:
+    pairs = list(zip(prompts, images, strict=True))
+    token_ids = [prompt_token_ids(processor, p, chat=chat, images=shown) for p, shown in pairs]
+    vision = cast(ImageInputs, image_inputs(processor))
+    inputs = pad_left(token_ids, vision.tokenizer.pad_token_id)
+    # The model counts its own: in three dimensions, or from the mask.
+    del inputs[POSITIONS]
+    tensors, _ = vision.tensors(
+        [shown for _, shown in pairs if shown], [f"question {p[:40]!r}" for p, x in pairs if x]
+    )
+    inputs |= tensors | right_aligned_kinds(vision, token_ids, inputs["input_ids"].shape[1])
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    _check_padding(model, inputs)
+    return Prompts(token_ids, inputs, {}, torch.arange(len(prompts), device=model.device))
+
+
 def _check_padding(model: Any, inputs: dict[str, Tensor]) -> None:
     """Refuses padded prompts for a model that sees padding in front of its tokens."""
     own = counts_from_padding_id(model) is not None
@@ -179,12 +257,13 @@ def complete(
     seed: int,
     stop_ids: Sequence[int],
     chat: bool = False,
+    images: Sequence[Sequence[str]] | None = None,
 ) -> list[Completion]:
     """Completes one batch of prompts up to a stop token.
 
     Args:
         model: a causal language model in eval mode.
-        tokenizer: its tokenizer, with a pad token.
+        tokenizer: its tokenizer, with a pad token; for images its processor.
         prompts: texts, or what ``read_prompts`` made of them, to complete them several times.
         max_new_tokens: length at which a completion is cut.
         temperature: divides the logits; 0 for greedy. No top-k, no top-p, no penalties: the
@@ -193,12 +272,14 @@ def complete(
             sampled before.
         stop_ids: token ids that end a completion (see ``stop_token_ids``).
         chat: ask each prompt as the user's turn of the chat template.
+        images: as in ``read_prompts``.
 
     Returns:
         One completion per prompt, in order.
     """
     if not isinstance(prompts, Prompts):
-        prompts = read_prompts(model, tokenizer, prompts, chat=chat)
+        prompts = read_prompts(model, tokenizer, prompts, chat=chat, images=images)
+    tokenizer = tokenizer_of(tokenizer)
     # A copy, since generation changes it.
     cache = copy.deepcopy(prompts.cache)
     for keys_and_values in cache.values():
@@ -293,7 +374,7 @@ def generate(
 
     Args:
         model: the behavior policy, in eval mode.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; for questions with images its processor.
         task: parses and rewards the answers.
         questions: Q questions.
         model_name: name of the model in the records.
@@ -335,10 +416,10 @@ def generate(
     if dtype is None:
         dtype = dtype_name(model) if sampler is None else ""
     sample = complete if sampler is None else sampler
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = tokenizer_fingerprint(tokenizer_of(tokenizer))
     work = [question for question in questions for _ in range(samples)]
     starts = range(0, len(work), batch_size)
-    stop_ids = stop_token_ids(tokenizer, one_line=task.one_line, model=model)
+    stop_ids = stop_token_ids(tokenizer_of(tokenizer), one_line=task.one_line, model=model)
     records: list[Record] = []
     with tqdm(total=len(work), desc=label, unit="sample", disable=not progress) as bar:
         for i in take(len(starts)):
@@ -365,6 +446,7 @@ def generate(
                     seed=batch_seed,
                     stop_ids=stop_ids,
                     chat=chat,
+                    **_shown(part),
                 )
                 sampling = Sampling(
                     *(model_name, temperature, 0, 1.0, max_new_tokens, batch_seed),
@@ -392,6 +474,12 @@ def generate(
     return records
 
 
+def _shown(questions: Sequence[Question]) -> dict[str, Any]:
+    """The argument by which a sampler gets images; {} without, for samplers that take none."""
+    images = [question.images for question in questions]
+    return {"images": images} if any(images) else {}
+
+
 def check_room(
     tokenizer: Any,
     questions: Iterable[Question],
@@ -413,7 +501,9 @@ def check_room(
         SettingsError: naming the question and the lengths.
     """
     for question in questions:
-        length = len(prompt_token_ids(tokenizer, question.prompt, chat=chat))
+        length = len(
+            prompt_token_ids(tokenizer, question.prompt, chat=chat, images=question.images)
+        )
         if length + max_new_tokens > positions:
             raise SettingsError(
                 f"max_new_tokens: question {question.group} has a prompt of {length} tokens, and "
@@ -438,4 +528,5 @@ def _record(
         behavior_log_prob=completion.log_prob,
         behavior_source="" if completion.log_prob is None else "sampler",
         valid=verdict.answer is not None,
+        images=list(question.images) or None,
     )

@@ -10,14 +10,22 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
+from topr_kernels.hf.images import image_inputs, is_processor
 from topr_kernels.recipe.files import check_link, one_line
 from topr_kernels.recipe.manifests import manifest_path, partial_path
 from topr_kernels.recipe.options import SettingsError
@@ -41,12 +49,21 @@ class LoadedModel:
         tokenizer: with a pad token.
         name: its name in records and reports; never a path of this machine.
         remark: what a reader must know about its weights; "" for nothing.
+        processor: of a model of images, with ``tokenizer`` in it; None for none.
+        no_processor: why a model of images has none.
     """
 
     model: Any
     tokenizer: Any
     name: str
     remark: str
+    processor: Any = None
+    no_processor: str = ""
+
+    @property
+    def reads(self) -> Any:
+        """What makes the model's inputs: its processor, else its tokenizer."""
+        return self.tokenizer if self.processor is None else self.processor
 
 
 def load_model(source: str) -> LoadedModel:
@@ -63,8 +80,37 @@ def load_model(source: str) -> LoadedModel:
     name, options = _find(source)
     if "gguf_file" in options:
         return _load_gguf(options, name)
-    tokenizer = AutoTokenizer.from_pretrained(**options)
-    return _ready(_load(options), tokenizer, name, "")
+    processor, problem = None, ""
+    kind = _kind(AutoConfig.from_pretrained(**options))
+    if kind is AutoModelForImageTextToText:
+        processor, problem = _processor(options)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(**options) if processor is None else processor.tokenizer
+    )
+    ready = _ready(_load(options, kind), tokenizer, name, "")
+    if processor is not None:
+        # Checked now that the tokenizer has its padding.
+        template = image_inputs(processor).chat_template  # type: ignore[union-attr]
+        tokenizer.chat_template = tokenizer.chat_template or template
+    return replace(ready, processor=processor, no_processor=problem)
+
+
+def _kind(config: Any) -> Any:
+    """The class that loads a model: one of images and text where transformers has one for it."""
+    images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def _processor(options: dict[str, Any]) -> tuple[Any, str]:
+    """The processor of a model of images, or None and why it has none: for text it needs none."""
+    try:
+        processor: Any = AutoProcessor.from_pretrained(**options)  # type: ignore[no-untyped-call]
+    # Packages that decode images may be missing, or the processor's files.
+    except Exception as error:
+        return None, one_line(error)
+    if not is_processor(processor):
+        return None, f"AutoProcessor gave a {type(processor).__name__}"
+    return processor, ""
 
 
 def load_tokenizer(source: str) -> Any:
@@ -84,7 +130,7 @@ def count_parameters(source: str) -> int:
     _, options = _find(source)
     config = AutoConfig.from_pretrained(**options)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = _kind(config).from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -174,11 +220,11 @@ def _smollm2_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _load(options: dict[str, Any]) -> Any:
+def _load(options: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
     # Comes with transformers.
     safetensors: Any = importlib.import_module("safetensors")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             **options,
             dtype=torch.float32,
             output_loading_info=True,

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from topr_kernels.hf.fields import reads_behavior, sign_of
+from topr_kernels.hf.images import check_readable
 from topr_kernels.limits import Limits
 from topr_kernels.recipe.records import Record, RecordError
 
 #: Fields of a record that training may do without.
-_MAY_BE_ABSENT = ("behavior_log_prob", "completion_mask", "sample_weight", "segments")
+_MAY_BE_ABSENT = ("behavior_log_prob", "completion_mask", "sample_weight", "segments", "images")
 
 
 def training_fields(
@@ -41,6 +42,31 @@ def training_fields(
             | {name: value for name, value in optional.items() if value is not None}
         )
     return fields
+
+
+def check_images(records: Sequence[Record], processor: Any, problem: str = "") -> None:
+    """Refuses records with images that the model cannot be given.
+
+    Args:
+        records: N records.
+        processor: of the model, None if it has none.
+        problem: why it has none.
+
+    Raises:
+        RecordError: naming the record, if it has images and there is no processor, or one is no image.
+    """
+    for i, record in enumerate(records):
+        if record.images and processor is None:
+            raise RecordError(
+                f"record {i}, field 'images': has {len(record.images)}, but the model has no processor "
+                f"for them{problem and f' ({problem})'}; give the model that sampled the record, with "
+                "its processor's files in its folder"
+            )
+        for k, image in enumerate(record.images or ()):
+            try:
+                check_readable(image, k, f"record {i}")
+            except ValueError as error:
+                raise RecordError(str(error)) from error
 
 
 def check_sources(records: Sequence[Record]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from topr_kernels.hf.fields import MASK, SEGMENTS, mask_of, name_here, segments_of
+from topr_kernels.hf.fields import IMAGES, MASK, SEGMENTS, mask_of, name_here, segments_of
 from topr_kernels.recipe.files import atomic_path, one_line, parse_json
 
 FinishReason = Literal["stop", "length"]
@@ -94,6 +94,8 @@ class Record:
         sample_weight: >= 0, multiplies the record's loss; None for 1.
         segments: of a trajectory: one integer for each completion token, equal ones in a row being a
             segment, for the ratios per segment; None for a segment per turn.
+        images: of the prompt and, in a trajectory, the completion, in the order of their tokens: paths,
+            relative ones to the folder that commands run in, or ``data:`` URLs in base64; None for none.
     """
 
     group: int
@@ -111,6 +113,7 @@ class Record:
     completion_mask: list[int] | None = None
     sample_weight: float | None = None
     segments: list[int] | None = None
+    images: list[str] | None = None
 
     @property
     def length(self) -> int:
@@ -385,6 +388,14 @@ def _weight(value: Any, where: str, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def _images(value: Any, where: str, name: str) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise _error(where, name, value, "a list of paths and data: URLs in base64, or nothing")
+    return [_text(image, where, f"{name}[{i}]") for i, image in enumerate(value)] or None
+
+
 def _finish_reason(value: Any, where: str, name: str) -> FinishReason:
     if value == "stop":
         return "stop"
@@ -426,6 +437,7 @@ _CHECKS: dict[str, Any] = {
     "judged": _judged,
     "sample_weight": _weight,
     "segments": _segments,
+    IMAGES: _images,
 }
 _SAMPLING_CHECKS: dict[str, Any] = {
     "model": _text,
@@ -477,4 +489,5 @@ _OPTIONAL = (
     pa.field(MASK, pa.list_(pa.int8())),
     pa.field("sample_weight", pa.float64()),
     pa.field(SEGMENTS, pa.list_(pa.int64())),
+    pa.field(IMAGES, pa.list_(pa.string())),
 )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from topr_kernels.recipe.files import one_line
 from topr_kernels.recipe.generate import Completion, generate
-from topr_kernels.recipe.models import Models, weights_fingerprint
+from topr_kernels.recipe.models import LoadedModel, Models, weights_fingerprint
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import Record
@@ -88,13 +88,16 @@ def sample_task(
             sampler = held.enter_context(vllm_sampler(settings.model, engine))
         else:
             loaded = models.get(settings.model)
-        check_chat(settings, loaded.tokenizer)
+        shows = any(question.images for question in questions)
+        check_chat(settings, loaded.tokenizer, parts=shows)
+        if shows:
+            _check_shown(settings, loaded)
         if settings.backend == "server":
             server = ServerSampler(settings.server, settings.model, loaded, partial)
             sampler, positions = server, server.positions
         return generate(
             loaded.model,
-            loaded.tokenizer,
+            loaded.reads if shows else loaded.tokenizer,
             task,
             questions,
             model_name=loaded.name,
@@ -116,6 +119,30 @@ def sample_task(
         )
 
 
+def _check_shown(settings: SamplerOptions, loaded: LoadedModel) -> None:
+    """Refuses questions with images where the model would not see them.
+
+    Raises:
+        SettingsError: naming the flag, or the processor that the model lacks.
+    """
+    if settings.backend != "hf":
+        raise SettingsError(
+            f"backend: got {settings.backend!r} with questions that have images, which only the "
+            "transformers backend gives to the model; use --backend hf"
+        )
+    if loaded.processor is None:
+        raise SettingsError(
+            f"--model {settings.model}: has no processor for the images of the questions "
+            f"({loaded.no_processor or 'it is no model of images'}); give a model of images with its "
+            "processor's files, or a task without images"
+        )
+    if not settings.chat:
+        raise SettingsError(
+            "chat: got False with questions that have images; use --chat: the model's chat template "
+            "says where images stand"
+        )
+
+
 def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
     """For the figures: how many answers have no verdict, by cause; says so, if there are any.
 
@@ -129,8 +156,13 @@ def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
     return {"scorer_problems": problems} | ({"unfiltered": unfiltered} if unfiltered else {})
 
 
-def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
+def check_chat(settings: SamplerOptions, tokenizer: Any, *, parts: bool = False) -> None:
     """Refuses to ask through a chat template that is not there or fails, and warns of one with a clock.
+
+    Args:
+        settings: of the sampler.
+        tokenizer: of the model.
+        parts: whether messages may be lists of parts, which some templates of images alone read.
 
     Raises:
         SettingsError: if it is asked for, and the tokenizer has none, it cannot be filled in, or it
@@ -147,6 +179,8 @@ def check_chat(settings: SamplerOptions, tokenizer: Any) -> None:
     try:
         template = tokenizer.get_chat_template()
         asked = _asked(tokenizer, template)
+        if parts and _MESSAGE not in asked:
+            asked = _asked(tokenizer, template, [{"type": "text", "text": _MESSAGE}])
     except Exception as error:
         raise SettingsError(
             f"chat: the chat template of the model {name!r} fails: {one_line(error)}; mend it, or leave "
@@ -176,8 +210,8 @@ def _reads_the_clock(tokenizer: Any, template: str) -> bool:
     return False
 
 
-def _asked(tokenizer: Any, template: str) -> str:
-    message = [{"role": "user", "content": _MESSAGE}]
+def _asked(tokenizer: Any, template: str, content: Any = _MESSAGE) -> str:
+    message = [{"role": "user", "content": content}]
     return str(
         tokenizer.apply_chat_template(
             message, chat_template=template, add_generation_prompt=True, tokenize=False

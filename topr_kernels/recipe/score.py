@@ -15,7 +15,7 @@ from topr_kernels.hf.behavior import fitting, score_behavior
 from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.heads import head_shape
 from topr_kernels.recipe.models import dtype_name
-from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax
+from topr_kernels.recipe.record_checks import check_dtype, check_full_softmax, check_images
 from topr_kernels.recipe.records import Record, RecordError, read_records, write_records
 
 #: Rows of a tile of logits. A batch of short answers has few tokens, and larger tiles would be padding.
@@ -40,6 +40,7 @@ def score(
     shards: Path | None = None,
     take: Callable[[int], Iterable[int]] = range,
     progress: bool = True,
+    processor: Any = None,
 ) -> list[Record]:
     """Fills in ``behavior_log_prob``: log-probabilities under the policy that sampled.
 
@@ -56,6 +57,7 @@ def score(
         take: maps the number of parts to the indices of those to do, in rising order. For one of several
             processes, which leaves its share in ``shards``.
         progress: whether to show a progress bar.
+        processor: of the model, for records with images.
 
     Returns:
         The records (of the parts taken, if not all) with one fp32 log-probability per completion token,
@@ -63,12 +65,13 @@ def score(
 
     Raises:
         RecordError: if a record was sampled greedily (temperature 0) or with top-k or top-p: the
-            full softmax is not the policy that sampled it; or in another dtype than the model's. If a
-            shard is damaged; delete it.
+            full softmax is not the policy that sampled it; or in another dtype than the model's; or has
+            images that cannot be read, or without ``processor``. If a shard is damaged; delete it.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     check_full_softmax(records)
     check_dtype(records, dtype_name(model))
+    check_images(records, processor)
     scored: list[Record] = []
     starts = range(0, len(records), _SHARD_BATCHES * batch_size)
     with tqdm(total=len(records), desc="score", unit="sample", disable=not progress) as bar:
@@ -89,7 +92,7 @@ def score(
                 done = []
                 for first in range(0, len(part), batch_size):
                     batch = part[first : first + batch_size]
-                    log_probs = _token_log_probs(model, batch, pad_token_id)
+                    log_probs = _token_log_probs(model, batch, pad_token_id, processor)
                     done += [
                         dataclasses.replace(
                             record, behavior_log_prob=values.tolist(), behavior_source="score"
@@ -104,7 +107,12 @@ def score(
 
 
 def max_log_ratio(
-    model: Any, records: Sequence[Record], *, pad_token_id: int, batch_size: int
+    model: Any,
+    records: Sequence[Record],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    processor: Any = None,
 ) -> float:
     """Largest |log_ratio| of a sequence, between the model and the stored log-probabilities, in nats.
 
@@ -118,11 +126,13 @@ def max_log_ratio(
         records: scored records.
         pad_token_id: fills the padding.
         batch_size: records evaluated together.
+        processor: as in ``score``.
     """
     largest = 0.0
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
-        for record, values in zip(part, _token_log_probs(model, part, pad_token_id), strict=True):
+        log_probs = _token_log_probs(model, part, pad_token_id, processor)
+        for record, values in zip(part, log_probs, strict=True):
             # Sum the differences: the difference of two sums would lose digits.
             difference = values - torch.tensor(record.behavior_log_prob)
             if record.completion_mask is not None:
@@ -131,11 +141,14 @@ def max_log_ratio(
     return largest
 
 
-def _token_log_probs(model: Any, records: Sequence[Record], pad_token_id: int) -> list[Tensor]:
+def _token_log_probs(
+    model: Any, records: Sequence[Record], pad_token_id: int, processor: Any
+) -> list[Tensor]:
     """Log-probabilities of each record's completion tokens, [C] fp32 on the host."""
-    names = ("prompt_token_ids", "completion_token_ids", "completion_mask")
+    names = ("prompt_token_ids", "completion_token_ids", "completion_mask", "images")
     token_records = [{name: getattr(record, name) for name in names} for record in records]
-    collate = fitting(CompletionCollator(pad_token_id, share_prefix=True), model, token_records)
+    collator = CompletionCollator(pad_token_id, share_prefix=True, processor=processor)
+    collate = fitting(collator, model, token_records)
     # One forward pass per temperature; nearly always there is one.
     values = {
         t: score_behavior(

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from topr_kernels.hf.fields import IMAGES, name_here
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
 from topr_kernels.recipe.files import FileError, parse_json
@@ -28,6 +29,7 @@ from topr_kernels.recipe.tasks import (
     Task,
     held_out_split,
 )
+from topr_kernels.recipe.trained_on import digest
 
 #: The question, and the form of the answer that ``parse`` reads.
 _PROMPTS = {
@@ -43,7 +45,8 @@ _PROMPTS = {
 class FileTask:
     r"""Questions of a JSONL file, answered in free text that ends with the answer.
 
-    Each line is an object with ``question`` (or ``problem``) and ``answer`` (or ``solution``). The
+    Each line is an object with ``question`` (or ``problem``) and ``answer`` (or ``solution``), and
+    ``images`` where the question is about some: paths beside the file, or ``data:`` URLs in base64. The
     right answer is what follows ``####`` (GSM8K), else the last ``\boxed{}`` or ``\fbox{}`` (MATH), else
     all of it. The last answer that a completion states counts, as ``final_answer`` says; it is right
     if it has the same value, as ``same_answer`` says.
@@ -78,7 +81,7 @@ class FileTask:
         Raises:
             ValueError: if the file does not hold that many distinct questions.
         """
-        left = {e["question"]: e for e in self._entries if e["question"] not in set(exclude)}
+        left = {_key(e): e for e in self._entries if _key(e) not in set(exclude)}
         if len(left) < count:
             raise ValueError(
                 f"count: {self.path.name} holds only {len(left)} distinct questions"
@@ -87,7 +90,13 @@ class FileTask:
             )
         drawn = random.Random(seed).sample(list(left.values()), count)
         return [
-            Question(i, _PROMPTS[self.kind].format(question=e["question"]), e["question"], e)
+            Question(
+                i,
+                _PROMPTS[self.kind].format(question=e["question"]),
+                _key(e),
+                e,
+                tuple(e.get(IMAGES, ())),
+            )
             for i, e in enumerate(drawn)
         ]
 
@@ -112,12 +121,12 @@ class FileTask:
         return {"kind": self.kind, "path": self.path}
 
     @cached_property
-    def _entries(self) -> list[dict[str, str]]:
+    def _entries(self) -> list[dict[str, Any]]:
         try:
             # utf-8-sig: some editors write a byte order mark.
             with self.path.open(encoding="utf-8-sig") as lines:
                 read = [
-                    (i, _entry(line, f"{self.path.name}, line {i}"))
+                    (i, _entry(line, f"{self.path.name}, line {i}", self.path.parent))
                     for i, line in enumerate(lines, 1)
                     if line.strip()
                 ]
@@ -267,11 +276,18 @@ def task_inputs(options: QuestionOptions) -> dict[str, Path]:
     return {flag: file for flag, file in files.items() if file}
 
 
-def _check_duplicates(entries: Sequence[tuple[int, dict[str, str]]], file: str) -> None:
+def _key(entry: Mapping[str, Any]) -> str:
+    """A question with its images: the same text about another picture is another question."""
+    images = entry.get(IMAGES, ())
+    shown = ", ".join(x if len(x) < 200 else f"{x[:30]}...{digest(x)}" for x in images)
+    return f"{entry['question']} [{shown}]" if images else str(entry["question"])
+
+
+def _check_duplicates(entries: Sequence[tuple[int, dict[str, Any]]], file: str) -> None:
     first: dict[str, tuple[int, str]] = {}
     for line, entry in entries:
         # Not by case: "x" and "X" may be two names.
-        question = " ".join(entry["question"].split())
+        question = " ".join(_key(entry).split())
         earlier, answer = first.setdefault(question, (line, entry["answer"]))
         other = entry["answer"]
         if answer != other and not (same_answer(answer, other) or same_answer(other, answer)):
@@ -293,7 +309,7 @@ def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Quest
         )
 
 
-def _entry(line: str, where: str) -> dict[str, str]:
+def _entry(line: str, where: str, folder: Path) -> dict[str, Any]:
     try:
         raw = parse_json(line)
     except json.JSONDecodeError as error:
@@ -305,12 +321,31 @@ def _entry(line: str, where: str) -> dict[str, str]:
     _, question = _text(raw, ("question", "problem"), where)
     field, answer = _text(raw, ("answer", "solution"), where)
     try:
-        return {"question": question, "answer": gold_answer(answer)}
+        entry = {"question": question, "answer": gold_answer(answer)}
+        return entry | _shown(raw, where, folder)
+    except FileError:
+        raise
     except ValueError as error:
         raise FileError(
             f"{where}, field {field!r}: {error} in {answer[-80:]!r}; expected the right answer after "
             "####, in \\boxed{}, or alone"
         ) from error
+
+
+def _shown(raw: Mapping[str, Any], where: str, folder: Path) -> dict[str, list[str]]:
+    """The images of a question, as commands find them; {} if it has none."""
+    for name in raw:
+        if name_here(name) == IMAGES and name != IMAGES and raw[name]:
+            raise FileError(f"{where}, field {name!r}: expected {IMAGES!r}, a list; rename it")
+    images = raw.get(IMAGES)
+    if not images:
+        return {}
+    if not isinstance(images, list) or not all(isinstance(x, str) and x for x in images):
+        raise FileError(
+            f"{where}, field {IMAGES!r}: got {images!r:.60}; expected a list of paths beside the file, "
+            "or data: URLs in base64"
+        )
+    return {IMAGES: [x if x.startswith("data:") else str(folder / x) for x in images]}
 
 
 def _text(raw: Mapping[str, Any], names: tuple[str, str], where: str) -> tuple[str, str]:

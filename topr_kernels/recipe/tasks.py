@@ -49,12 +49,14 @@ class Question:
         prompt: the text to complete, worked examples included.
         text: the question alone; questions of equal text are the same.
         entry: what the task's scorer needs: reasoning-gym's entry, or the line of a JSONL file.
+        images: shown before the prompt, paths or ``data:`` URLs in base64; part of ``text``.
     """
 
     group: int
     prompt: str
     text: str
     entry: Mapping[str, Any]
+    images: tuple[str, ...] = ()
 
 
 class Judge(Protocol):

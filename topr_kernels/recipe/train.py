@@ -16,10 +16,12 @@ from transformers import PrinterCallback, TrainerCallback
 from topr_kernels.choices import SEGMENT_RATIOS
 from topr_kernels.hf import TOPRConfig, TOPRTrainer
 from topr_kernels.hf.heads import head_shape
+from topr_kernels.hf.images import is_processor, tokenizer_of
 from topr_kernels.limits import PRESETS, Limits
 from topr_kernels.recipe.models import tokenizer_fingerprint
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.record_checks import (
+    check_images,
     check_scored_softmax,
     check_sources,
     check_tokens,
@@ -70,7 +72,7 @@ def train(
 
     Args:
         model: a causal language model, at the weights that sampled the records.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or for records with images its processor.
         records: scored records; see ``trainable_fields``.
         settings: see ``TrainSettings``.
         checkpoints: folder for checkpoints (three times the model's size: weights and AdamW's two
@@ -82,11 +84,13 @@ def train(
         The log: one mapping of metrics per optimizer step.
 
     Raises:
-        RecordError: as ``trainable_fields``, or if the ids come from another tokenizer.
+        RecordError: as ``trainable_fields``, or if the ids come from another tokenizer, or images cannot
+            be read.
         ValueError: if the model's head cannot be fused, see ``topr_kernels.hf.find_head``.
     """
     fields = trainable_fields(records, settings.limits, settings.baseline, settings.ratio)
-    check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer))
+    check_images(records, tokenizer if is_processor(tokenizer) else None)
+    check_tokens(records, head_shape(model)[0], tokenizer_fingerprint(tokenizer_of(tokenizer)))
     crew = current()
     crew.first(lambda: _drop_damaged(checkpoints))
     args = TOPRConfig(

@@ -18,6 +18,11 @@ def digest(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
+def with_images(prompt: str, images: Sequence[str] | None) -> str:
+    """A prompt and the images that are shown with it, which make another question of it."""
+    return "\n".join([prompt, *(images or ())])
+
+
 def read_trained_on(model: str) -> set[str]:
     """Digests of the prompts that a model, or the model it was trained from, was trained on.
 
@@ -42,7 +47,8 @@ def write_trained_on(folder: Path, records: Iterable[Record], start: str) -> Non
         records: those it was trained on.
         start: the model that the training started from.
     """
-    digests = {digest(record.prompt) for record in records} | read_trained_on(start)
+    asked = {digest(with_images(record.prompt, record.images)) for record in records}
+    digests = asked | read_trained_on(start)
     text = "".join(f"{known}\n" for known in sorted(digests))
     (folder / _FILE).write_text(text, encoding="utf-8")
 

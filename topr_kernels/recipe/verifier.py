@@ -331,6 +331,11 @@ def _numbered(records: Sequence[Record]) -> list[Record]:
                 f"record {i}, field 'judged': got a judgement; expected solutions, as topr generate and "
                 "topr evaluate write them"
             )
+        if record.images:
+            raise RecordError(
+                f"record {i}, field 'images': has {len(record.images)}, which a verifier is not shown; "
+                "leave such records out of verify and vote"
+            )
     return [
         dataclasses.replace(record, judged=Judged(i, record.group, record.reward > 0))
         for i, record in enumerate(records)

@@ -26,7 +26,7 @@ from topr_kernels.recipe.settings import JudgementOptions, VerifySettings, VoteS
 from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.tasks import Question
-from topr_kernels.recipe.trained_on import check_unseen, count_seen
+from topr_kernels.recipe.trained_on import check_unseen, count_seen, with_images
 from topr_kernels.recipe.verifier import (
     Verification,
     answers_to_judge,
@@ -171,7 +171,8 @@ def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
     """
     check_suffix(records, "records")
     check_json(out)
-    check_unseen(settings.model, [q.prompt for q in questions_of(settings, 0)[1]])
+    held_out = questions_of(settings, 0)[1]
+    check_unseen(settings.model, [with_images(q.prompt, q.images) for q in held_out])
     inputs = {"records": records, **model_input(settings.model), **task_inputs(settings)}
     plan = plain(settings, "questions") | scorer(settings)
     return Step("vote", out, plan, inputs, [out.with_suffix(".parquet")])
