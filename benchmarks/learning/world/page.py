@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from benchmarks.learning import page as large
 from benchmarks.learning import verdicts
 from benchmarks.learning.verdicts import interval
-from benchmarks.learning.world.cells import GRIDS, RATIOS, RIGHT, SEEDS, SHARES, Cell
+from benchmarks.learning.world.cells import GRIDS, LONG, RATIOS, RIGHT, SEEDS, SHARES, Cell
 from benchmarks.learning.world.claims import CLAIMS, Claim, differences, verdict
 from benchmarks.learning.world.pilot import RATES, best, tried
 from benchmarks.learning.world.store import Figures
@@ -166,12 +166,12 @@ def _shares(results: Figures) -> str:
 
 
 def _ratios(results: Figures) -> str:
-    lengths = (3, 10, 33)
-    rows = [["", *(f"{6 * n + 1} tokens" for n in lengths)]]
+    lengths = [Cell(""), Cell("", passes=3), Cell("", **LONG)]
+    rows = [["", *(f"{cell.tokens} tokens" for cell in lengths)]]
     kinds = [("topr", ratio) for ratio in RATIOS]
     for method, ratio in (*kinds, ("prefix", "sequence"), ("sft", "sequence")):
         name = NAMES[method] if method != "topr" else ratio
-        cells = [Cell(method, columns=n, ratio=ratio) for n in lengths]
+        cells = [dataclasses.replace(cell, method=method, ratio=ratio) for cell in lengths]
         rows.append([name, *(_mean(_ends(results, cell)) for cell in cells)])
     return large._table(rows)
 
@@ -181,7 +181,7 @@ _PLACES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("19 tokens, 32 x 16 samples, batch 32", {}),
     ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
     ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
-    ("61 tokens, 32 x 16 samples, batch 32", {"columns": 10}),
+    ("55 tokens, 32 x 16 samples, batch 32", {"passes": 3}),
     ("19 tokens, errors of noise", {"errors": "noise"}),
 )
 _EPOCHS = ("1", "2", "4")
@@ -265,8 +265,7 @@ def _rates(pilot: Figures) -> str:
             fmean(list(pilot[c.name]["looks"].values())[-1]["right"] for c in line)
             for line in lines
         ]
-        tokens = str(6 * cell.columns + 1)
-        row = [NAMES[lines[0][0].method], cell.ratio, tokens, str(cell.right)]
+        row = [NAMES[lines[0][0].method], cell.ratio, str(cell.tokens), str(cell.right)]
         rows.append([*row, *(f"{x:.1f}" for x in ends), f"{best(cell, pilot):g}"])
     return large._table(rows)
 

@@ -16,7 +16,13 @@ SEEDS = (100, 101)
 
 def tried(cell: Cell) -> list[list[Cell]]:
     """The pilot's cells for this one, by rate: its method, ratio, length and base, else defaults."""
-    probe = Cell(cell.like or cell.method, columns=cell.columns, right=cell.right, ratio=cell.ratio)
+    names = ("columns", "right", "ratio", "verifier")
+    # Answers of 199 tokens take the rates of 55.
+    probe = Cell(
+        cell.like or cell.method,
+        passes=min(cell.passes, 3),
+        **{n: getattr(cell, n) for n in names},
+    )
     return [[dataclasses.replace(probe, rate=r, seed=s) for s in SEEDS] for r in RATES]
 
 
