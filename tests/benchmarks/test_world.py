@@ -169,6 +169,8 @@ def test_rounds_sample_anew_and_curation_chooses(tmp_path: Path, monkeypatch: py
     assert len(kept.reward) == 6 and kept.reward.sum() == 2 - 4
     assert kept.prompts[kept.reward > 0].equal(data.prompts[[1, 5]])
     assert len(run.chosen(dataclasses.replace(cell, curation="uniform"), data, 0).reward) == 6
+    half = run.chosen(dataclasses.replace(cell, curation="half"), data, 0)
+    assert sorted(half.reward.tolist()) == [-1.0] * 4 + [1.0] * 4
 
 
 def test_votes_count_the_commonest_result(monkeypatch: pytest.MonkeyPatch):

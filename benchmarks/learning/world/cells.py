@@ -34,7 +34,8 @@ class Cell:
         samples: answers to each.
         epochs: passes over a round's samples.
         batch: sequences an update.
-        curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on.
+        curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on; or
+            "half", the recipe's default: wrong answers left out at random until half are right.
         votes: answers to each held-out question that vote at the last look; 0 for no vote.
         verifier: whether the model judges solutions of the base model in place of solving sums.
         like: method whose learning rate is taken; "" for its own.
@@ -113,6 +114,8 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     # Not planned: added when the map had its figures, before any of these ran. At 10 % right a baseline
     # takes back the ninefold weight of the negatives.
     "balanced": tuple(_c("topr", right=10, share=p) for p in (0.5, 0.8)),
+    # At a tenth right a sixth of the samples is left, so that 16 epochs are about as many updates.
+    "half": tuple(_c(m, right=10, curation="half", epochs=16) for m in ("topr", "sft")),
     "rounds": tuple(_c(m, rounds=3, epochs=2, right=10) for m in ("topr", "sft")),
     "curation": tuple(
         _c("topr", rounds=3, epochs=2, samples=32, right=right, curation=curation)

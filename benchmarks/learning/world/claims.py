@@ -51,6 +51,7 @@ def _last(cell: dict[str, Any]) -> dict[str, Any]:
 _VERIFIER = Cell("topr", verifier=True, votes=8)
 _VOTES = Cell("topr", epochs=1, votes=8)
 _TOPR, _SFT = Cell("topr"), Cell("sft")
+_HALF, _SFT_HALF = (Cell(m, right=10, curation="half", epochs=16) for m in ("topr", "sft"))
 _FRESH = Cell("topr", rounds=16, epochs=1)
 
 
@@ -215,6 +216,16 @@ CLAIMS: tuple[Claim, ...] = (
         "16 rounds of fresh samples: the sequence's ratio beats the geometric mean",
         _FRESH,
         Cell("topr", ratio="geometric", rounds=16, epochs=1),
+    ),
+    Claim(
+        "half of the records right, as the recipe makes it: TOPR beats positives only",
+        _HALF,
+        _SFT_HALF,
+    ),
+    Claim(
+        "half of the records right, as the recipe makes it, beats all where 10 % are right",
+        _HALF,
+        Cell("topr", right=10),
     ),
     Claim("training raises the verifier's accuracy", _VERIFIER, None),
     Claim("training lowers the verifier's unparsable share", _VERIFIER, None, "readable"),

@@ -50,7 +50,9 @@ def blocks(results: Figures, pilot: Figures) -> dict[str, str]:
         "ratios": _ratios(results),
         "map": _map(results),
         "staleness": _looks(results, {_name(c): c for c in GRIDS["staleness"] + GRIDS["fresh"]}),
-        "rounds": _looks(results, {_name(c): c for c in GRIDS["rounds"] + GRIDS["curation"]}),
+        "rounds": _looks(
+            results, {_name(c): c for c in GRIDS["rounds"] + GRIDS["curation"] + GRIDS["half"]}
+        ),
         "noise": _looks(results, {_name(c): c for c in GRIDS["noise"]}),
         "costs": _costs(results),
     }
@@ -91,7 +93,9 @@ def _name(cell: Cell) -> str:
         "ratio": f"ratio {cell.ratio}",
         "share": f"p̃ = {100 * cell.share:g} %",
         "rounds": f"{cell.rounds} rounds",
-        "curation": "Anna Karenina" if cell.curation == "karenina" else cell.curation,
+        "curation": {"karenina": "Anna Karenina", "half": "half right"}.get(
+            cell.curation, cell.curation
+        ),
         "right": f"base {cell.right} %",
         "like": f"at the rate of {NAMES.get(cell.like, '')}",
     }
@@ -176,6 +180,7 @@ _PLACES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
     ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
     ("55 tokens, 32 x 16 samples, batch 32", {"passes": 3}),
+    ("199 tokens, 16 x 16 samples, batch 16", LONG),
     ("19 tokens, errors of noise", {"errors": "noise"}),
 )
 _EPOCHS = ("1", "2", "4")
@@ -186,8 +191,9 @@ def _map(results: Figures) -> str:
     rows = [["", "epoch", *(f"base {right} %" for right in RIGHT)]]
     for name, changes in _PLACES:
         for epoch in _EPOCHS:
-            found = (_help(results, changes, right, epoch) for right in RIGHT)
-            rows.append([name, epoch, *map(shown, found)])
+            found = [_help(results, changes, right, epoch) for right in RIGHT]
+            if any(len(values) > 1 for values in found):
+                rows.append([name, epoch, *map(shown, found)])
     return large._table(rows) + (
         "\n\n![TOPR minus positives only](map.png)" if _has_map(results) else ""
     )
@@ -239,10 +245,10 @@ def _help(results: Figures, changes: dict[str, Any], right: int, epoch: str) -> 
 def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float]:
     values = []
     for seed in range(31):
-        names = [dataclasses.replace(cell, seed=seed).name for cell in (one, other)]
-        if all(name in results for name in names):
-            a, b = (results[name]["looks"][epoch]["right"] for name in names)
-            values.append(a - b)
+        names = (dataclasses.replace(cell, seed=seed).name for cell in (one, other))
+        looks = [results[name]["looks"].get(epoch) for name in names if name in results]
+        if len(looks) == 2 and all(looks):
+            values.append(looks[0]["right"] - looks[1]["right"])
     return values
 
 

@@ -28,7 +28,7 @@ from benchmarks.learning.world.model import (
 )
 from topr_kernels import baseline_for_positive_share, log_prob, topr_loss
 from topr_kernels.limits import PRESETS
-from topr_kernels.recipe.curate import anna_karenina
+from topr_kernels.recipe.curate import anna_karenina, to_positive_share
 from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.voting import weighted_majority
 
@@ -178,7 +178,11 @@ def chosen(cell: Cell, data: Batch, seed: int) -> Batch:
         return data.rows(order[:KEPT])
     pairs = zip(data.group.tolist(), data.reward.tolist(), strict=True)
     numbered = [_Numbered(group, reward, i) for i, (group, reward) in enumerate(pairs)]
-    kept = anna_karenina(cast(Sequence[Record], numbered), KEPT, seed)
+    records = cast(Sequence[Record], numbered)
+    if cell.curation == "half":
+        kept = to_positive_share(records, 0.5, seed)
+    else:
+        kept = anna_karenina(records, KEPT, seed)
     return data.rows(torch.tensor([cast(Any, record).number for record in kept]))
 
 
