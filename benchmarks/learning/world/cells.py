@@ -146,8 +146,8 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         *(_c(m, **LONG) for m in ("sft", "prefix")),
     ),
 }
-#: Seeds of the run.
-SEEDS = 10
+#: Seeds of the run, and the most that a claim gets which they leave open.
+SEEDS, MOST_SEEDS = 10, 60
 
 
 def cells_of(grid: str, seeds: range) -> Iterator[Cell]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from benchmarks.learning.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TOO_SMALL, interval
-from benchmarks.learning.world.cells import LONG, Cell
+from benchmarks.learning.world.cells import LONG, MOST_SEEDS, Cell
 from benchmarks.learning.world.store import Figures
 
 NO_DIFFERENCE = "no difference of interest"
@@ -250,7 +250,7 @@ def end(results: Figures, cell: Cell | None, seed: int, like: Cell | None = None
 def differences(results: Figures, claim: Claim) -> dict[int, float]:
     """By seed, in points, in the direction of the claim."""
     found = {}
-    for seed in range(31):
+    for seed in range(MOST_SEEDS):
         if claim.figure and claim.better:
             cell = results.get(dataclasses.replace(claim.better, seed=seed).name)
             if cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,9 +14,18 @@ from matplotlib import pyplot as plt
 from benchmarks.learning import page as large
 from benchmarks.learning import verdicts
 from benchmarks.learning.verdicts import interval
-from benchmarks.learning.world.cells import GRIDS, LONG, RATIOS, RIGHT, SEEDS, SHARES, Cell
+from benchmarks.learning.world.cells import (
+    GRIDS,
+    LONG,
+    MOST_SEEDS,
+    RATIOS,
+    RIGHT,
+    SEEDS,
+    SHARES,
+    Cell,
+)
 from benchmarks.learning.world.claims import CLAIMS, Claim, differences, verdict
-from benchmarks.learning.world.pilot import RATES, best, tried
+from benchmarks.learning.world.pilot import RATES, WIDER, best, mean, tried
 from benchmarks.learning.world.store import Figures
 from topr_kernels.recipe.files import atomic_path
 
@@ -106,7 +116,7 @@ def _name(cell: Cell) -> str:
 
 
 def _runs(results: Figures, cell: Cell) -> list[dict[str, object]]:
-    names = (dataclasses.replace(cell, seed=seed).name for seed in range(31))
+    names = (dataclasses.replace(cell, seed=seed).name for seed in range(MOST_SEEDS))
     return [results[name] for name in names if name in results]
 
 
@@ -244,7 +254,7 @@ def _help(results: Figures, changes: dict[str, Any], right: int, epoch: str) -> 
 
 def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float]:
     values = []
-    for seed in range(31):
+    for seed in range(MOST_SEEDS):
         names = (dataclasses.replace(cell, seed=seed).name for cell in (one, other))
         looks = [results[name]["looks"].get(epoch) for name in names if name in results]
         if len(looks) == 2 and all(looks):
@@ -254,19 +264,23 @@ def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float
 
 def _rates(pilot: Figures) -> str:
     """What the pilot chose, of what is complete."""
-    rows = [["method", "ratio", "answer, tokens", "base, %", *(f"{r:g}" for r in RATES), "chosen"]]
+    low, high = WIDER
+    rates = (low, *RATES, high)
+    rows = [["method", "ratio", "answer, tokens", "base, %", *(f"{r:g}" for r in rates), "chosen"]]
     known = set()
     for cell in (cell for cells in GRIDS.values() for cell in cells):
-        lines = tried(cell)
-        if lines[0][0] in known or not all(c.name in pilot for line in lines for c in line):
+        lines = tried(cell, rates)
+        if lines[0][0] in known or not all(c.name in pilot for c in chain(*lines[1:-1])):
             continue
         known.add(lines[0][0])
         ends = [
-            fmean(list(pilot[c.name]["looks"].values())[-1]["right"] for c in line)
+            f"{mean(line, pilot):.1f}" if all(c.name in pilot for c in line) else "-"
             for line in lines
         ]
-        row = [NAMES[lines[0][0].method], cell.ratio, str(cell.tokens), str(cell.right)]
-        rows.append([*row, *(f"{x:.1f}" for x in ends), f"{best(cell, pilot):g}"])
+        one = lines[0][0]
+        name = "verifier" if one.verifier else NAMES[one.method]
+        row = [name, one.ratio, str(one.tokens), str(one.right)]
+        rows.append([*row, *ends, f"{best(cell, pilot):g}"])
     return large._table(rows)
 
 
