@@ -130,6 +130,9 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         *(_c("topr", passes=3, ratio=r) for r in RATIOS),
         *(_c(m, passes=3) for m in ("sft", "prefix")),
     ),
+    "length-map": tuple(
+        _c(m, passes=3, right=right) for right in (10, 80) for m in ("topr", "sft")
+    ),
     "noise": tuple(_c(m, errors="noise") for m in METHODS),
     "noise-map": tuple(
         _c(m, errors="noise", right=right) for right in (10, 80) for m in ("topr", "sft")
