@@ -64,7 +64,7 @@ def blocks(results: Figures, pilot: Figures) -> dict[str, str]:
             results, {_name(c): c for c in GRIDS["rounds"] + GRIDS["curation"] + GRIDS["half"]}
         ),
         "noise": _looks(results, {_name(c): c for c in GRIDS["noise"]}),
-        "costs": _costs(results),
+        "costs": _costs(results, pilot),
     }
 
 
@@ -284,7 +284,7 @@ def _rates(pilot: Figures) -> str:
     return large._table(rows)
 
 
-def _costs(results: Figures) -> str:
+def _costs(results: Figures, pilot: Figures) -> str:
     seconds = [run["seconds"] for run in results.values()]
     if not seconds:
         return verdicts.NOT_RUN
@@ -294,7 +294,9 @@ def _costs(results: Figures) -> str:
         for cell in cells
         for seed in range(SEEDS)
     }
+    tried = sum(run["seconds"] for run in pilot.values())
     return (
         f"{len(results)} cells, {len(wanted - set(results))} of the {len(wanted)} planned not run; "
-        f"{sum(seconds) / 3600:.2f} hours of one core's time, {fmean(seconds):.1f} seconds a cell."
+        f"{sum(seconds) / 3600:.2f} hours of one core's time, {fmean(seconds):.1f} seconds a cell. "
+        f"The pilot's {len(pilot)} cells took {tried / 3600:.2f} hours more."
     )
