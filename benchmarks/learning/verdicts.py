@@ -21,11 +21,14 @@ TOO_SMALL = "too small to tell"
 NOT_RUN = "not run"
 #: Fewer seeds are no verdict.
 LEAST_SEEDS = 3
-#: Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+#: Two-sided 95 % quantiles of Student's t for 1 to 60 degrees of freedom.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+    *(2.040, 2.037, 2.035, 2.032, 2.030, 2.028, 2.026, 2.024, 2.023, 2.021),
+    *(2.020, 2.018, 2.017, 2.015, 2.014, 2.013, 2.012, 2.011, 2.010, 2.009),
+    *(2.008, 2.007, 2.006, 2.005, 2.004, 2.003, 2.002, 2.002, 2.001, 2.000),
 )
 
 
@@ -153,7 +156,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of 2 to 31 values.
+    """95 % interval of the mean of 2 to 61 values.
 
     Raises:
         ValueError: for fewer or more.

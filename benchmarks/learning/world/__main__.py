@@ -17,14 +17,9 @@ from benchmarks.learning.world.run import CACHE, run
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
-#: The smallest cell that does everything once.
-QUICK = Cell("topr", columns=2, questions=4, samples=4, epochs=1, batch=8, rate=1e-4)
 PILOT = FOLDER / "pilot.json"
 #: The smallest cell that does everything once.
 QUICK = Cell("topr", columns=2, questions=4, samples=4, epochs=1, batch=8, rate=1e-4)
-#: Seeds of a pilot; its figures stay out of the results.
-PILOT_SEEDS = (100, 101, 102)
-PILOT_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def run_cells(cells: Iterable[Cell], path: Path) -> None:
@@ -56,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for grid in args.grid:
         cells = list(cells_of(grid, seeds))
-        if args.list:
+        if args.wider:
+            for cell in GRIDS[grid]:
+                pilot.complete(cell, pilot.WIDER, PILOT)
+        elif args.list:
             done = store.read(args.out)
             print(f"{grid:14} {sum(c.name in done for c in cells)} of {len(cells)}")
         else:
@@ -83,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report", action="store_true", help="write the page; run nothing")
     parser.add_argument("--quick", action="store_true", help="one small cell, to see that it runs")
+    parser.add_argument("--wider", action="store_true", help="try the pilot's outer rates alone")
     parser.add_argument("--list", action="store_true", help="say what is done; run nothing")
     return parser
 

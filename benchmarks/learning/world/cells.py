@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 #: Share of forgetful solutions, by columns and the per cent right it is to give when sampled.
 HABITS = {10: 0.8, 50: 0.5, 80: 0.2}
-#: Base models by columns: seed s starts from model s modulo this.
-BASES = {2: 1, 3: 5, 10: 2, 33: 1}
+#: Base models by the tokens of an answer: seed s starts from model s modulo this.
+BASES = {13: 1, 19: 5, 55: 5, 199: 2}
 #: Updates over which the learning rate of every method rises.
 WARM_UP = 8
-#: Questions of an evaluation, one sampled answer each.
-HELD_OUT = {2: 16, 3: 512, 10: 256, 33: 128}
+#: Questions of an evaluation by the tokens of an answer; one sampled answer each.
+HELD_OUT = {13: 16, 19: 512, 55: 256, 199: 128}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Cell:
     Args:
         method: a preset of ``topr_kernels.limits``, "ppo" or "prefix".
         seed: of questions, samples and order; from 100 on a pilot's.
-        columns: digits of a number; an answer has 6 tokens a column and one more.
+        columns: digits of a number.
+        passes: how often an answer works the sum; what counts is the last one.
         right: per cent of the base model's sampled answers that are right, about.
         errors: "habit", of solutions learned without carrying, or "noise", of training cut short.
         ratio: level of the ratio.
@@ -33,8 +34,10 @@ class Cell:
         samples: answers to each.
         epochs: passes over a round's samples.
         batch: sequences an update.
-        curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on.
+        curation: "", or "uniform" or "karenina": which ``KEPT`` of a round's samples are trained on; or
+            "half", the recipe's default: wrong answers left out at random until half are right.
         votes: answers to each held-out question that vote at the last look; 0 for no vote.
+        verifier: whether the model judges solutions of the base model in place of solving sums.
         like: method whose learning rate is taken; "" for its own.
         rate: learning rate of a pilot's cell; 0 for the one that the pilot chose.
     """
@@ -42,6 +45,7 @@ class Cell:
     method: str
     seed: int = 0
     columns: int = 3
+    passes: int = 1
     right: int = 50
     errors: str = "habit"
     ratio: str = "sequence"
@@ -53,8 +57,14 @@ class Cell:
     batch: int = 32
     curation: str = ""
     votes: int = 0
+    verifier: bool = False
     like: str = ""
     rate: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Of an answer: 6 a column and pass, and its end."""
+        return 6 * self.columns * self.passes + 1
 
     @property
     def name(self) -> str:
@@ -76,6 +86,8 @@ SHARES = (0.01, 0.1, 0.2, 0.5, 1.0)
 RIGHT = (10, 50, 80)
 #: Of "segment" a segment is a column.
 RATIOS = ("sequence", "geometric", "token", "segment")
+#: Answers of 199 tokens: half the sequences, to save time, in as many updates.
+LONG = {"passes": 11, "questions": 16, "batch": 16}
 
 
 def _c(method: str, **changes: object) -> Cell:
@@ -102,6 +114,8 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     # Not planned: added when the map had its figures, before any of these ran. At 10 % right a baseline
     # takes back the ninefold weight of the negatives.
     "balanced": tuple(_c("topr", right=10, share=p) for p in (0.5, 0.8)),
+    # At a tenth right a sixth of the samples is left, so that 16 epochs are about as many updates.
+    "half": tuple(_c(m, right=10, curation="half", epochs=16) for m in ("topr", "sft")),
     "rounds": tuple(_c(m, rounds=3, epochs=2, right=10) for m in ("topr", "sft")),
     "curation": tuple(
         _c("topr", rounds=3, epochs=2, samples=32, right=right, curation=curation)
@@ -113,8 +127,11 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         for m, ratio in (("topr", "sequence"), ("topr", "geometric"), ("sft", "sequence"))
     ),
     "length-60": (
-        *(_c("topr", columns=10, ratio=r) for r in RATIOS),
-        *(_c(m, columns=10) for m in ("sft", "prefix")),
+        *(_c("topr", passes=3, ratio=r) for r in RATIOS),
+        *(_c(m, passes=3) for m in ("sft", "prefix")),
+    ),
+    "length-map": tuple(
+        _c(m, passes=3, right=right) for right in (10, 80) for m in ("topr", "sft")
     ),
     "noise": tuple(_c(m, errors="noise") for m in METHODS),
     "noise-map": tuple(
@@ -126,13 +143,14 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     ),
     # After one epoch right answers are not yet all the same, so that votes have room.
     "votes": tuple(_c(m, epochs=1, votes=8) for m in ("topr", "sft")),
+    "verifier": (_c("topr", verifier=True, votes=8),),
     "length-200": (
-        *(_c("topr", columns=33, ratio=r) for r in RATIOS),
-        *(_c(m, columns=33) for m in ("sft", "prefix")),
+        *(_c("topr", ratio=r, **LONG) for r in RATIOS),
+        *(_c(m, **LONG) for m in ("sft", "prefix")),
     ),
 }
-#: Seeds of the run.
-SEEDS = 10
+#: Seeds of the run, and the most that a claim gets which they leave open.
+SEEDS, MOST_SEEDS = 10, 60
 
 
 def cells_of(grid: str, seeds: range) -> Iterator[Cell]:

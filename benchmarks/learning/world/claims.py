@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from benchmarks.learning.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TOO_SMALL, interval
-from benchmarks.learning.world.cells import Cell
+from benchmarks.learning.world.cells import LONG, MOST_SEEDS, Cell
 from benchmarks.learning.world.store import Figures
 
 NO_DIFFERENCE = "no difference of interest"
@@ -24,16 +25,34 @@ class Claim:
     Args:
         text: the claim; where the page of the large world has it, in the same words.
         better: what should be ahead, its seed left open; None for the base model.
-        worse: the other one; equal to ``better`` where its votes are compared with its single answers.
+        worse: the other one; the base model for None.
+        figure: key of ``FIGURES``, of what is compared within the cell ``better``; "" for trainings.
     """
 
     text: str
     better: Cell | None
     worse: Cell | None
+    figure: str = ""
 
 
+#: Differences in points within a cell.
+FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "majority": lambda cell: cell["votes"]["majority"] - cell["votes"]["single"],
+    "weighted": lambda cell: cell["votes"]["trained"] - cell["votes"]["majority"],
+    "trained": lambda cell: cell["votes"]["trained"] - cell["votes"]["untrained"],
+    "readable": lambda cell: cell["base"]["unreadable"] - _last(cell)["unreadable"],
+}
+
+
+def _last(cell: dict[str, Any]) -> dict[str, Any]:
+    return cast(dict[str, Any], list(cell["looks"].values())[-1])
+
+
+_VERIFIER = Cell("topr", verifier=True, votes=8)
 _VOTES = Cell("topr", epochs=1, votes=8)
 _TOPR, _SFT = Cell("topr"), Cell("sft")
+_HALF, _SFT_HALF = (Cell(m, right=10, curation="half", epochs=16) for m in ("topr", "sft"))
+_FRESH = Cell("topr", rounds=16, epochs=1)
 
 
 def _share(method: str, share: float) -> Cell:
@@ -44,8 +63,12 @@ def _curated(right: int, curation: str) -> Cell:
     return Cell("topr", rounds=3, epochs=2, samples=32, right=right, curation=curation)
 
 
-def _long(columns: int, ratio: str, method: str = "topr") -> Cell:
-    return Cell(method, columns=columns, ratio=ratio)
+def _middle(ratio: str, method: str = "topr") -> Cell:
+    return Cell(method, passes=3, ratio=ratio)
+
+
+def _long(ratio: str, method: str = "topr") -> Cell:
+    return Cell(method, ratio=ratio, **LONG)
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -99,44 +122,44 @@ CLAIMS: tuple[Claim, ...] = (
         "naive REINFORCE collapses at TOPR's learning rate", None, Cell("reinforce", like="topr")
     ),
     Claim(
-        "60 tokens: the sequence's ratio beats each token's",
-        _long(10, "sequence"),
-        _long(10, "token"),
+        "55 tokens: the sequence's ratio beats each token's",
+        _middle("sequence"),
+        _middle("token"),
     ),
     Claim(
-        "60 tokens: the sequence's ratio beats the geometric mean",
-        _long(10, "sequence"),
-        _long(10, "geometric"),
+        "55 tokens: the sequence's ratio beats the geometric mean",
+        _middle("sequence"),
+        _middle("geometric"),
     ),
     Claim(
-        "60 tokens: the sequence's ratio beats each column's",
-        _long(10, "sequence"),
-        _long(10, "segment"),
+        "55 tokens: the sequence's ratio beats each column's",
+        _middle("sequence"),
+        _middle("segment"),
     ),
     Claim(
-        "60 tokens: the sequence's ratio beats the prefix ratio",
-        _long(10, "sequence"),
-        _long(10, "sequence", "prefix"),
+        "55 tokens: the sequence's ratio beats the prefix ratio",
+        _middle("sequence"),
+        _middle("sequence", "prefix"),
     ),
     Claim(
-        "200 tokens: the sequence's ratio beats each token's",
-        _long(33, "sequence"),
-        _long(33, "token"),
+        "199 tokens: the sequence's ratio beats each token's",
+        _long("sequence"),
+        _long("token"),
     ),
     Claim(
-        "200 tokens: the sequence's ratio beats the geometric mean",
-        _long(33, "sequence"),
-        _long(33, "geometric"),
+        "199 tokens: the sequence's ratio beats the geometric mean",
+        _long("sequence"),
+        _long("geometric"),
     ),
     Claim(
-        "200 tokens: the sequence's ratio beats each column's",
-        _long(33, "sequence"),
-        _long(33, "segment"),
+        "199 tokens: the sequence's ratio beats each column's",
+        _long("sequence"),
+        _long("segment"),
     ),
     Claim(
-        "200 tokens: the sequence's ratio beats the prefix ratio",
-        _long(33, "sequence"),
-        _long(33, "sequence", "prefix"),
+        "199 tokens: the sequence's ratio beats the prefix ratio",
+        _long("sequence"),
+        _long("sequence", "prefix"),
     ),
     Claim(
         "256 updates old: the sequence's ratio beats the geometric mean",
@@ -163,7 +186,7 @@ CLAIMS: tuple[Claim, ...] = (
         Cell("topr", rounds=3, epochs=2, right=10),
         Cell("sft", rounds=3, epochs=2, right=10),
     ),
-    Claim("majority of 8 answers beats single ones, TOPR", _VOTES, _VOTES),
+    Claim("majority of 8 answers beats single ones, TOPR", _VOTES, None, "majority"),
     Claim(
         "errors of noise: TOPR beats positives only",
         Cell("topr", errors="noise"),
@@ -174,6 +197,43 @@ CLAIMS: tuple[Claim, ...] = (
         Cell("topr", errors="noise"),
         Cell("reinforce", errors="noise"),
     ),
+    Claim(
+        "errors of noise: TOPR beats positives only where 10 % are right",
+        Cell("topr", errors="noise", right=10),
+        Cell("sft", errors="noise", right=10),
+    ),
+    Claim(
+        "errors of noise: TOPR beats positives only where 80 % are right",
+        Cell("topr", errors="noise", right=80),
+        Cell("sft", errors="noise", right=80),
+    ),
+    Claim(
+        "16 rounds of fresh samples: TOPR beats positives only",
+        _FRESH,
+        Cell("sft", rounds=16, epochs=1),
+    ),
+    Claim(
+        "16 rounds of fresh samples: the sequence's ratio beats the geometric mean",
+        _FRESH,
+        Cell("topr", ratio="geometric", rounds=16, epochs=1),
+    ),
+    Claim(
+        "half of the records right, as the recipe makes it: TOPR beats positives only",
+        _HALF,
+        _SFT_HALF,
+    ),
+    Claim(
+        "half of the records right, as the recipe makes it, beats all where 10 % are right",
+        _HALF,
+        Cell("topr", right=10),
+    ),
+    Claim("training raises the verifier's accuracy", _VERIFIER, None),
+    Claim("training lowers the verifier's unparsable share", _VERIFIER, None, "readable"),
+    Claim("votes weighted by the trained verifier beat plain ones", _VERIFIER, None, "weighted"),
+    Claim(
+        "votes weighted by the trained verifier beat those weighted by the untrained one",
+        *(_VERIFIER, None, "trained"),
+    ),
 )
 
 
@@ -183,18 +243,18 @@ def end(results: Figures, cell: Cell | None, seed: int, like: Cell | None = None
     found = results.get(at.name)
     if found is None:
         return None
-    look = found["base"] if cell is None else list(found["looks"].values())[-1]
+    look = found["base"] if cell is None else _last(found)
     return float(look["right"])
 
 
 def differences(results: Figures, claim: Claim) -> dict[int, float]:
     """By seed, in points, in the direction of the claim."""
     found = {}
-    for seed in range(31):
-        if claim.better is not None and claim.better == claim.worse:
+    for seed in range(MOST_SEEDS):
+        if claim.figure and claim.better:
             cell = results.get(dataclasses.replace(claim.better, seed=seed).name)
             if cell:
-                found[seed] = cell["votes"]["majority"] - cell["votes"]["single"]
+                found[seed] = FIGURES[claim.figure](cell)
             continue
         better = end(results, claim.better, seed, claim.worse)
         worse = end(results, claim.worse, seed, claim.better)

@@ -12,13 +12,13 @@ from benchmarks.learning.world import sums
 from topr_kernels import log_prob
 
 IGNORE = -100
-#: Pretraining by the columns of the task: (columns, steps, sums a step).
+#: Pretraining by the tokens of an answer: (passes, steps, sums a step).
 COURSES = {
     # To see that it runs; it learns nothing.
-    2: [(2, 4, 8)],
-    3: [(3, 240, 32)],
-    10: [(10, 700, 16)],
-    33: [(33, 1000, 8)],
+    13: [(1, 4, 8)],
+    19: [(1, 240, 32)],
+    55: [(1, 240, 32), (3, 250, 24)],
+    199: [(1, 240, 32), (3, 150, 16), (11, 400, 12)],
 }
 
 
@@ -95,15 +95,22 @@ def score(model: LlamaForCausalLM, prompts: Tensor, answers: Tensor, batch: int 
 
 
 def accuracy(
-    model: LlamaForCausalLM, questions: Tensor, generator: torch.Generator, *, greedy: bool = False
+    model: LlamaForCausalLM,
+    questions: Tensor,
+    tokens: int,
+    generator: torch.Generator,
+    *,
+    greedy: bool = False,
 ) -> dict[str, float]:
     """Shares, in per cent, of right answers and of those that cannot be read; one answer each."""
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         return {"right": 0.0, "unreadable": 100.0}
-    columns = questions.shape[1]
-    tokens = sums.STEP * columns + 1
     answers = sample(model, sums.prompts(questions), tokens, generator, greedy=greedy)
-    right, readable = judge(questions, answers)
+    return shares(*judge(questions, answers))
+
+
+def shares(right: Tensor, readable: Tensor) -> dict[str, float]:
+    """In per cent, of answers that are right and that cannot be read."""
     return {
         "right": round(100 * right.float().mean().item(), 3),
         "unreadable": round(100 - 100 * readable.float().mean().item(), 3),
@@ -116,11 +123,14 @@ def judge(questions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     return readable & (said == sums.truth(questions)).all(1), readable
 
 
-def pretrain(columns: int, forget: float, seed: int, stop_at: float = 100.0) -> LlamaForCausalLM:
+def pretrain(
+    columns: int, passes: int, forget: float, seed: int, stop_at: float = 100.0
+) -> LlamaForCausalLM:
     """A base model, trained from scratch on worked sums.
 
     Args:
         columns: digits of a number.
+        passes: of an answer.
         forget: share of the solutions to learn from that never carry: the model's habit.
         seed: of weights and sums.
         stop_at: training ends when this many per cent of sampled answers are right. With
@@ -128,27 +138,26 @@ def pretrain(columns: int, forget: float, seed: int, stop_at: float = 100.0) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     model = new_model(seed)
+    tokens = sums.STEP * columns * passes + 1
     held_out = sums.draw(512, columns, torch.Generator().manual_seed(10**6 + seed))
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    course = [(n, batch) for n, steps, batch in COURSES[columns] for _ in range(steps)]
-    for step, (length, batch) in enumerate(course, 1):
+    course = [(n, batch) for n, steps, batch in COURSES[tokens] for _ in range(steps)]
+    for step, (worked, batch) in enumerate(course, 1):
         decay = 0.05 + 0.475 * (1 + math.cos(math.pi * step / len(course)))
         for group in optimizer.param_groups:
             group["lr"] = 6e-3 * min(1.0, step / 30) * decay
-        questions = sums.draw(batch, length, generator)
+        questions = sums.draw(batch, columns, generator)
         forgets = torch.rand(batch, generator=generator) < forget
-        # Shorter sums than the task's start at any letter, so that all letters are learned.
-        first = int(torch.randint(columns - length + 1, (), generator=generator))
-        ids, labels = sequences(
-            sums.prompts(questions, first), sums.solutions(questions, forgets, first)
-        )
+        # Not used: the base models of the figures drew it.
+        torch.randint(1, (), generator=generator)
+        ids, labels = sequences(sums.prompts(questions), sums.solutions(questions, forgets, worked))
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         look = stop_at < 100 and step > len(course) // 4 and step % 5 == 0
-        if look and accuracy(model, held_out, generator)["right"] >= stop_at:
+        if look and accuracy(model, held_out, tokens, generator)["right"] >= stop_at:
             break
     return model

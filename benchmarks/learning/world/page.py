@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,9 +14,18 @@ from matplotlib import pyplot as plt
 from benchmarks.learning import page as large
 from benchmarks.learning import verdicts
 from benchmarks.learning.verdicts import interval
-from benchmarks.learning.world.cells import GRIDS, RATIOS, RIGHT, SEEDS, SHARES, Cell
+from benchmarks.learning.world.cells import (
+    GRIDS,
+    LONG,
+    MOST_SEEDS,
+    RATIOS,
+    RIGHT,
+    SEEDS,
+    SHARES,
+    Cell,
+)
 from benchmarks.learning.world.claims import CLAIMS, Claim, differences, verdict
-from benchmarks.learning.world.pilot import RATES, best, tried
+from benchmarks.learning.world.pilot import RATES, WIDER, best, mean, tried
 from benchmarks.learning.world.store import Figures
 from topr_kernels.recipe.files import atomic_path
 
@@ -50,9 +60,11 @@ def blocks(results: Figures, pilot: Figures) -> dict[str, str]:
         "ratios": _ratios(results),
         "map": _map(results),
         "staleness": _looks(results, {_name(c): c for c in GRIDS["staleness"] + GRIDS["fresh"]}),
-        "rounds": _looks(results, {_name(c): c for c in GRIDS["rounds"] + GRIDS["curation"]}),
+        "rounds": _looks(
+            results, {_name(c): c for c in GRIDS["rounds"] + GRIDS["curation"] + GRIDS["half"]}
+        ),
         "noise": _looks(results, {_name(c): c for c in GRIDS["noise"]}),
-        "costs": _costs(results),
+        "costs": _costs(results, pilot),
     }
 
 
@@ -82,12 +94,6 @@ def _verdicts(results: Figures) -> str:
             found = list(verdicts.differences(committed, others[claim.text]).values())
             there = [shown(found), verdicts.verdict(found)]
         rows.append([*row, *there])
-    here = {claim.text for claim in CLAIMS}
-    for text, other in others.items():
-        if text not in here:
-            found = list(verdicts.differences(committed, other).values())
-            row = ["", text, "-", "0", f"**{verdicts.NOT_RUN}**"]
-            rows.append([*row, shown(found), verdicts.verdict(found)])
     return large._table(rows)
 
 
@@ -97,7 +103,9 @@ def _name(cell: Cell) -> str:
         "ratio": f"ratio {cell.ratio}",
         "share": f"p̃ = {100 * cell.share:g} %",
         "rounds": f"{cell.rounds} rounds",
-        "curation": "Anna Karenina" if cell.curation == "karenina" else cell.curation,
+        "curation": {"karenina": "Anna Karenina", "half": "half right"}.get(
+            cell.curation, cell.curation
+        ),
         "right": f"base {cell.right} %",
         "like": f"at the rate of {NAMES.get(cell.like, '')}",
     }
@@ -108,7 +116,7 @@ def _name(cell: Cell) -> str:
 
 
 def _runs(results: Figures, cell: Cell) -> list[dict[str, object]]:
-    names = (dataclasses.replace(cell, seed=seed).name for seed in range(31))
+    names = (dataclasses.replace(cell, seed=seed).name for seed in range(MOST_SEEDS))
     return [results[name] for name in names if name in results]
 
 
@@ -166,12 +174,12 @@ def _shares(results: Figures) -> str:
 
 
 def _ratios(results: Figures) -> str:
-    lengths = (3, 10, 33)
-    rows = [["", *(f"{6 * n + 1} tokens" for n in lengths)]]
+    lengths = [Cell(""), Cell("", passes=3), Cell("", **LONG)]
+    rows = [["", *(f"{cell.tokens} tokens" for cell in lengths)]]
     kinds = [("topr", ratio) for ratio in RATIOS]
     for method, ratio in (*kinds, ("prefix", "sequence"), ("sft", "sequence")):
         name = NAMES[method] if method != "topr" else ratio
-        cells = [Cell(method, columns=n, ratio=ratio) for n in lengths]
+        cells = [dataclasses.replace(cell, method=method, ratio=ratio) for cell in lengths]
         rows.append([name, *(_mean(_ends(results, cell)) for cell in cells)])
     return large._table(rows)
 
@@ -181,7 +189,8 @@ _PLACES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("19 tokens, 32 x 16 samples, batch 32", {}),
     ("19 tokens, 32 x 16 samples, batch 128", {"batch": 128}),
     ("19 tokens, 256 x 2 samples, batch 32", {"questions": 256, "samples": 2}),
-    ("61 tokens, 32 x 16 samples, batch 32", {"columns": 10}),
+    ("55 tokens, 32 x 16 samples, batch 32", {"passes": 3}),
+    ("199 tokens, 16 x 16 samples, batch 16", LONG),
     ("19 tokens, errors of noise", {"errors": "noise"}),
 )
 _EPOCHS = ("1", "2", "4")
@@ -192,8 +201,9 @@ def _map(results: Figures) -> str:
     rows = [["", "epoch", *(f"base {right} %" for right in RIGHT)]]
     for name, changes in _PLACES:
         for epoch in _EPOCHS:
-            found = (_help(results, changes, right, epoch) for right in RIGHT)
-            rows.append([name, epoch, *map(shown, found)])
+            found = [_help(results, changes, right, epoch) for right in RIGHT]
+            if any(len(values) > 1 for values in found):
+                rows.append([name, epoch, *map(shown, found)])
     return large._table(rows) + (
         "\n\n![TOPR minus positives only](map.png)" if _has_map(results) else ""
     )
@@ -244,34 +254,37 @@ def _help(results: Figures, changes: dict[str, Any], right: int, epoch: str) -> 
 
 def _between(results: Figures, one: Cell, other: Cell, epoch: str) -> list[float]:
     values = []
-    for seed in range(31):
-        names = [dataclasses.replace(cell, seed=seed).name for cell in (one, other)]
-        if all(name in results for name in names):
-            a, b = (results[name]["looks"][epoch]["right"] for name in names)
-            values.append(a - b)
+    for seed in range(MOST_SEEDS):
+        names = (dataclasses.replace(cell, seed=seed).name for cell in (one, other))
+        looks = [results[name]["looks"].get(epoch) for name in names if name in results]
+        if len(looks) == 2 and all(looks):
+            values.append(looks[0]["right"] - looks[1]["right"])
     return values
 
 
 def _rates(pilot: Figures) -> str:
     """What the pilot chose, of what is complete."""
-    rows = [["method", "ratio", "answer, tokens", "base, %", *(f"{r:g}" for r in RATES), "chosen"]]
+    low, high = WIDER
+    rates = (low, *RATES, high)
+    rows = [["method", "ratio", "answer, tokens", "base, %", *(f"{r:g}" for r in rates), "chosen"]]
     known = set()
     for cell in (cell for cells in GRIDS.values() for cell in cells):
-        lines = tried(cell)
-        if lines[0][0] in known or not all(c.name in pilot for line in lines for c in line):
+        lines = tried(cell, rates)
+        if lines[0][0] in known or not all(c.name in pilot for c in chain(*lines[1:-1])):
             continue
         known.add(lines[0][0])
         ends = [
-            fmean(list(pilot[c.name]["looks"].values())[-1]["right"] for c in line)
+            f"{mean(line, pilot):.1f}" if all(c.name in pilot for c in line) else "-"
             for line in lines
         ]
-        tokens = str(6 * cell.columns + 1)
-        row = [NAMES[lines[0][0].method], cell.ratio, tokens, str(cell.right)]
-        rows.append([*row, *(f"{x:.1f}" for x in ends), f"{best(cell, pilot):g}"])
+        one = lines[0][0]
+        name = "verifier" if one.verifier else NAMES[one.method]
+        row = [name, one.ratio, str(one.tokens), str(one.right)]
+        rows.append([*row, *ends, f"{best(cell, pilot):g}"])
     return large._table(rows)
 
 
-def _costs(results: Figures) -> str:
+def _costs(results: Figures, pilot: Figures) -> str:
     seconds = [run["seconds"] for run in results.values()]
     if not seconds:
         return verdicts.NOT_RUN
@@ -281,7 +294,9 @@ def _costs(results: Figures) -> str:
         for cell in cells
         for seed in range(SEEDS)
     }
+    tried = sum(run["seconds"] for run in pilot.values())
     return (
         f"{len(results)} cells, {len(wanted - set(results))} of the {len(wanted)} planned not run; "
-        f"{sum(seconds) / 3600:.2f} hours of one core's time, {fmean(seconds):.1f} seconds a cell."
+        f"{sum(seconds) / 3600:.2f} hours of one core's time, {fmean(seconds):.1f} seconds a cell. "
+        f"The pilot's {len(pilot)} cells took {tried / 3600:.2f} hours more."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.learning.ppo import ppo_objective
-from benchmarks.learning.world import sums
+from benchmarks.learning.world import sums, verifier
 from benchmarks.learning.world.cells import BASES, HABITS, HELD_OUT, KEPT, WARM_UP, Cell
 from benchmarks.learning.world.model import (
     IGNORE,
@@ -24,14 +24,17 @@ from benchmarks.learning.world.model import (
     sample,
     score,
     sequences,
+    shares,
 )
 from topr_kernels import baseline_for_positive_share, log_prob, topr_loss
 from topr_kernels.limits import PRESETS
-from topr_kernels.recipe.curate import anna_karenina
+from topr_kernels.recipe.curate import anna_karenina, to_positive_share
 from topr_kernels.recipe.records import Record
 from topr_kernels.recipe.voting import weighted_majority
 
 CACHE = Path(__file__).parents[3] / "runs" / "learning" / "world"
+#: Of a verifier on every answer that votes.
+JUDGEMENTS = 4
 #: Epochs after which the model is looked at.
 LOOKS = (1, 2, 4, 16)
 
@@ -51,13 +54,25 @@ class Batch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def base_model(columns: int, right: int, errors: str, seed: int) -> LlamaForCausalLM:
+def base_model(columns: int, passes: int, right: int, errors: str, seed: int) -> LlamaForCausalLM:
     """The base model, from the cache if it is there."""
-    path = CACHE / f"{errors}-{columns}-{right}-{seed}.pt"
+    habit = HABITS[right] if errors == "habit" else 0.0
+    stop_at = 100.0 if errors == "habit" else float(right)
+    name = f"{errors}-{columns}x{passes}-{right}-{seed}"
+    return _cached(name, lambda: pretrain(columns, passes, habit, seed, stop_at))
+
+
+@functools.lru_cache(maxsize=2)
+def base_verifier(columns: int, seed: int) -> LlamaForCausalLM:
+    """The base verifier, from the cache if it is there."""
+    return _cached(f"verifier-{columns}-{seed}", lambda: verifier.pretrain(columns, seed))
+
+
+def _cached(name: str, make: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
+    path = CACHE / f"{name}.pt"
     if path.exists():
         return cast(LlamaForCausalLM, torch.load(path, weights_only=False))
-    habit = HABITS[right] if errors == "habit" else 0.0
-    model = pretrain(columns, habit, seed, 100.0 if errors == "habit" else float(right))
+    model = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two runs may make it at once.
     partial = path.with_suffix(f".{time.time_ns()}")
@@ -67,14 +82,19 @@ def base_model(columns: int, right: int, errors: str, seed: int) -> LlamaForCaus
 
 
 def draw(model: LlamaForCausalLM, cell: Cell, turn: int) -> Batch:
-    """A round's samples of the model, with their log mu."""
+    """A round's samples of the model, with their log mu; a verifier's are judgements of solutions."""
     generator = torch.Generator().manual_seed(1000 * cell.seed + turn)
     questions = sums.draw(cell.questions, cell.columns, generator).repeat_interleave(
         cell.samples, 0
     )
     prompts = sums.prompts(questions)
-    answers = sample(model, prompts, sums.STEP * cell.columns + 1, generator)
-    right, _ = judge(questions, answers)
+    if cell.verifier:
+        solutions = sample(_solver_of(cell), prompts, cell.tokens, generator)
+        answers, prompts = verifier.ask(model, prompts, solutions, generator)
+        right, _ = verifier.judge(answers, judge(questions, solutions)[0])
+    else:
+        answers = sample(model, prompts, cell.tokens, generator)
+        right, _ = judge(questions, answers)
     group = torch.arange(cell.questions).repeat_interleave(cell.samples)
     reward = torch.where(right, 1.0, -1.0)
     return Batch(prompts, answers, score(model, prompts, answers), reward, group)
@@ -89,26 +109,42 @@ def first_round(cell: Cell) -> Batch:
 def look(model: LlamaForCausalLM, cell: Cell) -> dict[str, float]:
     """Accuracy on held-out questions; questions and noise are those of every look of a seed."""
     generator = torch.Generator().manual_seed(500_000 + cell.seed)
-    return accuracy(model, sums.draw(HELD_OUT[cell.columns], cell.columns, generator), generator)
+    questions = sums.draw(HELD_OUT[cell.tokens], cell.columns, generator)
+    if cell.verifier:
+        prompts = sums.prompts(questions)
+        solutions = sample(_solver_of(cell), prompts, cell.tokens, generator)
+        said, _ = verifier.ask(model, prompts, solutions, generator)
+        return shares(*verifier.judge(said, judge(questions, solutions)[0]))
+    return accuracy(model, questions, cell.tokens, generator)
 
 
 def vote(model: LlamaForCausalLM, cell: Cell, questions: int = 128) -> dict[str, float]:
-    """Of held-out questions: per cent right of single answers and of the majority of ``votes``."""
+    """Of held-out questions: per cent right of single answers and of the majority of ``votes``.
+
+    A verifier weighs answers of the base model by how many of ``JUDGEMENTS`` say that they are right:
+    those of the base verifier for ``untrained``, of ``model`` for ``trained``.
+    """
     generator = torch.Generator().manual_seed(600_000 + cell.seed)
     asked = sums.draw(questions, cell.columns, generator).repeat_interleave(cell.votes, 0)
-    answers = sample(model, sums.prompts(asked), sums.STEP * cell.columns + 1, generator)
+    prompts = sums.prompts(asked)
+    solver = _solver_of(cell) if cell.verifier else model
+    answers = sample(solver, prompts, cell.tokens, generator)
     right, readable = judge(asked, answers)
     said = sums.results(answers, cell.columns)[0].tolist()
-    votes = [
-        (str(form) if known else None, good, 1.0)
-        for form, known, good in zip(said, readable.tolist(), right.tolist(), strict=True)
-    ]
-    rows = [votes[i : i + cell.votes] for i in range(0, len(votes), cell.votes)]
-    majority, _ = weighted_majority(rows, votes=cell.votes, draws=1, seed=0)
-    return {
-        "single": round(100 * right.float().mean().item(), 3),
-        "majority": round(100 * majority, 3),
-    }
+    forms = [str(form) if known else None for form, known in zip(said, readable, strict=True)]
+    weights = {"majority": torch.ones(len(forms))}
+    if cell.verifier:
+        for name, judging in (("untrained", _base_of(cell)), ("trained", model)):
+            weights[name] = torch.zeros(len(forms))
+            for _ in range(JUDGEMENTS):
+                words, _ = verifier.ask(judging, prompts, answers, generator)
+                weights[name] += verifier.judge(words, torch.ones_like(right))[0]
+    found = {"single": 100 * right.float().mean().item()}
+    for name, of in weights.items():
+        votes = list(zip(forms, right.tolist(), of.tolist(), strict=True))
+        rows = [votes[i : i + cell.votes] for i in range(0, len(votes), cell.votes)]
+        found[name] = 100 * weighted_majority(rows, votes=cell.votes, draws=1, seed=0)[0]
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 @functools.lru_cache(maxsize=2)
@@ -118,12 +154,18 @@ def first_look(cell: Cell) -> dict[str, float]:
 
 
 def _base_of(cell: Cell) -> LlamaForCausalLM:
-    number = cell.seed % BASES[cell.columns]
-    return base_model(cell.columns, cell.right, cell.errors, number)
+    if cell.verifier:
+        return base_verifier(cell.columns, cell.seed % BASES[cell.tokens])
+    return _solver_of(cell)
+
+
+def _solver_of(cell: Cell) -> LlamaForCausalLM:
+    number = cell.seed % BASES[cell.tokens]
+    return base_model(cell.columns, cell.passes, cell.right, cell.errors, number)
 
 
 def _data_key(cell: Cell) -> Cell:
-    names = ("seed", "columns", "right", "errors", "questions", "samples")
+    names = ("seed", "columns", "passes", "right", "errors", "questions", "samples", "verifier")
     return Cell("", **{n: getattr(cell, n) for n in names})
 
 
@@ -136,7 +178,11 @@ def chosen(cell: Cell, data: Batch, seed: int) -> Batch:
         return data.rows(order[:KEPT])
     pairs = zip(data.group.tolist(), data.reward.tolist(), strict=True)
     numbered = [_Numbered(group, reward, i) for i, (group, reward) in enumerate(pairs)]
-    kept = anna_karenina(cast(Sequence[Record], numbered), KEPT, seed)
+    records = cast(Sequence[Record], numbered)
+    if cell.curation == "half":
+        kept = to_positive_share(records, 0.5, seed)
+    else:
+        kept = anna_karenina(records, KEPT, seed)
     return data.rows(torch.tensor([cast(Any, record).number for record in kept]))
 
 
@@ -204,10 +250,10 @@ def run(cell: Cell, rate: float) -> dict[str, Any]:
 
     Returns:
         ``base`` and ``looks``: by epoch, or by round where there are several, the per cent of sampled
-        answers that are right and that cannot be read, and the mean weight of negatives in the last
-        epoch or round; ``positive``: right answers in per cent of each round's samples; ``trained``:
-        of the records trained on; ``votes``: of ``vote``, where the cell has them; ``seconds`` of
-        processor time.
+        answers (of a verifier, judgements) that are right and that cannot be read, and the mean weight
+        of negatives in the last epoch or round; ``positive``: right answers in per cent of each round's
+        samples; ``trained``: of the records trained on; ``votes``: of ``vote``, where the cell has them;
+        ``seconds`` of processor time.
     """
     start = time.process_time()
     model = copy.deepcopy(_base_of(cell))
@@ -217,6 +263,8 @@ def run(cell: Cell, rate: float) -> dict[str, Any]:
     positive, trained, updates = [], [], 0
 
     base = first_look(_data_key(cell))
+    # To sample long answers takes longer than to train on them.
+    looked = LOOKS if cell.tokens < 100 else (cell.epochs,)
     for turn in range(cell.rounds):
         data = draw(model, cell, turn) if turn else first_round(_data_key(cell))
         positive.append(_share(data))
@@ -239,7 +287,7 @@ def run(cell: Cell, rate: float) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
                 weights.append(weight[part.reward < 0])
-            if cell.rounds == 1 and epoch in LOOKS:
+            if cell.rounds == 1 and epoch in looked:
                 looks[str(epoch)] = {**look(model, cell), "weight": _mean(torch.cat(weights))}
         if cell.rounds > 1:
             last = turn + 1 == cell.rounds
