@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels.hf.capture import capture_hidden, check_logits
+from topr_kernels.hf.causal import check_causal_once
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import CELLS, ROWS, in_rows, is_packed, packed_inputs
 from topr_kernels.hf.padding import (
@@ -133,13 +134,17 @@ def arranged(
         model: as in ``completion_logits``.
         batch: as in ``model_inputs``.
         signature_of: as in ``completion_logits``.
-        check: False leaves the batch as it is.
+        check: False leaves the batch as it is, and the model unchecked.
 
     Raises:
-        ValueError: if the batch is padded and the model's tokens see it on both sides.
+        ValueError: as ``check_causal``, of a batch of tokens alone; if the batch is padded and the
+            model's tokens see it on both sides.
     """
     mask, given = batch.get("attention_mask"), batch.get(POSITIONS)
     unwrapped = model if signature_of is None else signature_of
+    if check and set(batch) <= _NOT_MODEL_INPUTS:
+        # With further inputs (token types, images) a model may see other tokens.
+        check_causal_once(model, batch, signature_of=signature_of)
     further = set(batch) - _NOT_MODEL_INPUTS - _NO_POSITIONS
     countable = isinstance(mask, Tensor) and mask.dim() == 2
     # Positions of other shapes, and beside other inputs, are the batch's own affair.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from topr_kernels.hf.heads import base_model
+from topr_kernels.hf.heads import base_model, output_embeddings
 from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
 from topr_kernels.hf.tree import ROW_TOKENS, fill
 
@@ -229,19 +229,26 @@ def check_packing(
     together = packed_inputs(unwrapped, pack([a, b]))
     single = {"input_ids": torch.tensor([b]), "use_cache": False}
     device = batch["input_ids"].device
+    base = base_model(unwrapped)
     with eval_mode(unwrapped):
-        (behind, _), (alone, eps) = (
-            head_input(
-                model,
-                unwrapped,
-                {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()},
+        # A model may ask for what a batch holds beside its tokens.
+        try:
+            (behind, _), (alone, eps) = (
+                head_input(
+                    model,
+                    unwrapped,
+                    {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()},
+                )
+                for inputs in (together, single)
             )
-            for inputs in (together, single)
-        )
+        except Exception as error:
+            raise ValueError(
+                f"packing=True, but {type(base).__name__} given packed tokens alone raises "
+                f"{type(error).__name__}: {error}; {_REMEDY}"
+            ) from error
     difference, allowed = median_difference(behind[len(a) :], alone), allowed_difference(eps)
     # Written so that NaN fails.
     if not difference <= allowed:
-        base = base_model(unwrapped)
         attention = getattr(base.config, "_attn_implementation", None)
         raise ValueError(
             f"packing=True, but {type(base).__name__} with attn_implementation={attention!r} does not "
@@ -330,8 +337,7 @@ def allowed_difference(eps: float) -> float:
 
 def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
     """Input of the head, [T, D] fp32, or logits if there is no head; and the eps of the computation."""
-    get = getattr(base_model(unwrapped), "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = output_embeddings(unwrapped)
     seen: list[tuple[Tensor, float]] = []
 
     def see(hidden: Tensor) -> None:
