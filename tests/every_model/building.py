@@ -55,10 +55,10 @@ class Tower(PreTrainedModel):
 
 
 def _without_timm() -> None:
-    mapping = AutoModel._model_mapping
+    towers = AutoModel._model_mapping._extra_content
     for name in ("Gemma3nVisionConfig", "TimmWrapperConfig"):
         if hasattr(transformers, name):
-            mapping.register(getattr(transformers, name), Tower, exist_ok=True)
+            towers[getattr(transformers, name)] = Tower
 
 
 def build(entry: Entry, seed: int = 0) -> Any:

@@ -132,10 +132,10 @@ def _cell(found: dict[str, Any], path: str) -> str:
     entry = found[path]
     if entry == SAME:
         return "yes"
-    if path == "fused" and entry["remedy"] == SAME:
+    if path == "fused" and entry.get("remedy") == SAME:
         return "logits"
     if PEFT in entry:
-        return "in part" if entry["remedy"] == SAME else "no"
+        return "in part" if entry.get("remedy") == SAME else "no"
     return str(entry.get(REFUSED, verdict(entry)))
 
 

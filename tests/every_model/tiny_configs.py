@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -160,13 +161,30 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
-#: Without which not even the default is valid.
-NEEDED: dict[str, dict[str, Any]] = {"Gemma4AssistantConfig": {"text_config": _ASSISTANT}}
+_MUSIC = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {},
+}
+#: Without which not even the default is valid, or lacks a part.
+NEEDED: dict[str, dict[str, Any]] = {
+    "DiffusionGemmaConfig": {"vision_config": {"model_type": "gemma4_vision"}},
+    "Gemma4AssistantConfig": {"text_config": _ASSISTANT},
+    "Gemma4UnifiedAssistantConfig": {"text_config": {"model_type": "gemma4_unified_text"}},
+    "Granite4VisionConfig": {"text_config": {"model_type": "granite"}},
+    "VisionEncoderDecoderConfig": {
+        "encoder": {"model_type": "vit"},
+        "decoder": {"model_type": "gpt2"},
+    },
+    "MusicgenConfig": _MUSIC,
+    "MusicgenMelodyConfig": _MUSIC,
+}
 
 
 def tiny_config(kind: type[PreTrainedConfig]) -> Any:
     """The smallest configuration of a class that keeps each kind of its layers."""
-    default = kind(**NEEDED.get(kind.__name__, {}))
+    # Some write into what they are given.
+    default = kind(**deepcopy(NEEDED.get(kind.__name__, {})))
     return kind(**settings(default))
 
 

@@ -22,30 +22,30 @@ from topr_kernels.hf.packing import (
     eval_mode,
     head_input,
 )
-from topr_kernels.hf.signature import positions
+from topr_kernels.hf.signature import positions, virtual_tokens
 
 #: Tokens of a row that is run; the second half differs between the two rows.
 _TOKENS = 32
 
 
 @torch.no_grad()
-def check_causal(
+def causal_problem(
     model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
-) -> None:
+) -> str | None:
     """Runs two rows of 32 tokens that part in the middle, and compares what comes before.
 
-    Compared is each token's input to the head, with the limits of ``check_packing``. The model runs in
-    eval mode and without gradients; its modules get their modes back, and no random number is drawn. All
-    processes of a sharded model must call it.
+    Compared is each token's input to the head, as a mean over the tokens, with the limits of
+    ``check_packing``. The model runs in eval mode and without gradients; its modules get their modes
+    back, and no random number is drawn. All processes of a sharded model must call it.
 
     Args:
         model: as in ``completion_logits``.
         batch: with ``input_ids`` [B, T], on the model's device; tokens of its first row are run.
         signature_of: as in ``completion_logits``; needed for every wrapper but PEFT's.
 
-    Raises:
-        ValueError: if the model is an encoder and a decoder; if its forward cannot run rows of tokens,
-            or returns other logits than a row for each token; if a token sees later ones.
+    Returns:
+        What is wrong: the model is an encoder and a decoder, its forward cannot run a row of tokens, or
+        returns other logits than a row for each token, or a token sees later ones. Or None.
     """
     unwrapped = model if signature_of is None else signature_of
     # Another shape would be another graph to compile.
@@ -53,55 +53,78 @@ def check_causal(
     base = base_model(unwrapped)
     kind = type(base).__name__
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
+        return (
             f"{kind} is an encoder and a decoder: its logits belong to decoder_input_ids, not to the "
             "tokens of a batch; expected a decoder alone, such as AutoModelForCausalLM makes"
         )
     rows = _rows(batch["input_ids"][0], positions(unwrapped))
-    inputs = {"input_ids": rows, "use_cache": False}
-    with eval_mode(unwrapped):
-        # Whatever a model asks for beside tokens, its own error says it best.
-        try:
-            shape = tuple(model(**inputs).logits.shape)
-        except Exception as error:
-            raise ValueError(
-                f"{kind} cannot run rows of tokens alone: {type(error).__name__}: {error}; give the "
-                "batch what its forward asks for, if it is a language model"
-            ) from error
-        if shape[:2] != tuple(rows.shape) or len(shape) != 3:
-            raise ValueError(
-                f"{kind} gave logits of shape {shape} for input_ids of shape {tuple(rows.shape)}; "
-                "expected a row of the vocabulary for each token"
-            )
-        states, eps = head_input(model, unwrapped, inputs)
-    if len(states) != rows.numel():
-        return
-    half = rows.shape[1] // 2
-    a, b = (row[:half] for row in states.chunk(2))
-    difference, allowed = _mean_difference(a, b), allowed_difference(eps)
-    # Written so that NaN fails.
-    if not difference <= allowed:
-        raise ValueError(
-            f"{kind} lets tokens see later ones: where these differ, its hidden states differ by "
-            f"{difference:.1e} of their norm (mean); expected at most {allowed:.1e}, from rounding. It "
-            "would be given what it is to predict: build it with is_decoder=True where its config has "
-            "that (BERT and its kin), or give the batch token_type_ids that end its prefix (PaliGemma)"
+    width, half = rows.shape[1], rows.shape[1] // 2
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.logits.shape)))
+    states = []
+    try:
+        with eval_mode(unwrapped):
+            # One row at a time, as packed batches have them.
+            for row in rows.split(1):
+                inputs = {"input_ids": row, "use_cache": False}
+                found, eps = head_input(model, unwrapped, inputs)
+                states.append(found)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # What a model asks for beside tokens, its own error says best.
+        return (
+            f"{kind} cannot run a row of tokens alone: {type(error).__name__}: {error}; give the batch "
+            "what its forward asks for, if it is a language model"
         )
+    finally:
+        hook.remove()
+    # Virtual tokens of an adapter stand before the others.
+    expected = (1, width + virtual_tokens(unwrapped))
+    if len(shapes[0]) != 3 or shapes[0][:2] not in (expected, (1, width)):
+        return (
+            f"{kind} gave logits of shape {shapes[0]} for input_ids of shape (1, {width}); expected a "
+            "row of the vocabulary for each token"
+        )
+    # Of several streams (ProphetNet) it is not known which row is whose.
+    if len(states[0]) != shapes[0][1]:
+        return None
+    difference = _mean_difference(*(x[-width:][:half] for x in states))
+    allowed = allowed_difference(eps)
+    # Written so that NaN fails.
+    if difference <= allowed:
+        return None
+    return (
+        f"{kind} lets tokens see later ones: where these differ, its hidden states differ by "
+        f"{difference:.1e} of their norm (mean); expected at most {allowed:.1e}, from rounding. It "
+        "would be given what it is to predict: build it with is_decoder=True where its config has that "
+        "(BERT and its kin), or give the batch token_type_ids that end its prefix (PaliGemma)"
+    )
 
 
-#: Base model -> the attention implementations with which it has passed ``check_causal``.
-_passed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+#: Base model -> attention implementation -> what ``causal_problem`` said.
+_found: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 
 
 def check_causal_once(
-    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    tokens_alone: bool,
+    signature_of: nn.Module | None = None,
 ) -> None:
-    """``check_causal``, unless the model has passed it with its attention implementation."""
+    """Asks ``causal_problem`` of a model's first batch, and raises ``ValueError`` with what it said.
+
+    Of a batch that holds more than tokens it does not raise: with an image, or token types, a model may
+    see others. It asks all the same, since processes of a sharded model must run alike.
+    """
     unwrapped = model if signature_of is None else signature_of
-    passed = _passed.setdefault(base_model(unwrapped), set())
-    if attention_of(unwrapped) not in passed:
-        check_causal(model, batch, signature_of=signature_of)
-        passed.add(attention_of(unwrapped))
+    found = _found.setdefault(base_model(unwrapped), {})
+    attention = attention_of(unwrapped)
+    if attention not in found:
+        found[attention] = causal_problem(model, batch, signature_of=signature_of)
+    if tokens_alone and found[attention] is not None:
+        raise ValueError(found[attention])
 
 
 def _mean_difference(found: Tensor, alone: Tensor) -> float:
