@@ -41,7 +41,7 @@ class Capture:
 
     def __call__(self, layer: HeadLayer, hidden: Tensor) -> Tensor:
         """Stands in for the head's forward."""
-        hidden = layer.input(hidden)
+        hidden = layer.input(_one_row_each(hidden))
         self._inputs.append(hidden)
         weight, bias = layer.weight(), layer.bias()
         if self._sample:
@@ -93,7 +93,7 @@ class HeadLoss:
     def __call__(self, layer: HeadLayer, hidden: Tensor) -> Tensor:
         """Stands in for the head's forward."""
         head = head_of(self._model, layer)
-        hidden = layer.input(hidden)
+        hidden = layer.input(_one_row_each(hidden))
         loss = self._compute(hidden, head)
         self._losses.append(loss.detach())
         self._head = head
@@ -162,7 +162,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, seen: Tensor, upstream: list[Tensor]) -> Tensor:
         ctx.upstream = upstream
-        return seen.view_as(seen)
+        # Its own memory: models write to their logits in place (Chameleon).
+        return seen.clone()
 
     @staticmethod
     def backward(ctx: Any, d_seen: Tensor) -> tuple[Tensor, None, None]:
@@ -244,6 +245,16 @@ def _standing_in(model: Any, compute: Callable[[HeadLayer, Tensor], Tensor]) -> 
 
 def _sample(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(hidden[-1:, -_SAMPLE_ROWS:], weight, bias)
+
+
+def _one_row_each(hidden: Tensor) -> Tensor:
+    """The head's input, which must be one row for each token."""
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"the head's input has shape {tuple(hidden.shape)}; expected [B, T, D], one row for each "
+            f"token; {REMEDY}"
+        )
+    return hidden
 
 
 def _only(tensors: list[Tensor]) -> Tensor:

@@ -19,7 +19,13 @@ from topr_kernels import (
     topr_loss,
 )
 from topr_kernels.hf.capture import loss_in_head
-from topr_kernels.hf.forward import arranged, kept_rows, label_layout, model_inputs
+from topr_kernels.hf.forward import (
+    arranged,
+    check_tokens_once,
+    kept_rows,
+    label_layout,
+    model_inputs,
+)
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.packing import check_packing_once, in_rows, is_packed
 from topr_kernels.hf.padding import Moved
@@ -88,7 +94,8 @@ def causal_lm_topr_loss(
             fail without a word, and ``prove_sharing`` on the first shared one. It is remembered as long
             as the model lives and keeps its ``attn_implementation``; all processes of a sharded model
             must agree on it.
-        check_padded: run :func:`check_padding` on the first batch of a model that has a mask, and do
+        check_padded: refuse a model in which tokens see later ones (``causal_problem``, measured on the
+            first batch), run :func:`check_padding` on the first batch of a model that has a mask, and do
             as it says: a model whose states or positions see padding gets it behind its tokens, see
             :func:`completion_logits`. Remembered and to be agreed on like ``check_packed``.
 
@@ -106,6 +113,8 @@ def causal_lm_topr_loss(
     moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
     batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
+    if check_padded:
+        check_tokens_once(model, batch, signature_of=unwrapped)
     if check_packed:
         check_apart_once(model, batch, unwrapped)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
@@ -196,6 +205,8 @@ def causal_lm_log_prob(
     moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
     batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
     inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
+    if check_padded:
+        check_tokens_once(model, batch, signature_of=unwrapped)
     if check_packed:
         check_apart_once(model, batch, unwrapped)
     labels = _kept(batch["labels"], keep)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels.hf.capture import capture_hidden, check_logits
+from topr_kernels.hf.causal import check_causal_once
 from topr_kernels.hf.heads import Head, base_model
 from topr_kernels.hf.images import COUNTS
 from topr_kernels.hf.packing import CELLS, ROWS, in_rows, is_packed, packed_inputs
@@ -68,7 +69,8 @@ def completion_logits(
             models). Further entries (``token_type_ids``, ...) go to the model if its forward names them.
         signature_of: the unwrapped model, whose forward says which arguments it takes. Of a PEFT
             model it is the base model's forward, to which PEFT passes arguments on.
-        check_padded: run :func:`check_padding` on a model's first batch that has a mask. One that sees
+        check_padded: refuse a model in which tokens see later ones (``causal_problem``, measured once),
+            and run :func:`check_padding` on a model's first batch that has a mask. One that sees
             padding in front of its tokens then gets it behind them, and counts its positions itself;
             what is returned is in the batch's columns again. All processes of a sharded model must
             agree on it.
@@ -78,11 +80,13 @@ def completion_logits(
         [1, M, V], a row for each label (``shift=False``).
 
     Raises:
-        ValueError: as ``model_inputs``.
+        ValueError: as ``model_inputs``; with what ``causal_problem`` says.
     """
     moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
     batch = in_rows(model if signature_of is None else signature_of, moved.batch)
     inputs, keep = model_inputs(model, batch, signature_of=signature_of, count=moved.counted)
+    if check_padded:
+        check_tokens_once(model, batch, signature_of=signature_of)
     logits: Tensor = model(**inputs).logits
     return moved.restored(kept_rows(logits, keep, batch))
 
@@ -114,6 +118,8 @@ def completion_hidden(
     moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
     batch = in_rows(model if signature_of is None else signature_of, moved.batch)
     inputs, keep = model_inputs(model, batch, signature_of=signature_of, count=moved.counted)
+    if check_padded:
+        check_tokens_once(model, batch, signature_of=signature_of)
     unwrapped = model if signature_of is None else signature_of
     with capture_hidden(unwrapped, sample=check is not None) as capture:
         logits = model(**inputs).logits
@@ -138,7 +144,8 @@ def arranged(
         check: False leaves the batch as it is.
 
     Raises:
-        ValueError: if the batch is padded and the model's tokens see it on both sides.
+        ValueError: as ``check_tokens_once``; if the batch is padded and the model's tokens see it on
+            both sides.
     """
     mask, given = batch.get("attention_mask"), batch.get(POSITIONS)
     unwrapped = model if signature_of is None else signature_of
@@ -148,12 +155,21 @@ def arranged(
     # Positions of other shapes, and beside other inputs, are the batch's own affair.
     if not check or is_packed(batch) or not countable or further or _is_own(given, mask):
         return Moved(batch, None)
+    check_tokens_once(model, batch, signature_of=signature_of)
     found = check_padding_once(model, batch, signature_of=signature_of)
     if found.exact_as_it_is:
         return Moved(batch, None)
     if not found.exact_behind:
         check_unpadded(unwrapped, batch, found)
     return moved_behind(batch)
+
+
+def check_tokens_once(
+    model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
+) -> None:
+    """Refuses tokens alone for a model that is none of them, or sees later ones (``causal_problem``)."""
+    alone = set(batch) <= _NOT_MODEL_INPUTS
+    check_causal_once(model, batch, tokens_alone=alone, signature_of=signature_of)
 
 
 def _is_own(position_ids: Tensor | None, mask: Tensor | None) -> bool:
@@ -261,6 +277,12 @@ def _further_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"share_prefix=True, but the batch holds further model inputs ({', '.join(inputs)}), "
             f"which are not laid out as its trees are; {REMEDY}"
+        )
+    beside = sorted(set(inputs) - _NO_POSITIONS)
+    if beside and is_packed(batch):
+        raise ValueError(
+            f"packing=True, but the batch holds further model inputs ({', '.join(beside)}), which "
+            "check_packing would have to do without; use packing=False"
         )
     return inputs
 

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 REMEDY = "use the logits: completion_logits and topr_loss, in TOPRTrainer fused_head=False"
 #: Config attributes that multiply the logits: Cohere's, Falcon-H1's, Muse's.
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+#: Kinds whose own forward leaves out the scale of the text model that they are configured with.
+_UNSCALED = ("aya_vision", "cohere2_vision")
+#: Where models for images keep their language model.
+_LANGUAGE_MODELS = ("language_model", "text_decoder")
 #: Config attributes that cap the logits: Gemma 2 and later (NanoChat, ...), RecurrentGemma's, xLSTM's.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -48,6 +52,18 @@ def base_model(model: Any) -> Any:
     # PEFT may not be installed, so ask for the method and not for the class.
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def output_embeddings(model: Any) -> Any:
+    """The module of a model's head, or of the language model inside it; None if there is none."""
+    base = base_model(model)
+    # Some models for images do not pass on what their language model says (Nemotron-H Omni, BLIP).
+    for part in (base, *(getattr(base, name, None) for name in _LANGUAGE_MODELS)):
+        get = getattr(part, "get_output_embeddings", None)
+        module = get() if callable(get) else None
+        if module is not None:
+            return module
+    return None
 
 
 def find_head(model: Any) -> Head:
@@ -151,7 +167,7 @@ def _transforms(config: Any) -> tuple[float, float | None]:
         kinds.append(config.model_type)
     scale = 1.0
     for name in _SCALES:
-        scale *= _number(config, name) or 1.0
+        scale *= 1.0 if kinds[0] in _UNSCALED else _number(config, name) or 1.0
     # MiniCPM3 uses the same name for a scale of the hidden states.
     scaling = _number(config, "logits_scaling") or 1.0
     if any(kind.startswith("granite") for kind in kinds):
@@ -169,8 +185,7 @@ def head_layer(model: Any) -> HeadLayer:
         ValueError: as ``find_head``, but for sharding.
     """
     base = base_model(model)
-    get = getattr(base, "get_output_embeddings", None)
-    module: Any = get() if callable(get) else None
+    module = output_embeddings(model)
     # PEFT may not be installed, so its classes are recognised by their attributes. modules_to_save holds
     # a trained copy of the module for each adapter; the first active one runs.
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):

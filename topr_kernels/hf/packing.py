@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from topr_kernels.hf.heads import base_model
+from topr_kernels.hf.heads import base_model, output_embeddings
 from topr_kernels.hf.signature import POSITIONS, VARLEN, accepts, takes
 from topr_kernels.hf.tree import ROW_TOKENS, fill
 
@@ -330,8 +330,7 @@ def allowed_difference(eps: float) -> float:
 
 def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
     """Input of the head, [T, D] fp32, or logits if there is no head; and the eps of the computation."""
-    get = getattr(base_model(unwrapped), "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = output_embeddings(unwrapped)
     seen: list[tuple[Tensor, float]] = []
 
     def see(hidden: Tensor) -> None:
