@@ -15,9 +15,9 @@ from topr_kernels.distributed.collectives import gathered, over, rank_in, sum_
 from topr_kernels.linear.tile import Shard
 
 T = TypeVar("T")
-#: What ``torch.distributed.new_group`` gives to a process outside of the group.
+#: What ``torch.distributed.new_group`` returns on processes that are not members.
 NON_MEMBER = -100
-#: What a log mu can be by its shape: for packed input with as many tokens as sequences it can be both.
+#: Forms that log mu may have by its shape; packed, with as many tokens as sequences, it may be either.
 PER_SEQUENCE, PER_TOKEN = 1, 2
 
 
@@ -81,8 +81,8 @@ class Call(Protocol[T]):
 def agree(groups: Groups, device: torch.device, call: Call[T]) -> tuple[T, Agreement]:
     """Checks the arguments of a call, and raises on all of its processes if one of them must.
 
-    One all-gather of 40 bytes per group, read on the host. Nobody raises before every group of the
-    call has heard of it: else its other processes would wait for the next collective.
+    One all-gather of 40 bytes per group, read on the host. A refusal is sent to every group of the call
+    before it is raised, so that no process hangs in the next collective.
 
     Args:
         groups: of the call; one at least.
@@ -121,7 +121,7 @@ def agree(groups: Groups, device: torch.device, call: Call[T]) -> tuple[T, Agree
     if problem is not None:
         raise problem
     assert checked is not None
-    # With as many packed tokens as sequences it is taken per token, if that is so on all processes.
+    # Log mu that may be either on every process is taken per token.
     return checked, Agreement(shard, bool(forms & PER_TOKEN))
 
 
@@ -162,7 +162,7 @@ def _compare(
     facts: Facts | None,
     local: int,
 ) -> tuple[Exception | None, list[int], bool]:
-    """-> (what to raise, ``local`` of each process, whether log mu is the same but for rounding)."""
+    """-> (what to raise, every process's ``local``, whether log mu is the same but for rounding)."""
     digests = torch.zeros(0, dtype=torch.int64, device=device)
     if facts is not None:
         digests = _digests(facts, device)
@@ -212,7 +212,7 @@ def _difference(name: str, differ: Sequence[str], options: Mapping[str, object])
 
 
 def _digests(facts: Facts, device: torch.device) -> Tensor:
-    """[number of facts] int64, equal where the facts are, and hardly elsewhere."""
+    """[number of facts] int64: equal for equal facts; others collide with negligible probability."""
     host = [_hash(repr(value)) for value in facts.options.values()]
     sums = []
     for x in facts.tensors.values():

@@ -1,4 +1,4 @@
-"""The public functions over process groups: agree, run the operators, put results in place."""
+"""The public functions over process groups: agree, run the operators, align results with the labels."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class _Checked(NamedTuple):
         return self.objective if agreed.per_token else self.summed()
 
     def summed(self) -> Objective:
-        """The objective, log mu taken as summed per sequence wherever it can be."""
+        """The objective, with log mu read as [B] if its shape allows that."""
         assert self.objective is not None
         if self.forms != PER_SEQUENCE | PER_TOKEN:
             return self.objective
@@ -365,7 +365,7 @@ def _scores(
 
 
 def _workspace(given: LinearArguments, inputs: validation.LinearInputs, shard: Shard | None) -> int:
-    """Bytes of a tile, of which all shards have the same number of rows."""
+    """Bytes of the workspace; tiles have as many rows on every shard."""
     largest = len(inputs.weights.weight) if shard is None else shard.largest
     return validation.check_workspace(given.workspace_bytes, inputs.hidden, largest)
 

@@ -1,4 +1,4 @@
-"""The collectives that all of this is made of."""
+"""The collectives that this package uses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def max_(group: Any, x: Tensor) -> Tensor:
 
 
 def over(collective: Callable[[Any, Tensor], Tensor], group: Any) -> Callable[[Tensor], Tensor]:
-    """A collective over a group that it does not keep alive: what is registered must not."""
+    """A collective that holds its group weakly, since a registered operator must not keep it alive."""
     return partial(_while_alive, collective, weakref.ref(group))
 
 

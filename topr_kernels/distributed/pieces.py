@@ -128,7 +128,7 @@ def find_units(segments: Tensor, scored: Tensor, offsets: Tensor, group: Any) ->
 
 
 def _ends(segments: Tensor, scored: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """Whether a piece has tokens; whether its first is scored, its value; the same of its last; [B]."""
+    """-> (has tokens, first is scored, value of first, last is scored, value of last), each [B]."""
     # A process may have no token.
     value, known = (
         torch.nn.functional.pad(x.reshape(-1).long(), (0, 1)) for x in (segments, scored)
@@ -141,7 +141,7 @@ def _joined(parts: Tensor) -> Tensor:
     """Whether the first segment of a piece goes on with that of the piece before it.
 
     Args:
-        parts: [P, 6, B] of each process what ``_ends`` says, and one thing more.
+        parts: [P, 6, B], of each process: the five of ``_ends``, then the number of segments.
 
     Returns:
         [P, B] int64.
@@ -157,7 +157,7 @@ def _joined(parts: Tensor) -> Tensor:
 
 def _borders(x: Tensor, present: bool, group: Any) -> list[Tensor | None]:
     """[B, 1] of every process, None of one that has no column."""
-    # One more row says whether the rest means anything; a row of x may be NaN.
+    # One more row says whether this process has any column; a row of x may be NaN.
     parts = gathered(torch.cat([x, x.new_full((1, 1), present)]), group)
     flags = parts[:, -1, 0].tolist()
     return [part[:-1] if flag else None for part, flag in zip(parts, flags, strict=True)]

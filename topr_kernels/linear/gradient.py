@@ -37,7 +37,7 @@ class GradedRows(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What a tile left out of both products, until there are enough of them for one pass over W."""
+    """What a tile left out of both products; added later, many tiles in one pass over W."""
 
     row: Tensor
     c: Tensor

@@ -29,7 +29,7 @@ class Head:
         half = compute in (torch.float16, torch.bfloat16)
         self.compute = compute
         self.operand = compute if weight.is_cuda and half else self.arithmetic
-        # Autocast: one cast of the head per call, where its blocks are not cast anyway.
+        # Autocast: one cast of the head per call, unless its blocks are cast one by one.
         whole = weight.is_cuda and weight.dtype != compute
         self.weight = weight.detach().to(compute) if whole else weight.detach()
         self.bias = None if bias is None else bias.detach().to(compute).to(self.arithmetic)

@@ -113,10 +113,10 @@ def _topr_fwd(
 ) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):
         branch = _branches(objective)
-        # Of sequences, or of what has a ratio in their place; so is all that the tiles are planned by.
+        # Per sequence, or per unit where units have the ratios; tiles are planned by these.
         rows, (lengths, branches) = scored_rows(tokens, branch, units=objective.units)
         if objective.units is not None and kernels.sum_pieces is None:
-            # Behind the last one are as many empty units as there are positions left.
+            # Units are padded with empty ones.
             while lengths and not lengths[-1]:
                 lengths.pop()
         if kernels.sum_pieces is not None:
@@ -154,7 +154,7 @@ def _branches(objective: Objective) -> Tensor:
 
 
 def _known_in_advance(objective: Objective, branch: int) -> bool:
-    """Whether a row's coefficient needs nothing of its sequence but the length."""
+    """Whether a row's coefficient does not depend on its sequence's log-ratio."""
     if objective.taper is not None:
         return objective.ratio == "token"
     low, high = objective.log_limits[2:] if branch < 0 else objective.log_limits[:2]

@@ -38,7 +38,7 @@ def scored_rows(
     Args:
         tokens: of the batch.
         *per_sequence: [B] tensors that the host must know too.
-        units: parts of the sequences, that the host is to know in the place of the sequences.
+        units: parts of the sequences; the host is told their lengths in the place of the sequences'.
 
     Returns:
         (rows, [lengths of the sequences, the other tensors] on the host).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """What the row kernel says about the n rows of a tile, each [n] in the arithmetic dtype."""
+    """Statistics of the n rows of a tile, by the row kernel; each [n] in the arithmetic dtype."""
 
     log_prob: Tensor
     lse: Tensor

@@ -55,7 +55,7 @@ def unregister(impl: str) -> None:
 
 
 class Lent:
-    """A taper of the caller's, by a number that a schema takes; forgotten with this object."""
+    """Handle of a callable taper: a schema takes its number. Forgotten with this object."""
 
     def __init__(self, taper: Taper) -> None:
         self.taper, self.number = taper, next(_COUNT)
@@ -212,13 +212,15 @@ def linear_topr_fwd(
     Tensor,
     Tensor,
 ]:
-    """-> (two of the batch, four of tokens, five of sequences, two of the backward, four gradients).
+    """Returns in this order.
 
-    loss, sound: 0-dim; sound is 1, or NaN for unsound offsets or a NaN anywhere. log_prob, lse, entropy,
-    token_log_ratio: [O, T]. log_ratio, weight, objective, reward, length: [B], the last int64.
-    active_share, left_out: 0-dim, NaN without gradient. row_coefficient: [O, T], one per row of hidden;
-    times it d_hidden, [O, T, D] in the dtype of hidden, is the gradient. d_weight: [V, D] fp32; d_bias:
-    [V]. A gradient that is not wanted has shape [0].
+    - ``loss``, ``sound``: 0-dim; sound is 1, or NaN for unsound offsets or a NaN anywhere.
+    - ``log_prob``, ``lse``, ``entropy``, ``token_log_ratio``: [O, T].
+    - ``log_ratio``, ``weight``, ``objective``, ``reward``, ``length``: [B], the last int64.
+    - ``active_share``, ``left_out``: 0-dim, NaN without gradient.
+    - ``row_coefficient``: [O, T], one per row of hidden; times it ``d_hidden``, [O, T, D] in the dtype of
+      hidden, is the gradient. ``d_weight``: [V, D] fp32. ``d_bias``: [V]. A gradient that is not
+      wanted has shape [0].
     """
     objective = Objective(
         *(behavior_log_prob, reward, normalizer),

@@ -77,7 +77,7 @@ class Objective(NamedTuple):
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """What the operators take of it that compute their sequence stage in torch, in their order."""
+        """Arguments, in order, of the operators whose sequence stage is torch."""
         units = None if self.units is None else self.units.packed()
         return (*self[:3], self.log_limits, *self[7:11], units)
 
