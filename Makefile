@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10+ with venv: they make .venv and install.
+# `make demo` and `make test` need nothing but Python 3.11 with venv: they make .venv and install.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -182,7 +182,7 @@ dist: $(DIST)/installed
 .PHONY: try-dist
 try-dist: $(DIST)/clean/installed
 	CXX=no-compiler $(DIST)/clean/bin/pip install --quiet --no-deps --force-reinstall $(FILE)
-	rm -rf $(DIST)/tests && mkdir $(DIST)/tests && cp -r pyproject.toml tests $(DIST)/tests
+	rm -rf $(DIST)/tests && mkdir $(DIST)/tests && cp -r csrc pyproject.toml tests $(DIST)/tests
 	cd $(DIST)/tests && ../clean/bin/python -m topr_kernels && ../clean/bin/python -m pytest -m "not slow" $(DIST_TESTS)
 
 $(DIST)/installed:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +97,74 @@ def kill_at_move(count: int, after: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     files.os.replace = replaced
+
+
+def kill_until_done(
+    case: str, run: Callable[[list[str]], int], argv: list[str], *, moves: int, seconds: float
+) -> None:
+    """Runs a command in one process after another, until one is not killed; prints how many were.
+
+    Forked, so that no run pays for the imports; this process itself computes nothing.
+
+    Args:
+        case: "time-SEED", killed after random times, ten runs at most; "moves-SEED", killed before or
+            after random files take their place; anything else, never.
+        run: returns the exit status of the command.
+        argv: of ``run``.
+        moves: the most files that a run puts in place before it is killed.
+        seconds: the longest time before a run is killed.
+    """
+    how, _, seed = case.partition("-")
+    draw, kills = random.Random(seed), 0
+    while True:
+        at = (draw.randint(1, moves), draw.random() < 0.5) if how == "moves" else None
+        end = draw.uniform(0.02, seconds) if how == "time" and kills < 10 else math.inf
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                if at:
+                    kill_at_move(*at)
+                status = run(argv)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        status = _awaited(child, end)
+        if status != signal.SIGKILL:
+            break
+        kills += 1
+        assert kills < 200
+    assert status == 0, (case, status)
+    print("kills", case, kills)
+
+
+def _awaited(child: int, seconds: float) -> int:
+    """How a process ended, by itself or killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_runs(driver: str, *args: str | Path) -> dict[str, int]:
+    """Runs a script that calls ``kill_until_done``; returns how often each case was killed.
+
+    Raises:
+        AssertionError: with what it printed, if a case failed.
+    """
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", driver, *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [line.split() for line in done.stdout.splitlines() if line.startswith("kills ")]
+    return {case: int(count) for _, case, count in words}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
 from PIL import Image
+from pipeline import killed_runs
 from tiny import save, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -44,47 +43,20 @@ from topr_kernels.hf import TOPRConfig  # noqa: E402
 from topr_kernels.recipe import files, read_records, verifier  # noqa: E402
 
 KILLED = ["moves-1", "time-1"]
-#: For each case, runs the comparison again and again until one run is not killed. Forked, so that no
-#: run pays for the imports; this process itself computes nothing.
 DRIVER = """
-import os, random, signal, sys, time
+import os, sys
 import accelerate, torch, transformers
 from benchmarks.learning.__main__ import main
-from pipeline import kill_at_move
+from pipeline import kill_until_done
 from topr_kernels.recipe import files
 
 model, folder = sys.argv[1:3]
 # A process that is killed needs no disk to hold what it wrote.
 files._sync = lambda path: None
-
 for case in sys.argv[3:]:
-    how, _, seed = case.partition("-")
-    draw, kills = random.Random(seed), 0
     argv = ["--quick", "--model", model, "--seeds", "0", "--out", os.path.join(folder, case)]
     argv += ["--grid", "naive-share"]
-    while True:
-        move = (draw.randint(1, 5), draw.random() < 0.5) if how == "moves" else None
-        seconds = draw.uniform(0.05, 1.0) if how == "time" and kills < 8 else None
-        child = os.fork()
-        if child == 0:
-            status = 70
-            try:
-                if move:
-                    kill_at_move(*move)
-                status = main(argv)
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if status != signal.SIGKILL:
-            break
-        kills += 1
-        assert kills < 100
-    assert status == 0, (case, status)
-    print("kills", case, kills)
+    kill_until_done(case, main, argv, moves=5, seconds=1.0)
 """
 
 
@@ -284,17 +256,7 @@ def test_a_finished_cell_is_left_alone_and_other_settings_are_refused(
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """Folder with one run per case, and how often each was killed."""
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(model), str(folder), *KILLED],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = [line.split() for line in done.stdout.splitlines() if line.startswith("kills ")]
-    return folder, {case: int(count) for _, case, count in words}
+    return folder, killed_runs(DRIVER, model, folder, *KILLED)
 
 
 @pytest.mark.parametrize("case", KILLED)

@@ -530,6 +530,22 @@ def test_a_model_that_fails_the_proof_is_trained_unshared_and_named_once(
         trainer(tmp_path, data, flash, share_prefix=True)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_mask_of_a_tree_has_the_dtype_that_attention_computes_in(
+    tmp_path: Path, attention: str
+):
+    """Autocast begins in the model's forward; a mask of another dtype would be copied in every layer."""
+    model, masks = build("Llama"), []
+    model.config._attn_implementation = attention
+    run, _ = runs(tmp_path, siblings(), model, bf16=True, max_steps=1)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    run.train()
+    assert run.state.log_history[0]["tokens_saved"] > 0
+    assert masks[-1].dtype == torch.bfloat16
+
+
 def test_a_module_without_a_config_is_trained_unshared(tmp_path: Path):
     class Plain(torch.nn.Module):
         def __init__(self) -> None:

@@ -759,6 +759,14 @@ def test_answers_that_are_all_wrong_are_warned_of_once(whole: Path, tmp_path: Pa
         assert main([*argv, "--out", str(tmp_path / "curated.parquet")]) == 0
 
 
+def test_training_on_wrong_answers_alone_is_warned_of(whole: Path, tmp_path: Path, model: Path):
+    wrong = [r for r in read_records(whole / "scored.jsonl") if r.reward < 0]
+    write_records(tmp_path / "wrong.jsonl", wrong[:4])
+    argv = ["train", "--model", str(model), "--records", str(tmp_path / "wrong.jsonl")]
+    with pytest.warns(UserWarning, match=r"none of the 4 answers in wrong\.jsonl is right"):
+        assert main([*argv, "--out", str(tmp_path / "trained")]) == 0
+
+
 def test_right_answers_are_not_warned_of(whole: Path, tmp_path: Path, model: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

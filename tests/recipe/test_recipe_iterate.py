@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+from pipeline import killed_runs
 from tiny import save, tiny_model
 
 from topr_kernels.recipe import read_records
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import checksum
 
-TESTS = Path(__file__).parents[1]
 KILLED = ["time-1", "time-2", "time-3", "moves-1", "moves-2"]
 CONFIG = """\
 task: chain_sum
@@ -40,58 +37,19 @@ positive-share: 0.3
 dedupe: false
 iterations: 2
 """
-#: For each case, runs the command line again and again, each time in a process of its own, until one
-#: is not killed. Forked, so that no run pays for the imports; this process itself computes nothing.
 DRIVER = """
-import os, random, signal, sys, time
+import os, sys
 import accelerate, torch, transformers
-from pipeline import kill_at_move
+from pipeline import kill_until_done
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.tasks import Task
 
 # Every killed run would start workers anew, which takes a second of the processor.
 Task.in_process = True
 config, folder = sys.argv[1:3]
-
-def run(argv, seconds=None, moves=None):
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            if moves:
-                kill_at_move(*moves)
-            status = main(argv)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    if seconds is not None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return status
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
-
 for case in sys.argv[3:]:
-    how, _, seed = case.partition("-")
-    draw, kills = random.Random(seed), 0
     argv = ["iterate", "--config", config, "--out", os.path.join(folder, case)]
-    while True:
-        if how == "whole":
-            status = run(argv)
-        elif how == "moves":
-            # Every move is a place to be killed at, before or after.
-            status = run(argv, moves=(draw.randint(1, 4), draw.random() < 0.5))
-        else:
-            status = run(argv, seconds=draw.uniform(0.02, 0.5)) if kills < 10 else run(argv)
-        if status != signal.SIGKILL:
-            break
-        kills += 1
-        assert kills < 200
-    assert status == 0, (case, status)
-    print("kills", case, kills)
+    kill_until_done(case, main, argv, moves=4, seconds=0.5)
 """
 
 
@@ -111,17 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """Folder with one run per case, and how often each was killed."""
     folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(config), str(folder), "whole", *KILLED],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = [line.split() for line in done.stdout.splitlines() if line.startswith("kills ")]
-    return folder, {case: int(count) for _, case, count in words}
+    return folder, killed_runs(DRIVER, config, folder, "whole", *KILLED)
 
 
 @pytest.fixture(scope="module")

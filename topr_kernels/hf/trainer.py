@@ -364,7 +364,7 @@ class TOPRTrainer(Trainer):
         """What ``prove_sharing`` says of the first batch, on any process."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         plain = unshared(inputs)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             problem = prove_sharing(model, longest_sequence(inputs), signature_of=unwrapped)
             if self.args.world_size > 1:
                 # Only some may have batches without sharing, but all must run the checks of these.
@@ -472,7 +472,7 @@ class TOPRTrainer(Trainer):
             return
 
         def score() -> Tensor:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 return causal_lm_log_prob(
                     model,
                     inputs,
@@ -497,22 +497,24 @@ class TOPRTrainer(Trainer):
                 "workspace_bytes": self.args.workspace_bytes,
             }
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        output = causal_lm_topr_loss(
-            model,
-            inputs,
-            unwrapped=unwrapped,
-            limits=self.args.limits,
-            ratio=self.args.ratio,
-            baseline=self.args.baseline,
-            reduction=self.args.reduction,
-            normalizer=items,
-            temperature=self.args.temperature,
-            entropy=self.args.entropy,
-            fused_head=self.args.fused_head,
-            impl=self.args.impl,
-            check=not self._head_checked,
-            **fused,
-        )
+        # What is made before the forward pass, such as masks, has the dtype that it computes in.
+        with self.accelerator.autocast():
+            output = causal_lm_topr_loss(
+                model,
+                inputs,
+                unwrapped=unwrapped,
+                limits=self.args.limits,
+                ratio=self.args.ratio,
+                baseline=self.args.baseline,
+                reduction=self.args.reduction,
+                normalizer=items,
+                temperature=self.args.temperature,
+                entropy=self.args.entropy,
+                fused_head=self.args.fused_head,
+                impl=self.args.impl,
+                check=not self._head_checked,
+                **fused,
+            )
         self._head_checked = True
         return output
 

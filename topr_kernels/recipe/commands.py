@@ -250,6 +250,7 @@ def run_train(
         trained_on = read_nonempty(records)
         if current().rank == 0:
             print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
+            warn_if_none_right(trained_on, records.name)
         loaded = (models or Models()).take(settings.model)
         check_images(trained_on, loaded.processor, loaded.no_processor)
         # In several processes an error here may be a consequence of another's, which ``share`` reports.
