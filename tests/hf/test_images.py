@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+from PIL import Image
 from vision import FAMILIES, SHOWN, model, picture, processor
 
 from topr_kernels.hf import (
@@ -24,6 +26,7 @@ from topr_kernels.hf import (
     score_behavior,
 )
 from topr_kernels.hf.fields import TOKENS
+from topr_kernels.hf.images import opened
 from topr_kernels.hf.padding import PaddingCheck
 from topr_kernels.hf.sharing import warn_unshared
 
@@ -221,6 +224,26 @@ def test_images_may_be_given_in_many_ways(tmp_path: Any):
     # Not the picture in other colours or upside down.
     plain = processor("qwen2_vl").image_processor([image], return_tensors="pt")
     assert torch.equal(batches[0]["pixel_values"], plain["pixel_values"])
+
+
+def test_images_are_upright_and_in_colour(tmp_path: Any):
+    """As the file says; with transparency, palettes and greys as RGB."""
+    image, turned = picture(32, 16), tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Seen rotated by 90 degrees.
+    image.save(turned, exif=exif)
+    found = opened(turned, 0, "record 0")
+    assert found.size == (16, 32) and found.tobytes() == image.rotate(-90, expand=True).tobytes()
+    for mode in ("RGBA", "P", "L"):
+        assert opened(image.convert(mode), 0, "record 0").mode == "RGB"
+
+
+def test_collators_are_sent_to_other_processes():
+    ready = prepare_records(records()[:1], processor("llava"))
+    scored = [{**ready[0], "behavior_log_prob": [-1.0] * 3}]
+    here = collator("llava")
+    there = pickle.loads(pickle.dumps(here))
+    assert torch.equal(there(scored)["pixel_values"], here(scored)["pixel_values"])
 
 
 DROPS_IMAGES = (

@@ -180,7 +180,7 @@ class TOPRTrainer(Trainer):
         )
         given = self.train_dataset, self.eval_dataset
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
-        if has_images(self.train_dataset):
+        if isinstance(self.data_collator, CompletionCollator) and has_images(self.train_dataset):
             self._fit_images(self.train_dataset)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False

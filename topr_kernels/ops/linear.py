@@ -218,8 +218,8 @@ def linear_topr_fwd(
     - ``log_prob``, ``lse``, ``entropy``, ``token_log_ratio``: [O, T].
     - ``log_ratio``, ``weight``, ``objective``, ``reward``, ``length``: [B], the last int64.
     - ``active_share``, ``left_out``: 0-dim, NaN without gradient.
-    - ``row_coefficient``: [O, T], one per row of hidden; times it ``d_hidden``, [O, T, D] in the dtype of
-      hidden, is the gradient. ``d_weight``: [V, D] fp32. ``d_bias``: [V]. A gradient that is not
+    - ``row_coefficient``: [O, T], one per row of hidden; times it ``d_hidden``, [O, T, D] in the dtype
+      of hidden, is the gradient. ``d_weight``: [V, D] fp32. ``d_bias``: [V]. A gradient that is not
       wanted has shape [0].
     """
     objective = Objective(

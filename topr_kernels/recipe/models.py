@@ -80,13 +80,12 @@ def load_model(source: str) -> LoadedModel:
     name, options = _find(source)
     if "gguf_file" in options:
         return _load_gguf(options, name)
+    tokenizer = AutoTokenizer.from_pretrained(**options)
     processor, problem = None, ""
     kind = _kind(AutoConfig.from_pretrained(**options))
     if kind is AutoModelForImageTextToText:
         processor, problem = _processor(options)
-    tokenizer = (
-        AutoTokenizer.from_pretrained(**options) if processor is None else processor.tokenizer
-    )
+        tokenizer = tokenizer if processor is None else processor.tokenizer
     ready = _ready(_load(options, kind), tokenizer, name, "")
     if processor is not None:
         # Checked now that the tokenizer has its padding.
