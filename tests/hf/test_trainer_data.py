@@ -381,6 +381,17 @@ def test_a_compiled_model_trains_as_the_model_in_it(tmp_path: Path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_default_dtype_of_the_user_changes_no_score():
+    model, data, collate = random_model(), rows(2), CompletionCollator(0)
+    options = {"batch_size": 2, "progress": False}
+    expected = score_behavior(model, data, collate, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert score_behavior(model, data, collate, **options) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_compiled_model_scores_as_the_model_in_it():
     torch._dynamo.reset()
     model, data, collate = random_model(), rows(2), CompletionCollator(0)
