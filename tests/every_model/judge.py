@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,11 +226,15 @@ def _lora(
     model: Any, records: list[Record], further: Further, head: dict[str, bool]
 ) -> dict[str, Any]:
     """The verdict with LoRA on all linear layers but the head, or on those that PEFT can adapt."""
+    # PEFT may fail with half of its adapters in place. A kept state (RecurrentGemma) is in the way.
     try:
-        return _adapted(model, "all-linear", records, further, head)
+        own = deepcopy(model)
+    except RuntimeError:
+        own = model
+    try:
+        return _adapted(own, "all-linear", records, further, head)
     except Exception as error:
         refused = {"verdict": PEFT, "message": f"{type(error).__name__}: {error}"[:300]}
-    model.requires_grad_(True)
     # Not: modules that are more than a product, and the layers of Mamba that PEFT leaves alone.
     plain = [
         name
@@ -258,10 +263,6 @@ def _adapted(
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     records = [{n: x for n, x in r.items() if n != "behavior_log_prob"} for r in records]
-    try:
-        truth = mean([alone(adapted, record, further) for record in records])
-    except Unfit:
-        adapted.unload()
-        raise
+    truth = mean([alone(adapted, record, further) for record in records])
     batch = _with(further, CompletionCollator(0)(records))
     return attempt(lambda: run(adapted, [batch], truth, **head))

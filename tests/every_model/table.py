@@ -35,7 +35,7 @@ _REASONS = [
     ("given the mask of a tree raises|given packed tokens alone raises", "own masks"),
     ("lets tokens see later ones", "sees later tokens"),
     ("is an encoder and a decoder", "encoder and decoder"),
-    ("cannot run rows of tokens alone|gave logits of shape", "not of tokens alone"),
+    ("cannot run a row of tokens alone|gave logits of shape", "not of tokens alone"),
     ("window of columns", "window of columns"),
     ("chunks of", "chunks"),
     ("further model inputs|may compute positions", "other inputs"),
@@ -63,7 +63,9 @@ def shortened(verdicts: dict[str, Any]) -> dict[str, Any]:
                 "remedy": found.get("remedy", "none"),
             }
         elif found["verdict"] == PEFT:
-            result[path] = {PEFT: found["message"][:120], "remedy": found.get("remedy", "none")}
+            # What PEFT says holds sets, in any order.
+            error = found["message"].partition(":")[0]
+            result[path] = {PEFT: error, "remedy": found.get("remedy", "none")}
         else:
             result[path] = found
     return result

@@ -151,6 +151,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Step3p7TextConfig": {"sliding_window": 4},
     "WavTokenizerEncoderConfig": {"codebook_dim": WIDTH, "codebook_size": 32},
     "Apertus1p5VisionTokenizerConfig": {"codebook_size": 32},
+    "VisionEncoderDecoderConfig": {
+        "encoder": {
+            "model_type": "vit",
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+        },
+        "decoder": {
+            "model_type": "gpt2",
+            "vocab_size": VOCAB,
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": HEADS,
+        },
+    },
     "XLMConfig": {"causal": True},
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {

@@ -52,7 +52,7 @@ def test_one_token_that_sees_later_ones_is_enough():
     class Peeks(transformers.LlamaForCausalLM):
         def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
             embedded = self.model.embed_tokens(input_ids).clone()
-            embedded[:, 5] += embedded[:, -1]
+            embedded[:, 15] += embedded[:, -1]
             return super().forward(inputs_embeds=embedded, **kwargs)
 
     batch = CompletionCollator(0)(rows(4))
