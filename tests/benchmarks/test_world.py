@@ -372,11 +372,8 @@ QUOTED = [
     ("the geometric mean by", "the ratio of the sequence beats the geometric mean", 1),
     ("and ends behind TOPR by", "TOPR beats naive REINFORCE at 3e-5", 1),
     ("leads each token's by", "19 tokens: the sequence's ratio beats each token's at 3e-05", 1),
-    (
-        "at 19 tokens and by",
-        "55 tokens: the sequence's ratio beats each token's at 3e-05",
-        1,
-    ),
+    ("at 19 tokens, by", "55 tokens: the sequence's ratio beats each token's at 3e-05", 1),
+    ("at 55 and by", "199 tokens: the sequence's ratio beats each token's at 2e-05", 1),
     ("at 19, by", "55 tokens: the sequence's ratio beats the geometric mean", 1),
     ("at 55, by", "199 tokens: the sequence's ratio beats the geometric mean", 1),
 ]
