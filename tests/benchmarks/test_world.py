@@ -24,7 +24,7 @@ from benchmarks.learning.verdicts import interval  # noqa: E402
 from benchmarks.learning.world import __main__ as world  # noqa: E402
 from benchmarks.learning.world import claims, page, pilot, run, store, sums, verifier  # noqa: E402
 from benchmarks.learning.world.cells import GRIDS, MOST_SEEDS, SEEDS, Cell, cells_of  # noqa: E402
-from benchmarks.learning.world.model import new_model, sample, score, sequences  # noqa: E402
+from benchmarks.learning.world.model import COURSES, new_model, sample, score, sequences  # noqa: E402
 
 
 def text(ids: torch.Tensor) -> str:
@@ -155,6 +155,14 @@ def test_a_run_resumes_and_repeats_itself(
     assert {**again[name], "seconds": 0} == {**first[name], "seconds": 0}
 
 
+def test_long_answers_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "CACHE", tmp_path)
+    cell = Cell("topr", columns=2, passes=9, questions=2, samples=2, epochs=2, batch=4)
+    for table, value in ((run.HELD_OUT, 2), (run.BASES, 1), (COURSES, [(1, 1, 2), (9, 1, 2)])):
+        monkeypatch.setitem(table, cell.tokens, value)
+    assert list(run.run(cell, 1e-4)["looks"]) == ["2"]
+
+
 def test_rounds_sample_anew_and_curation_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run, "CACHE", tmp_path)
     monkeypatch.setattr(run, "KEPT", 6)
@@ -247,7 +255,9 @@ def test_rates_are_the_pilots_better_ones(tmp_path: Path, monkeypatch: pytest.Mo
 
     def fake(cell: Cell, rate: float) -> dict[str, Any]:
         ran.append(cell)
-        right = {1e-4: 50.0, 3e-4: 60.0}[rate] + (cell.method == "tis") * (rate == 1e-4) * 20
+        right = {3e-5: 99.0, 1e-4: 50.0, 3e-4: 60.0, 1e-3: 99.0}[rate] + (cell.method == "tis") * (
+            rate == 1e-4
+        ) * 20
         return {"looks": {"1": {"right": 99.0}, "4": {"right": right}}}
 
     monkeypatch.setattr(pilot, "run", fake)
@@ -257,6 +267,13 @@ def test_rates_are_the_pilots_better_ones(tmp_path: Path, monkeypatch: pytest.Mo
     count = len(ran)
     assert pilot.rate(Cell("reinforce", batch=128, like="topr"), path) == pytest.approx(6e-4)
     assert len(ran) == count
+    assert pilot.rate(Cell("tis"), path) == 1e-4
+    # Answers of 199 tokens take the rates of 55; outer rates are tried and choose nothing.
+    assert pilot.rate(Cell("topr", passes=11), path) == 3e-4
+    assert ran[-1].passes == 3
+    del ran[:]
+    pilot.complete(Cell("tis"), pilot.WIDER, path)
+    assert [c.rate for c in ran] == [3e-5, 3e-5, 1e-3, 1e-3]
     assert pilot.rate(Cell("tis"), path) == 1e-4
 
 
@@ -353,6 +370,10 @@ QUOTED = [
     ("at 19 tokens, by", "55 tokens: the sequence's ratio beats each token's", 1),
     ("at 55, by", "199 tokens: the sequence's ratio beats each token's", 1),
     ("the geometric mean by", "the ratio of the sequence beats the geometric mean", 1),
+    ("and ends behind TOPR by", "TOPR beats naive REINFORCE at 3e-5", 1),
+    ("leads each token's by", "19 tokens: the sequence's ratio beats each token's at 3e-05", 1),
+    ("at 19 tokens, by", "55 tokens: the sequence's ratio beats each token's at 3e-05", 1),
+    ("at 55 and by", "199 tokens: the sequence's ratio beats each token's at 2e-05", 1),
     ("at 19, by", "55 tokens: the sequence's ratio beats the geometric mean", 1),
     ("at 55, by", "199 tokens: the sequence's ratio beats the geometric mean", 1),
 ]

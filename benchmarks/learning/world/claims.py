@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from benchmarks.learning.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TOO_SMALL, interval
-from benchmarks.learning.world.cells import LONG, MOST_SEEDS, Cell
+from benchmarks.learning.world.cells import LONG, MOST_SEEDS, SLOW, Cell
 from benchmarks.learning.world.store import Figures
 
 NO_DIFFERENCE = "no difference of interest"
@@ -52,6 +52,7 @@ _VERIFIER = Cell("topr", verifier=True, votes=8)
 _VOTES = Cell("topr", epochs=1, votes=8)
 _TOPR, _SFT = Cell("topr"), Cell("sft")
 _HALF, _SFT_HALF = (Cell(m, right=10, curation="half", epochs=16) for m in ("topr", "sft"))
+_SLOW = Cell("reinforce", rate=3e-5)
 _FRESH = Cell("topr", rounds=16, epochs=1)
 
 
@@ -233,6 +234,21 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "votes weighted by the trained verifier beat those weighted by the untrained one",
         *(_VERIFIER, None, "trained"),
+    ),
+    Claim("naive REINFORCE at 3e-5 collapses below the base", None, _SLOW),
+    Claim("TOPR beats naive REINFORCE at 3e-5", _TOPR, _SLOW),
+    *(
+        Claim(
+            f"{tokens} tokens: the sequence's ratio beats {name} at {length['rate']:g}",
+            Cell("topr", **{**length, "rate": 0.0}),
+            Cell("topr", ratio=ratio, **length),
+        )
+        for tokens, length in zip((19, 55, 199), SLOW, strict=True)
+        for ratio, name in (
+            ("token", "each token's"),
+            ("geometric", "the geometric mean"),
+            ("segment", "each column's"),
+        )
     ),
 )
 
