@@ -470,7 +470,7 @@ def test_the_loss_is_within_the_budget_of_plain_torch(
     exact, exact_grads = step(case, "torch", torch.float64, grad_tolerance=0.0, **kw)
     plain, grads = step(case, "torch", torch.float32, grad_tolerance=tolerance, **kw)
     out, got = step(case, "triton", torch.float32, grad_tolerance=tolerance, **kw)
-    nats = exact.log_prob.abs().max().item()
+    nats = SLACK * exact.log_prob.abs().max().item()
     for name in ("loss", "log_prob", "entropy", "token_log_ratio", "log_ratio", "weight"):
         a, b, c = (getattr(r, name) for r in (out, plain, exact))
         assert a.dtype == torch.float32
