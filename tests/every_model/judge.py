@@ -226,7 +226,7 @@ def _lora(
     model: Any, records: list[Record], further: Further, head: dict[str, bool]
 ) -> dict[str, Any]:
     """The verdict with LoRA on all linear layers but the head, or on those that PEFT can adapt."""
-    # PEFT may fail with half of its adapters in place. A kept state (RecurrentGemma) is in the way.
+    # PEFT may fail with half of its adapters in place. A state that is kept forbids the copy.
     try:
         own = deepcopy(model)
     except RuntimeError:

@@ -146,5 +146,7 @@ def _difference(found: dict[str, Any], before: dict[str, Any] | None) -> str:
     if before is None:
         return "not there"
     columns = {head: (_cell(before, p), _cell(found, p)) for head, p in COLUMNS.items()}
+    if len({old for old, _ in columns.values()}) == 1 and all(a != b for a, b in columns.values()):
+        return next(iter(columns.values()))[0]
     others = [f"{head}: {old}" for head, (old, new) in columns.items() if old != new]
     return ", ".join(others) or "the same"

@@ -65,8 +65,8 @@ def causal_problem(
     try:
         with eval_mode(unwrapped):
             # One row at a time, as packed batches have them.
-            for row in rows.unsqueeze(1).unbind():
-                inputs = {"input_ids": row, "use_cache": False}
+            for row in rows:
+                inputs = {"input_ids": row[None], "use_cache": False}
                 found, eps = head_input(model, unwrapped, inputs)
                 states.append(found)
     except torch.OutOfMemoryError:
