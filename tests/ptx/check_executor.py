@@ -549,6 +549,13 @@ def test_a_kernel_of_rows(dtype: torch.dtype) -> None:
         torch.testing.assert_close(out, x.float().softmax(-1), rtol=2e-6, atol=0)
 
 
+def test_approximate_results_are_off_but_not_what_is_exact() -> None:
+    x = np.array([3.3, 1e4, np.inf, 0.0, -1e4], np.float32)
+    devices = [numeric.Approximate(2, seed).ex2(x).tolist() for seed in range(40)]
+    assert len({values[0] for values in devices}) == 5
+    assert all(values[1:] == [np.inf, np.inf, 1.0, 0.0] for values in devices)
+
+
 def test_a_mask_off_by_one_and_a_false_hint() -> None:
     x, out = torch.randn(5, 201), torch.empty(5, 201)
     with fault("bounds", "0 bytes past the end of p_x float32"):

@@ -103,7 +103,8 @@ class Approximate:
         off = off.astype(np.int32) - np.int32(self.ulps)
         moved = (rounded.view(np.int32) + off).view(np.float32)
         # Zeros and infinities stay what they are, and nothing becomes one.
-        stays = promised | ~(np.abs(rounded) > 2 * LEAST_NORMAL) | ~np.isfinite(moved)
+        infinite = ~np.isfinite(rounded) | ~np.isfinite(moved)
+        stays = promised | ~(np.abs(rounded) > 2 * LEAST_NORMAL) | infinite
         return np.where(stays, rounded, moved)
 
     def ex2(self, x: Array) -> Array:
