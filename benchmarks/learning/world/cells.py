@@ -155,6 +155,8 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     "slow": (
         _c("reinforce", rate=3e-5),
         *(_c("topr", ratio=r, **length) for length in SLOW for r in RATIOS[1:]),
+        _c("topr", ratio="geometric", epochs=16, rate=3e-5),
+        _c("topr", ratio="geometric", rounds=16, epochs=1, rate=3e-5),
     ),
     "length-200": (
         *(_c("topr", ratio=r, **LONG) for r in RATIOS),

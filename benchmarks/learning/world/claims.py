@@ -250,6 +250,16 @@ CLAIMS: tuple[Claim, ...] = (
             ("segment", "each column's"),
         )
     ),
+    Claim(
+        "256 updates old: the sequence's ratio beats the geometric mean at 3e-05",
+        Cell("topr", epochs=16),
+        Cell("topr", ratio="geometric", epochs=16, rate=3e-5),
+    ),
+    Claim(
+        "16 rounds of fresh samples: the sequence's ratio beats the geometric mean at 3e-05",
+        _FRESH,
+        dataclasses.replace(_FRESH, ratio="geometric", rate=3e-5),
+    ),
 )
 
 
