@@ -1178,8 +1178,8 @@ RECIPE = [
     Mutant(
         "segments-not-trained-on",
         "topr_kernels/recipe/record_checks.py",
-        '"sample_weight", "segments")',
-        '"sample_weight")',
+        '"sample_weight", "segments", "images")',
+        '"sample_weight", "images")',
         ("tests/recipe/test_recipe_masks.py",),
     ),
 ]

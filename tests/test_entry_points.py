@@ -57,6 +57,9 @@ RUN_BY = {
     "topr_kernels/recipe/cli.py": (
         "recipe/test_recipe_demo.py::test_a_killed_run_resumes_to_the_same_records"
     ),
+    "tests/every_model/__main__.py": (
+        "hf/test_every_model.py::test_the_command_prints_the_verdicts_on_a_model"
+    ),
     # Started by scoring.py.
     "topr_kernels/recipe/scoring_server.py": "recipe/test_recipe_scoring.py::test_no_answer_harms",
     # Started by vllm_backend.py, here with a stand-in for vLLM.

@@ -486,8 +486,8 @@ def test_a_step_keeps_no_cache_and_searches_on_the_head_alone(tmp_path: Path) ->
     bench = Bench("cpu", Results(tmp_path, "cpu"), repetitions=2)
     measure_case(bench, case, found, case.facts())
     # Each a warm-up and two rounds, and the check of the whole step its own loss: no search in it. Once
-    # three small ones show whether the model sees padding.
-    assert calls == [False] * (7 + 3)
+    # three small ones show whether the model sees padding, and two whether tokens see later ones.
+    assert calls == [False] * (7 + 3 + 2)
     assert end_to_end.label("Llama-3-8B-shaped") == "Llama-3-8B-shaped, 8 of 32 layers"
     assert end_to_end.label("Qwen2.5-1.5B-shaped") == "Qwen2.5-1.5B-shaped"
     assert not any("compile" in name for name in (*end_to_end.HEADS, *end_to_end.PEERS["cuda"]))

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import transformers
 from every_model import judge as judging
 from every_model import sweep as sweeping
 from every_model import table
+from every_model.__main__ import main
 from every_model.building import build, entries
 from every_model.judge import ERROR, PATHS, REFUSED, SAME, WRONG, judge
 from every_model.sweep import judged, sweep
@@ -143,6 +146,15 @@ def test_a_crash_or_a_hang_ends_no_sweep(monkeypatch: pytest.MonkeyPatch):
         "LlamaForCausalLM": {"crashed": "no verdict in 1.5 s"},
         "PhiForCausalLM": {"fused": {"verdict": SAME}},
     }
+
+
+def test_the_command_prints_the_verdicts_on_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["every_model", "GPT2LMHeadModel", "--jobs", "1"])
+    assert main() == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {printed["GPT2LMHeadModel"][path]["verdict"] for path in PATHS} == {SAME}
 
 
 def test_the_table_has_every_class_and_no_fault():
