@@ -1,4 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.11 with venv: they make .venv and install.
+# `make demo` and `make test` need nothing but Python 3.11 with venv (constraints.txt is for that; the package
+# takes 3.10): they make .venv and install.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -26,7 +26,7 @@ from topr_kernels.hf import (
     score_behavior,
 )
 from topr_kernels.hf.fields import TOKENS
-from topr_kernels.hf.images import opened
+from topr_kernels.hf.images import has_images, opened
 from topr_kernels.hf.padding import PaddingCheck
 from topr_kernels.hf.sharing import warn_unshared
 
@@ -319,17 +319,17 @@ def test_other_images_than_the_tokens_were_made_with_are_refused():
         ([b, a, a], r"makes runs of \[8, 8, 8\]"),
         ([a], r"makes runs of \[8\] image tokens of them, but the token ids have \[8, 8\]"),
         ([a, picture(16, 16)], r"makes runs of \[8, 4\]"),
-        ([], r"makes runs of \[\]"),
     ):
         rows = [{**ready[0], "behavior_log_prob": [-1.0] * 3}]
         rows += [{**ready[1], "images": images, "behavior_log_prob": [-1.0] * 4}]
         with pytest.raises(ValueError, match=f"record 1 of the batch, field 'images': .*{message}"):
             make(rows)
     without = {n: x for n, x in ready[1].items() if n != "images"}
-    with pytest.raises(ValueError, match=r"record 0 of the batch, field 'images': .* runs of \[\]"):
-        make([{**without, "behavior_log_prob": [-1.0] * 4}])
-    with pytest.raises(ValueError, match=r"record 0, field 'images': .* runs of \[\]"):
-        prepare_records([without], processor("qwen2_vl"))
+    for row in (without, {**without, "images": []}):
+        with pytest.raises(ValueError, match="record 0 of the batch: has 16 image tokens, but no"):
+            make([{**row, "behavior_log_prob": [-1.0] * 4}])
+        with pytest.raises(ValueError, match="record 0: has 16 image tokens, but no images"):
+            prepare_records([row], processor("qwen2_vl"))
     written = {**ready[1], "behavior_log_prob": [-1.0] * 4}
     written |= {"prompt_token_ids": ready[1]["prompt_token_ids"][:4]}
     written |= {"completion_token_ids": ready[1]["prompt_token_ids"][4:8]}
@@ -450,11 +450,21 @@ def test_what_would_hang_or_cut_images_up_is_refused(
     monkeypatch.setattr(TOPRConfig, "world_size", 2)
     ready.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="some records have images and some none, but a sharded"):
-        ready._fit_images(ready.train_dataset)
-    ready._fit_images(ready.train_dataset[:2])
+        ready._fit_images(ready.train_dataset, None)
+    with pytest.raises(ValueError, match="eval_dataset: some records have images and some none"):
+        ready._fit_images(ready.train_dataset[:2], {"held out": ready.train_dataset})
+    ready._fit_images(ready.train_dataset[:2], None)
     monkeypatch.setattr(TOPRConfig, "n_gpu", 2)
     with pytest.raises(ValueError, match="one process drives 2 GPUs"):
-        ready._fit_images(ready.train_dataset[:2])
+        ready._fit_images(ready.train_dataset[:2], None)
+
+
+def test_a_column_without_an_image_changes_nothing():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"images": x} for x in (None, [], None)]
+    data = datasets.Dataset.from_list(rows)
+    assert not has_images(rows) and not has_images(data)
+    assert has_images([*rows, {"images": ["a.png"]}])
 
 
 def test_packing_is_refused_beside_images():

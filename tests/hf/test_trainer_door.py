@@ -409,3 +409,14 @@ def test_a_default_dtype_changes_no_loss():
         finally:
             torch.set_default_dtype(torch.float32)
     assert found[2:4] == found[:2] and found[4:] == found[:2]
+
+
+def test_a_collator_takes_the_temperature_of_the_arguments(tmp_path: Path):
+    args = config(tmp_path, temperature=0.7)
+    data = {"train_dataset": rows(), "processing_class": tiny_tokenizer()}
+    own = CompletionCollator(0)
+    TOPRTrainer(random_model(), args, data_collator=own, **data)
+    assert own.temperature == 0.7
+    other = CompletionCollator(0, temperature=0.5)
+    with pytest.raises(ValueError, match=r"data_collator has 0\.5, the arguments 0\.7"):
+        TOPRTrainer(random_model(), args, data_collator=other, **data)

@@ -17,6 +17,13 @@ pytest.importorskip("PIL")
 
 from test_recipe_curate import record
 from tiny import random_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Llama4Config,
+    LlamaConfig,
+)
 from vision import model, picture, processor
 
 from topr_kernels.hf import CompletionCollator, completion_logits
@@ -33,6 +40,7 @@ from topr_kernels.recipe import (
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import read_json
 from topr_kernels.recipe.generate import complete, prompt_token_ids, stop_token_ids
+from topr_kernels.recipe.models import _kind
 from topr_kernels.recipe.score import max_log_ratio
 
 SIZES = [(16, 16), (32, 16), (16, 32)]
@@ -191,3 +199,9 @@ def test_questions_with_images_are_refused_where_no_model_sees_them(
     flags = ["--records", tmp_path / "r.parquet", "--out", tmp_path / "v.parquet"]
     assert run("verify", "--model", folder / "tiny", *flags) == 2
     assert "which a verifier is not shown" in capsys.readouterr().err
+
+
+def test_a_model_of_images_whose_text_has_a_class_of_its_own_is_loaded_as_that():
+    assert _kind(Llama4Config()) is AutoModelForCausalLM
+    assert _kind(Gemma3Config()) is AutoModelForImageTextToText
+    assert _kind(LlamaConfig()) is AutoModelForCausalLM

@@ -55,7 +55,7 @@ def score_behavior(
         ValueError: as :func:`causal_lm_log_prob`; if a record lacks token ids or has an empty prompt, or
             says that it was sampled otherwise; if the model gives one of its tokens NaN.
     """
-    reads = not isinstance(collator, CompletionCollator) or collator.processor is not None
+    reads = not isinstance(collator, CompletionCollator) or collator._vision is not None
     check_records(records, "the data", images=reads)
     return score_checked(
         model,

@@ -74,10 +74,12 @@ def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def has_images(dataset: Any) -> bool:
-    """Whether a data set is known to have images: by its columns, or if it is a list by its records."""
+    """Whether a data set is known to have images; of a stream that is whether it has the column."""
     if isinstance(dataset, list):
         return any(isinstance(r, Mapping) and _any_of(r.get(IMAGES)) for r in dataset)
-    return IMAGES in (getattr(dataset, "column_names", None) or ())
+    if IMAGES not in (getattr(dataset, "column_names", None) or ()):
+        return False
+    return any(map(_any_of, dataset[IMAGES])) if hasattr(dataset, "__len__") else True
 
 
 def all_have_images(dataset: Any) -> bool:
@@ -299,6 +301,11 @@ class ImageInputs:
         ends = list(accumulate(runs))
         if sum(runs) == sum(expected) and set(ends) <= set(accumulate(expected)):
             return
+        if not expected:
+            raise ValueError(
+                f"{where}: has {sum(runs)} image tokens, but no {IMAGES}; expected none: give the "
+                "images, or leave the record out (a policy may sample such tokens: forbid them)"
+            )
         raise ValueError(
             f"{where}, field {IMAGES!r}: the processor makes runs of {list(expected)} image tokens of "
             f"them, but the token ids have {runs}; expected these images in this order, the ids as the "

@@ -180,8 +180,9 @@ class TOPRTrainer(Trainer):
         )
         given = self.train_dataset, self.eval_dataset
         self.train_dataset, self.eval_dataset = (_each(data, self._prepared) for data in given)
-        if isinstance(self.data_collator, CompletionCollator) and has_images(self.train_dataset):
-            self._fit_images(self.train_dataset)
+        ours = isinstance(self.data_collator, CompletionCollator)
+        if ours and cast(CompletionCollator, self.data_collator).processor is not None:
+            self._fit_images(self.train_dataset, self.eval_dataset)
         # transformers < 5.19 has no loss_is_scaled_for_ga and looks at this flag instead.
         self.model_accepts_loss_kwargs = False
         self._head_checked = self._noise_checked = False
@@ -317,8 +318,8 @@ class TOPRTrainer(Trainer):
         several = self.args.n_gpu > 1 and not self._must_share
         return self.args.share_prefix is not False and problem is None and not several
 
-    def _fit_images(self, dataset: Any) -> None:
-        """Has the collator share no prompts, since the training set has images.
+    def _fit_images(self, train: Any, evaluation: Any) -> None:
+        """Has the collator share no prompts, if the training set has images.
 
         Raises:
             ValueError: if sharing was asked for, if one process drives several GPUs, or if the model is
@@ -326,19 +327,22 @@ class TOPRTrainer(Trainer):
         """
         plugin = self.accelerator.state.deepspeed_plugin
         sharded = self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
-        if sharded and self.args.world_size > 1 and not all_have_images(dataset):
+        several = sharded and self.args.world_size > 1
+        sets = [d for d in (*parts_of(train), *parts_of(evaluation)) if has_images(d)]
+        if several and not all(map(all_have_images, sets)):
             raise ValueError(
-                "train_dataset: some records have images and some none, but a sharded model (FSDP, "
-                "ZeRO-3) runs its vision tower on all processes or on none, and would wait for ever: "
-                "train on records that all have images, or without sharding"
+                "train_dataset or eval_dataset: some records have images and some none, but a sharded "
+                "model (FSDP, ZeRO-3) runs its vision tower on all processes or on none, and would wait "
+                "for ever: give records that all have images, or do without sharding"
             )
-        if self.args.n_gpu > 1:
+        if sets and self.args.n_gpu > 1:
             raise ValueError(
-                f"train_dataset: has images, but one process drives {self.args.n_gpu} GPUs by "
-                "nn.DataParallel, which would cut the tensors of images up; launch one process per GPU "
-                "(torchrun, accelerate launch)"
+                f"train_dataset or eval_dataset: has images, but one process drives {self.args.n_gpu} "
+                "GPUs by nn.DataParallel, which would cut the tensors of images up; launch one process "
+                "per GPU (torchrun, accelerate launch)"
             )
-        if not getattr(self.data_collator, "share_prefix", False):
+        shares = getattr(self.data_collator, "share_prefix", False)
+        if not shares or not has_images(train):
             return
         if self._must_share:
             raise ValueError(f"share_prefix=True, but {BESIDE_IMAGES}; {REMEDY}")
@@ -667,6 +671,13 @@ def _check_own_collator(collator: Any, args: TOPRConfig) -> None:
             f"data_collator: got {got}; expected an object to call with a list of records, as "
             "CompletionCollator(pad_id)"
         )
+    if isinstance(collator, CompletionCollator) and collator.temperature != args.temperature:
+        if collator.temperature != 1:
+            raise ValueError(
+                f"temperature: the data_collator has {collator.temperature:g}, the arguments "
+                f"{args.temperature:g}; give both the sampler's"
+            )
+        collator.temperature = args.temperature
     for name in ("share_prefix", "packing", "mask_truncated"):
         if getattr(args, name):
             raise ValueError(

@@ -106,7 +106,7 @@ def check_ratio(ratio: str) -> None:
     validation.check_choice("ratio", ratio, choices.RATIOS)
 
 
-def check_signs(where: str, config: object, names: Sequence[str]) -> None:
+def check_signs(where: str, config: object, names: Sequence[str], remedy: str = "") -> None:
     """Refuses settings that turn right answers negative, and so choose the limits of wrong ones.
 
     Raises:
@@ -116,7 +116,7 @@ def check_signs(where: str, config: object, names: Sequence[str]) -> None:
         if getattr(config, name, False):
             raise ValueError(
                 f"{where}.{name}: expected false, it turns right answers negative, which chooses the "
-                "limits of wrong ones; set it to false"
+                f"limits of wrong ones; set it to false{remedy}"
             )
 
 

@@ -189,8 +189,8 @@ def topr_advantage(
     Raises:
         ValueError: ``use_kl_in_reward``, which makes right answers negative.
     """
-    # A penalty that is wanted goes beside the loss: actor.use_kl_loss=true.
-    check_signs("algorithm", config, ("use_kl_in_reward",))
+    beside = "; a penalty goes beside the loss: actor.use_kl_loss=true"
+    check_signs("algorithm", config, ("use_kl_in_reward",), beside)
     score = (token_level_rewards * response_mask).sum(-1, keepdim=True) * response_mask
     return score, score
 

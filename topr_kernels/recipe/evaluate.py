@@ -103,8 +103,7 @@ def evaluate(
         for start in range(0, len(questions), batch_size):
             asked = questions[start : start + batch_size]
             part = [question.prompt for question in asked]
-            images = [question.images for question in asked]
-            prompts = read_prompts(model, tokenizer, part, images=images)
+            prompts = read_prompts(model, tokenizer, part)
             for temperature, given in answers.items():
                 given += complete(
                     model,

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -82,22 +83,30 @@ def load_model(source: str) -> LoadedModel:
         return _load_gguf(options, name)
     tokenizer = AutoTokenizer.from_pretrained(**options)
     processor, problem = None, ""
-    kind = _kind(AutoConfig.from_pretrained(**options))
+    config = AutoConfig.from_pretrained(**options)
+    kind = _kind(config)
     if kind is AutoModelForImageTextToText:
         processor, problem = _processor(options)
         tokenizer = tokenizer if processor is None else processor.tokenizer
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        problem = f"of a {config.model_type} its language model alone is loaded, which sees none"
     ready = _ready(_load(options, kind), tokenizer, name, "")
     if processor is not None:
         # Checked now that the tokenizer has its padding.
-        template = image_inputs(processor).chat_template  # type: ignore[union-attr]
-        tokenizer.chat_template = tokenizer.chat_template or template
+        try:
+            template = image_inputs(processor).chat_template  # type: ignore[union-attr]
+            tokenizer.chat_template = tokenizer.chat_template or template
+        except ValueError as error:
+            processor, problem = None, one_line(error)
     return replace(ready, processor=processor, no_processor=problem)
 
 
 def _kind(config: Any) -> Any:
-    """The class that loads a model: one of images and text where transformers has one for it."""
-    images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+    """The class that loads a model: of images and text, unless text has a model of its own (Llama 4)."""
+    images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    both = images is not None and text in (None, images)
+    return AutoModelForImageTextToText if both else AutoModelForCausalLM
 
 
 def _processor(options: dict[str, Any]) -> tuple[Any, str]:

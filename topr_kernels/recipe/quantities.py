@@ -81,8 +81,8 @@ _UNITS = {
 }
 # Units of one kind, each with the number of those before it that it holds; so 1.5 h are 90 min.
 _KINDS = (
-    "s min:60 h:60 day:24 week:7,month year:12,mm cm:10 m:100 km:1000,in ft:12 yd:3 mi:1760,"
-    "mg g:1000 kg:1000,oz lb:16,ml l:1000"
+    "ms s:1000 min:60 h:60 day:24 week:7,month year:12,mm cm:10 m:100 km:1000,in ft:12 yd:3 mi:1760,"
+    "mg g:1000 kg:1000 t:1000,oz lb:16,ml l:1000"
 )
 _SIZES: dict[str, tuple[str, int]] = {}
 for _kind in _KINDS.split(","):
@@ -170,6 +170,9 @@ def _summed(text: str) -> str:
     sizes = [_SIZES.get(name, ("", 0)) for name in names]
     kinds, sizes_of = {kind for kind, _ in sizes}, [size for _, size in sizes]
     if len(kinds) > 1 or "" in kinds or sizes_of != sorted(set(sizes_of), reverse=True):
+        return text
+    # "2 m, 50 cm" may be two answers, "1 hour, 30 minutes" is one.
+    if kinds != {_SIZES["s"][0]} and re.search(r",(?!\s*and\b)", text):
         return text
     each = (Fraction(x) * size for (x, _), size in zip(found, sizes_of, strict=True))
     total = sum(each, Fraction(0)) / sizes_of[-1]
