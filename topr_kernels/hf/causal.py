@@ -176,7 +176,8 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor:
 
 def _kinds(name: str, batch: Mapping[str, Any], width: int) -> Tensor:
     """Kinds [1, width] for a row that is run: those of the first scored tokens, or zeros."""
-    kinds, labels = batch[name], batch.get("labels")
+    kinds: Tensor = batch[name]
+    labels = batch.get("labels")
     if labels is not None and labels.shape == kinds.shape:
         scored = kinds[labels != -100][:width].tolist()
         if scored:
