@@ -20,7 +20,7 @@ from topr_kernels.hf import (
     causal_lm_topr_loss,
     completion_logits,
 )
-from topr_kernels.hf.causal import causal_problem
+from topr_kernels.hf.causal import causal_problem, check_causal_once
 
 
 def bert(**changes: Any) -> Any:
@@ -40,10 +40,37 @@ def test_a_model_that_sees_later_tokens_is_refused_on_every_path(layout: dict[st
 def test_the_remedies_serve():
     batch = CompletionCollator(0)(rows(4))
     assert causal_lm_log_prob(bert(is_decoder=True), batch).log_prob.isfinite().all()
-    # Further inputs may say what is seen; and who asks for no checks gets none.
-    typed = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
-    assert causal_lm_log_prob(bert(), typed).log_prob.isfinite().all()
+    # Who asks for no checks gets none.
     assert causal_lm_log_prob(bert(), batch, check_padded=False).log_prob.isfinite().all()
+
+
+def paligemma() -> Any:
+    torch.manual_seed(0)
+    text = {"model_type": "gemma", **SIZE, "num_hidden_layers": 1, "num_key_value_heads": 1}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=99, projection_dim=16
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config).eval()
+
+
+def test_kinds_of_tokens_are_given_to_the_rows_that_are_run():
+    batch = CompletionCollator(0)(rows(4))
+    batch = {n: x for n, x in batch.items() if n != "position_ids"}
+    zeros = torch.zeros_like(batch["input_ids"])
+    ends = (batch["labels"] != -100).long()
+    for typed in (zeros, ends):
+        with pytest.raises(ValueError, match="BertLMHeadModel lets tokens see"):
+            causal_lm_log_prob(bert(), batch | {"token_type_ids": typed})
+    with pytest.raises(ValueError, match=r"PaliGemma.* lets tokens see"):
+        causal_lm_log_prob(paligemma(), batch | {"token_type_ids": zeros})
+    check_causal_once(paligemma(), batch | {"token_type_ids": ends}, further={"token_type_ids"})
+    # Images do not hide it; an entry that is not known may say what is seen.
+    model, pixels = bert(), {"token_type_ids": zeros, "pixel_values": zeros}
+    with pytest.raises(ValueError, match="BertLMHeadModel lets tokens see"):
+        check_causal_once(model, batch | pixels, further=set(pixels))
+    check_causal_once(model, batch | pixels, further={*pixels, "seen"})
 
 
 def test_one_token_that_sees_later_ones_is_enough():
@@ -65,6 +92,8 @@ def test_what_has_no_row_of_logits_for_each_token_is_refused():
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match=r"LlamaForCausalLM is an encoder and a decoder"):
         causal_lm_log_prob(model, batch)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is an encoder and a decoder"):
+        check_causal_once(model, batch, further={"another"})
 
     class Short(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

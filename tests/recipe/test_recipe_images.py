@@ -27,6 +27,7 @@ from transformers import (
 from vision import model, picture, processor
 
 from topr_kernels.hf import CompletionCollator, completion_logits
+from topr_kernels.hf.images import ImageInputs
 from topr_kernels.recipe import (
     Record,
     RecordError,
@@ -39,7 +40,7 @@ from topr_kernels.recipe import (
 )
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import read_json
-from topr_kernels.recipe.generate import complete, prompt_token_ids, stop_token_ids
+from topr_kernels.recipe.generate import complete, prompt_token_ids, read_prompts, stop_token_ids
 from topr_kernels.recipe.models import _kind
 from topr_kernels.recipe.score import max_log_ratio
 
@@ -121,6 +122,23 @@ def test_a_batch_with_pictures_is_sampled_as_each_question_alone(family: str, fo
         prompt_token_ids(reads, "how many?", images=images[0])
     with pytest.raises(ValueError, match="expected the model's processor"):
         prompt_token_ids(reads.tokenizer, "how many?", chat=True, images=images[0])
+
+
+def test_equal_prompts_with_equal_images_are_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy, reads, made = model("gemma3"), processor("gemma3"), []
+    expansions = ImageInputs.expansions
+
+    def counted(self: ImageInputs, images: Any, where: str) -> list[str]:
+        made.append(self)
+        return expansions(self, images, where)
+
+    monkeypatch.setattr(ImageInputs, "expansions", counted)
+    images = [[str(folder / "0.png")]] * 3 + [[str(folder / "1.png")]]
+    read = read_prompts(policy, reads, ["how many?"] * 4, chat=True, images=images)
+    assert len(read.token_ids) == 4 and len(made) == 2
+    assert made[0] is made[1], "so that it asks the processor once for its tokens"
 
 
 def records_of(folder: Path) -> list[Record]:

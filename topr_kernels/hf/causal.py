@@ -7,7 +7,7 @@ prefix ends) is given what it is to predict, and no error says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from itertools import cycle, islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from topr_kernels.hf.heads import base_model
+from topr_kernels.hf.images import KINDS, TENSORS
 from topr_kernels.hf.packing import (
     allowed_difference,
     attention_of,
     eval_mode,
     head_input,
 )
-from topr_kernels.hf.signature import positions, virtual_tokens
+from topr_kernels.hf.signature import positions, takes, virtual_tokens
 
 #: Tokens of a row that is run; the second half differs between the two rows.
 _TOKENS = 32
 
 
-@torch.no_grad()
 def causal_problem(
     model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
 ) -> str | None:
@@ -40,7 +40,8 @@ def causal_problem(
 
     Args:
         model: as in ``completion_logits``.
-        batch: with ``input_ids`` [B, T], on the model's device; tokens of its first row are run.
+        batch: with ``input_ids`` [B, T], on the model's device; tokens of its first row are run, with
+            the kinds (``token_type_ids``, ...) that its scored tokens have, if the model takes them.
         signature_of: as in ``completion_logits``; needed for every wrapper but PEFT's.
 
     Returns:
@@ -48,17 +49,31 @@ def causal_problem(
         returns other logits than a row for each token, or a token sees later ones. Or None.
     """
     unwrapped = model if signature_of is None else signature_of
+    return _decoder_problem(unwrapped) or _measured(model, unwrapped, batch)[0]
+
+
+def _decoder_problem(unwrapped: nn.Module) -> str | None:
+    """What is wrong with a model that is an encoder and a decoder; no forward is needed to tell."""
+    base = base_model(unwrapped)
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return None
+    return (
+        f"{type(base).__name__} is an encoder and a decoder: its logits belong to decoder_input_ids, "
+        "not to the tokens of a batch; expected a decoder alone, such as AutoModelForCausalLM makes"
+    )
+
+
+@torch.no_grad()
+def _measured(
+    model: nn.Module, unwrapped: nn.Module, batch: Mapping[str, Any]
+) -> tuple[str | None, bool]:
+    """What two rows show to be wrong, and whether it is that tokens see later ones."""
     # Another shape would be another graph to compile.
     model = getattr(model, "_orig_mod", model)
-    base = base_model(unwrapped)
-    kind = type(base).__name__
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return (
-            f"{kind} is an encoder and a decoder: its logits belong to decoder_input_ids, not to the "
-            "tokens of a batch; expected a decoder alone, such as AutoModelForCausalLM makes"
-        )
-    rows = _rows(batch["input_ids"][0], positions(unwrapped))
+    kind = type(base_model(unwrapped)).__name__
+    rows = _rows(_tokens(batch), positions(unwrapped))
     width, half = rows.shape[1], rows.shape[1] // 2
+    kinds = {name: _kinds(name, batch, width) for name in _taken(unwrapped, batch)}
     shapes: list[tuple[int, ...]] = []
     hook = model.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.logits.shape)))
     states = []
@@ -66,65 +81,108 @@ def causal_problem(
         with eval_mode(unwrapped):
             # One row at a time, as packed batches have them.
             for row in rows:
-                inputs = {"input_ids": row[None], "use_cache": False}
+                inputs = {"input_ids": row[None], "use_cache": False, **kinds}
                 found, eps = head_input(model, unwrapped, inputs)
                 states.append(found)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         # What a model asks for beside tokens, its own error says best.
-        return (
+        problem = (
             f"{kind} cannot run a row of tokens alone: {type(error).__name__}: {error}; give the batch "
             "what its forward asks for, if it is a language model"
         )
+        return problem, False
     finally:
         hook.remove()
     # Virtual tokens of an adapter stand before the others.
     expected = (1, width + virtual_tokens(unwrapped))
     if len(shapes[0]) != 3 or shapes[0][:2] not in (expected, (1, width)):
-        return (
+        problem = (
             f"{kind} gave logits of shape {shapes[0]} for input_ids of shape (1, {width}); expected a "
             "row of the vocabulary for each token"
         )
+        return problem, False
     # Of several streams (ProphetNet) it is not known which row is whose.
     if len(states[0]) != shapes[0][1]:
-        return None
+        return None, False
     difference = _mean_difference(*(x[-width:][:half] for x in states))
     allowed = allowed_difference(eps)
     # Written so that NaN fails.
     if difference <= allowed:
-        return None
-    return (
+        return None, False
+    problem = (
         f"{kind} lets tokens see later ones: where these differ, its hidden states differ by "
         f"{difference:.1e} of their norm (mean); expected at most {allowed:.1e}, from rounding. It "
         "would be given what it is to predict: build it with is_decoder=True where its config has that "
         "(BERT and its kin), or give the batch token_type_ids that end its prefix (PaliGemma)"
     )
+    return problem, True
 
 
-#: Base model -> attention implementation -> what ``causal_problem`` said.
-_found: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+#: Base model -> attention implementation and names of kinds -> what ``_measured`` said.
+_found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str | None, bool]]] = (
+    WeakKeyDictionary()
+)
 
 
 def check_causal_once(
     model: nn.Module,
     batch: Mapping[str, Any],
     *,
-    tokens_alone: bool,
+    further: Set[str],
     signature_of: nn.Module | None = None,
 ) -> None:
     """Asks ``causal_problem`` of a model's first batch, and raises ``ValueError`` with what it said.
 
-    Of a batch that holds more than tokens it does not raise: with an image, or token types, a model may
-    see others. It asks all the same, since processes of a sharded model must run alike.
+    Images do not change whether text sees later text, and kinds of tokens are given to the rows that
+    are run. Any other entry may say what is seen: then only an encoder with a decoder is refused. A
+    model that cannot run tokens alone may need what the batch holds beside them. It asks all the same,
+    since processes of a sharded model must run alike.
+
+    Args:
+        model: as in ``causal_problem``.
+        batch: as in ``causal_problem``.
+        further: names of the batch's entries that go to the model beside tokens, mask and positions.
+        signature_of: as in ``causal_problem``.
     """
     unwrapped = model if signature_of is None else signature_of
+    if problem := _decoder_problem(unwrapped):
+        raise ValueError(problem)
     found = _found.setdefault(base_model(unwrapped), {})
-    attention = attention_of(unwrapped)
-    if attention not in found:
-        found[attention] = causal_problem(model, batch, signature_of=signature_of)
-    if tokens_alone and found[attention] is not None:
-        raise ValueError(found[attention])
+    key = (str(attention_of(unwrapped)), *_taken(unwrapped, batch))
+    if key not in found:
+        found[key] = _measured(model, unwrapped, batch)
+    problem, sees_later = found[key]
+    known = further <= TENSORS.union(KINDS) if sees_later else not further
+    if problem is not None and known:
+        raise ValueError(problem)
+
+
+def _taken(unwrapped: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """Names of the kinds of tokens that a batch has and the model takes."""
+    return [name for name in KINDS if name in batch and takes(unwrapped, name)]
+
+
+def _tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens for the rows that are run: of the first row; beside images its scored ones, all text."""
+    ids: Tensor = batch["input_ids"][0]
+    labels = batch.get("labels")
+    if labels is not None and labels.shape[1:] == ids.shape and not TENSORS.isdisjoint(batch):
+        scored = ids[labels[0] != -100]
+        return scored if len(scored) else ids
+    return ids
+
+
+def _kinds(name: str, batch: Mapping[str, Any], width: int) -> Tensor:
+    """Kinds [1, width] for a row that is run: those of the first scored tokens, or zeros."""
+    kinds: Tensor = batch[name]
+    labels = batch.get("labels")
+    if labels is not None and labels.shape == kinds.shape:
+        scored = kinds[labels != -100][:width].tolist()
+        if scored:
+            return kinds.new_tensor([list(islice(cycle(scored), width))])
+    return kinds.new_zeros(1, width)
 
 
 def _mean_difference(found: Tensor, alone: Tensor) -> float:

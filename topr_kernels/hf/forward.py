@@ -167,9 +167,9 @@ def arranged(
 def check_tokens_once(
     model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
 ) -> None:
-    """Refuses tokens alone for a model that is none of them, or sees later ones (``causal_problem``)."""
-    alone = set(batch) <= _NOT_MODEL_INPUTS
-    check_causal_once(model, batch, tokens_alone=alone, signature_of=signature_of)
+    """Refuses a model that is none of tokens, or sees later ones (``check_causal_once``)."""
+    further = set(batch) - _NOT_MODEL_INPUTS
+    check_causal_once(model, batch, further=further, signature_of=signature_of)
 
 
 def _is_own(position_ids: Tensor | None, mask: Tensor | None) -> bool:

@@ -26,19 +26,21 @@ from topr_kernels.hf.fields import IMAGES, plain
 COUNTS = "image_counts"
 #: What a processor returns beside the tensors of images. Kinds of tokens are made anew, from token ids.
 _OF_TEXT = ("input_ids", "attention_mask")
-_KINDS = ("mm_token_type_ids", "token_type_ids")
+KINDS = ("mm_token_type_ids", "token_type_ids")
 #: Tensors of images, to which nothing in the sequence of tokens belongs.
-_TENSORS = (
-    "pixel_values",
-    "pixel_mask",
-    "pixel_attention_mask",
-    "image_grid_thw",
-    "image_sizes",
-    "spatial_shapes",
-    "aspect_ratio_ids",
-    "aspect_ratio_mask",
-    "high_res_pixel_values",
-    "batch_num_images",
+TENSORS = frozenset(
+    {
+        "pixel_values",
+        "pixel_mask",
+        "pixel_attention_mask",
+        "image_grid_thw",
+        "image_sizes",
+        "spatial_shapes",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
+        "high_res_pixel_values",
+        "batch_num_images",
+    }
 )
 _ACCEPTED = "expected a path, bytes of an image file, a data: URL in base64, or a PIL image"
 
@@ -338,8 +340,8 @@ class ImageInputs:
             ids[mask.bool()].tolist()
             for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
         ]
-        tensors = {n: x for n, x in found.items() if n not in (*_OF_TEXT, *_KINDS)}
-        unknown = sorted(set(tensors) - set(_TENSORS))
+        tensors = {n: x for n, x in found.items() if n not in (*_OF_TEXT, *KINDS)}
+        unknown = sorted(set(tensors) - TENSORS)
         if unknown:
             raise ValueError(
                 f"processor: {type(self.processor).__name__} returns {', '.join(unknown)}, of which it "
@@ -365,7 +367,7 @@ class ImageInputs:
         found = self._processed([[blank]], ["a blank image"])
         ids = found["input_ids"][0]
         kinds = {}
-        for name in _KINDS:
+        for name in KINDS:
             pairs = set(zip(ids, found.get(name, [[0] * len(ids)])[0], strict=True))
             other = {token: kind for token, kind in pairs if kind}
             # All zero: the tokenizer's own, of which such models know nothing.

@@ -19,7 +19,6 @@ from topr_kernels.hf.heads import base_model
 from topr_kernels.hf.images import (
     ImageInputs,
     image_inputs,
-    is_processor,
     right_aligned_kinds,
     tokenizer_of,
 )
@@ -98,8 +97,25 @@ def prompt_token_ids(
     Raises:
         ValueError: if there are images without ``chat`` or a processor, or one cannot be read.
     """
-    if images or (chat and is_processor(tokenizer)):
-        return _ids_with_images(tokenizer, prompt, chat, images)
+    return _token_ids_of_each(tokenizer, [(prompt, images)], chat)[0]
+
+
+def _token_ids_of_each(
+    tokenizer: Any, asked: Iterable[tuple[str, Sequence[str]]], chat: bool
+) -> list[list[int]]:
+    """As ``prompt_token_ids``, of prompts with their images; equal ones are read once."""
+    keys = [(prompt, tuple(images)) for prompt, images in asked]
+    reader = _image_reader(tokenizer) if chat or any(images for _, images in keys) else None
+    found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for prompt, images in dict.fromkeys(keys):
+        if images or (chat and reader is not None):
+            found[prompt, images] = _ids_with_images(reader, prompt, chat, images)
+        else:
+            found[prompt, images] = _ids_of_text(tokenizer, prompt, chat)
+    return [list(found[key]) for key in keys]
+
+
+def _ids_of_text(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     tokenizer = tokenizer_of(tokenizer)
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
@@ -111,15 +127,22 @@ def prompt_token_ids(
     )
 
 
-def _ids_with_images(tokenizer: Any, prompt: str, chat: bool, images: Sequence[str]) -> list[int]:
-    vision, where = image_inputs(tokenizer), f"question {prompt[:40]!r}"
-    if vision is None or not chat:
+def _image_reader(tokenizer: Any) -> Reader | None:
+    """Reads prompts with images, and keeps what it asked of the processor; None of a tokenizer."""
+    vision = image_inputs(tokenizer)
+    return None if vision is None else Reader(vision.tokenizer, {}, (), vision)
+
+
+def _ids_with_images(
+    reader: Reader | None, prompt: str, chat: bool, images: Sequence[str]
+) -> list[int]:
+    where = f"question {prompt[:40]!r}"
+    if reader is None or not chat:
         raise ValueError(
             f"{where}: has {len(images)} images; expected the model's processor in the place of its "
             "tokenizer, and chat=True (--chat): its chat template says where images stand"
         )
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    reader = Reader(vision.tokenizer, {}, (), vision)
     with reader.showing(images, where):
         ids = reader.prompt([{"role": "user", "content": parts}], where)
         reader.check_images(ids)
@@ -217,7 +240,7 @@ def _prompts_with_images(
     images: Sequence[Sequence[str]],
 ) -> Prompts:
     pairs = list(zip(prompts, images, strict=True))
-    token_ids = [prompt_token_ids(processor, p, chat=chat, images=shown) for p, shown in pairs]
+    token_ids = _token_ids_of_each(processor, pairs, chat)
     vision = cast(ImageInputs, image_inputs(processor))
     inputs = pad_left(token_ids, vision.tokenizer.pad_token_id)
     # The model counts its own: in three dimensions, or from the mask.
@@ -500,10 +523,10 @@ def check_room(
     Raises:
         SettingsError: naming the question and the lengths.
     """
-    for question in questions:
-        length = len(
-            prompt_token_ids(tokenizer, question.prompt, chat=chat, images=question.images)
-        )
+    questions = list(questions)
+    asked = [(question.prompt, question.images) for question in questions]
+    for question, ids in zip(questions, _token_ids_of_each(tokenizer, asked, chat), strict=True):
+        length = len(ids)
         if length + max_new_tokens > positions:
             raise SettingsError(
                 f"max_new_tokens: question {question.group} has a prompt of {length} tokens, and "
