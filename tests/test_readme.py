@@ -112,7 +112,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def test_the_oldest_python_and_torch_are_those_of_the_package() -> None:
-    shown = re.search(r"needs Python ≥ ([\d.]+) and torch ≥ ([\d.]+) alone", README)
+    shown = re.search(r"needs only Python ≥ ([\d.]+) and torch ≥ ([\d.]+)", README)
     package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lines = r'^requires-python = ">=([\d.]+)"$.*^dependencies = \["torch>=([\d.]+)"\]$'
     floors = re.search(lines, package, re.MULTILINE | re.DOTALL)
