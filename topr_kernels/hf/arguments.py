@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from topr_kernels.hf.collator import CompletionCollator
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.signature import positions
 
@@ -155,4 +156,28 @@ def _check_lengths(args: TOPRConfig, train_dataset: Any) -> None:
                 f"{name}: got {value!r}, but the training set is no datasets.Dataset with a column "
                 f"{column!r}, from which Trainer takes the lengths; add it (tokens of a record), or "
                 "leave the setting out: packing=True needs no like lengths"
+            )
+
+
+def check_own_collator(collator: Any, args: TOPRConfig) -> None:
+    """Refuses what is no collator, and settings that only the default one implements."""
+    if isinstance(collator, type) or not callable(collator):
+        got = f"a {type(collator).__name__}"
+        got = f"the class {collator.__name__}" if isinstance(collator, type) else got
+        raise TypeError(
+            f"data_collator: got {got}; expected an object to call with a list of records, as "
+            "CompletionCollator(pad_id)"
+        )
+    if isinstance(collator, CompletionCollator) and collator.temperature != args.temperature:
+        if collator.temperature != 1:
+            raise ValueError(
+                f"temperature: the data_collator has {collator.temperature:g}, the arguments "
+                f"{args.temperature:g}; give both the sampler's"
+            )
+        collator.temperature = args.temperature
+    for name in ("share_prefix", "packing", "mask_truncated"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: got True with a data_collator, which decides that itself; set it there, as in "
+                f"CompletionCollator(pad_id, {name}=True), or drop data_collator"
             )

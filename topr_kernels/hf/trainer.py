@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from topr_kernels import TOPROutput
 from topr_kernels.hf import fields
-from topr_kernels.hf.arguments import check_arguments, longest
+from topr_kernels.hf.arguments import check_arguments, check_own_collator, longest
 from topr_kernels.hf.behavior import fitting, score_checked
 from topr_kernels.hf.causal_lm import causal_lm_log_prob, causal_lm_topr_loss, check_apart_once
 from topr_kernels.hf.collator import CompletionCollator, without_sharing
@@ -139,7 +139,7 @@ class TOPRTrainer(Trainer):
         args = TOPRConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(model, args, train_dataset, eval_dataset, kwargs)
         if data_collator is not None:
-            _check_own_collator(data_collator, args)
+            check_own_collator(data_collator, args)
         super().__init__(
             model=model,
             args=args,
@@ -660,30 +660,6 @@ def _each(data: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(data, dict):
         return {name: change(part) for name, part in data.items()}
     return change(data)
-
-
-def _check_own_collator(collator: Any, args: TOPRConfig) -> None:
-    """Refuses what is no collator, and settings that only the default one implements."""
-    if isinstance(collator, type) or not callable(collator):
-        got = f"a {type(collator).__name__}"
-        got = f"the class {collator.__name__}" if isinstance(collator, type) else got
-        raise TypeError(
-            f"data_collator: got {got}; expected an object to call with a list of records, as "
-            "CompletionCollator(pad_id)"
-        )
-    if isinstance(collator, CompletionCollator) and collator.temperature != args.temperature:
-        if collator.temperature != 1:
-            raise ValueError(
-                f"temperature: the data_collator has {collator.temperature:g}, the arguments "
-                f"{args.temperature:g}; give both the sampler's"
-            )
-        collator.temperature = args.temperature
-    for name in ("share_prefix", "packing", "mask_truncated"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name}: got True with a data_collator, which decides that itself; set it there, as in "
-                f"CompletionCollator(pad_id, {name}=True), or drop data_collator"
-            )
 
 
 def _eos_token_id(model: Any, processing_class: Any) -> Any:

@@ -35,7 +35,6 @@ from axolotl.core.training_args_base import AxolotlTrainingMixins
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.data.shared import load_dataset_with_config, merge_datasets
 from pydantic import BaseModel
-from transformers import TrainingArguments
 
 from topr_kernels.hf.config import TOPRConfig
 from topr_kernels.hf.trainer import TOPRTrainer
@@ -54,7 +53,8 @@ _HARMLESS = {
 }
 #: What Axolotl gives its own trainers beside the arguments of Trainer.
 _PUT_ASIDE = ("eval_data_collator", "bench_data_collator", "dataset_tags")
-_INHERITED = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+_TRAINER = next(c for c in TOPRConfig.__mro__ if c.__name__ == "TrainingArguments")
+_INHERITED = {f.name for f in dataclasses.fields(_TRAINER) if f.init}
 _LOSS = {f.name for f in dataclasses.fields(TOPRConfig)} - _INHERITED
 
 
