@@ -19,10 +19,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
+from every_model import __main__ as command
 from every_model import judge as judging
 from every_model import sweep as sweeping
 from every_model import table
-from every_model.__main__ import main
 from every_model.building import build, entries
 from every_model.judge import ERROR, PATHS, REFUSED, SAME, WRONG, judge
 from every_model.sweep import judged, sweep
@@ -152,7 +152,9 @@ def test_the_command_prints_the_verdicts_on_a_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(sys, "argv", ["every_model", "GPT2LMHeadModel", "--jobs", "1"])
-    assert main() == 0
+    # It would silence the logs of the tests that follow.
+    monkeypatch.setattr(command, "quiet", lambda: None)
+    assert command.main() == 0
     printed = json.loads(capsys.readouterr().out)
     assert {printed["GPT2LMHeadModel"][path]["verdict"] for path in PATHS} == {SAME}
 
