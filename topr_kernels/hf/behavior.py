@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from topr_kernels.hf.causal_lm import causal_lm_log_prob
 from topr_kernels.hf.collator import CompletionCollator, check_token_ids, without_sharing
-from topr_kernels.hf.fields import IMAGES, TOKENS
+from topr_kernels.hf.fields import TOKENS
+from topr_kernels.hf.images import has_images
 from topr_kernels.hf.packing import eval_mode
 from topr_kernels.hf.sharing import BESIDE_IMAGES, shares_prefix, warn_unshared
 from topr_kernels.layout import IGNORE_INDEX
@@ -140,7 +141,7 @@ def fitting(collator: Any, model: nn.Module, records: Sequence[Mapping[str, Any]
     """
     if not (records and isinstance(collator, CompletionCollator) and collator.share_prefix):
         return collator
-    if any(record.get(IMAGES) for record in records):
+    if has_images(list(records)):
         warn_unshared(BESIDE_IMAGES)
         return without_sharing(collator)
     longest = max(([x for name in TOKENS for x in record[name]] for record in records), key=len)

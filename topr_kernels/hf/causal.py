@@ -22,6 +22,7 @@ from topr_kernels.hf.packing import (
     attention_of,
     eval_mode,
     head_input,
+    token_differences,
 )
 from topr_kernels.hf.signature import positions, takes, virtual_tokens
 
@@ -106,7 +107,7 @@ def _measured(
     # Of several streams (ProphetNet) it is not known which row is whose.
     if len(states[0]) != shapes[0][1]:
         return None, False
-    difference = _mean_difference(*(x[-width:][:half] for x in states))
+    difference = float(token_differences(*(x[-width:][:half] for x in states)).mean())
     allowed = allowed_difference(eps)
     # Written so that NaN fails.
     if difference <= allowed:
@@ -183,12 +184,6 @@ def _kinds(name: str, batch: Mapping[str, Any], width: int) -> Tensor:
         if scored:
             return kinds.new_tensor([list(islice(cycle(scored), width))])
     return kinds.new_zeros(1, width)
-
-
-def _mean_difference(found: Tensor, alone: Tensor) -> float:
-    """Mean over the tokens of the norm of a difference relative to the norm; both [T, D] fp32."""
-    norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
-    return float(((found - alone).norm(dim=-1) / norms).mean())
 
 
 def _rows(tokens: Tensor, most: int | None) -> Tensor:

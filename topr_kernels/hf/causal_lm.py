@@ -19,15 +19,9 @@ from topr_kernels import (
     topr_loss,
 )
 from topr_kernels.hf.capture import loss_in_head
-from topr_kernels.hf.forward import (
-    arranged,
-    check_tokens_once,
-    kept_rows,
-    label_layout,
-    model_inputs,
-)
+from topr_kernels.hf.forward import kept_rows, label_layout, laid_out
 from topr_kernels.hf.heads import Head, base_model
-from topr_kernels.hf.packing import check_packing_once, in_rows, is_packed
+from topr_kernels.hf.packing import check_packing_once, is_packed
 from topr_kernels.hf.padding import Moved
 from topr_kernels.hf.sharing import check_sharing_once, is_tree
 from topr_kernels.layout import IGNORE_INDEX
@@ -110,11 +104,9 @@ def causal_lm_topr_loss(
             tensors and with ``check``.
     """
     _check_kept(batch, check)
-    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
-    batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
-    if check_padded:
-        check_tokens_once(model, batch, signature_of=unwrapped)
+    moved, batch, inputs, keep = laid_out(
+        model, batch, signature_of=unwrapped, check_padded=check_padded
+    )
     if check_packed:
         check_apart_once(model, batch, unwrapped)
     labels, behavior = _kept(batch["labels"], keep), _kept(batch["behavior_log_prob"], keep)
@@ -202,11 +194,9 @@ def causal_lm_log_prob(
         ValueError: as :func:`causal_lm_topr_loss`.
     """
     _check_kept(batch, check)
-    moved = arranged(model, batch, signature_of=unwrapped, check=check_padded)
-    batch = in_rows(model if unwrapped is None else unwrapped, moved.batch)
-    inputs, keep = model_inputs(model, batch, signature_of=unwrapped, count=moved.counted)
-    if check_padded:
-        check_tokens_once(model, batch, signature_of=unwrapped)
+    moved, batch, inputs, keep = laid_out(
+        model, batch, signature_of=unwrapped, check_padded=check_padded
+    )
     if check_packed:
         check_apart_once(model, batch, unwrapped)
     labels = _kept(batch["labels"], keep)

@@ -82,11 +82,9 @@ def completion_logits(
     Raises:
         ValueError: as ``model_inputs``; with what ``causal_problem`` says.
     """
-    moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
-    batch = in_rows(model if signature_of is None else signature_of, moved.batch)
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of, count=moved.counted)
-    if check_padded:
-        check_tokens_once(model, batch, signature_of=signature_of)
+    moved, batch, inputs, keep = laid_out(
+        model, batch, signature_of=signature_of, check_padded=check_padded
+    )
     logits: Tensor = model(**inputs).logits
     return moved.restored(kept_rows(logits, keep, batch))
 
@@ -115,11 +113,9 @@ def completion_hidden(
     Raises:
         ValueError: as ``completion_logits``, ``find_head`` and ``check_logits``.
     """
-    moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
-    batch = in_rows(model if signature_of is None else signature_of, moved.batch)
-    inputs, keep = model_inputs(model, batch, signature_of=signature_of, count=moved.counted)
-    if check_padded:
-        check_tokens_once(model, batch, signature_of=signature_of)
+    moved, batch, inputs, keep = laid_out(
+        model, batch, signature_of=signature_of, check_padded=check_padded
+    )
     unwrapped = model if signature_of is None else signature_of
     with capture_hidden(unwrapped, sample=check is not None) as capture:
         logits = model(**inputs).logits
@@ -162,6 +158,29 @@ def arranged(
     if not found.exact_behind:
         check_unpadded(unwrapped, batch, found)
     return moved_behind(batch)
+
+
+def laid_out(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    signature_of: nn.Module | None,
+    check_padded: bool,
+) -> tuple[Moved, Mapping[str, Any], dict[str, Any], int]:
+    """Everything that comes before a forward pass; arguments as of ``completion_logits``.
+
+    Returns:
+        What ``arranged`` gave, its batch in rows, and inputs and columns of ``model_inputs``.
+
+    Raises:
+        ValueError: as ``arranged``, ``model_inputs`` and ``check_tokens_once``.
+    """
+    moved = arranged(model, batch, signature_of=signature_of, check=check_padded)
+    batch = in_rows(model if signature_of is None else signature_of, moved.batch)
+    inputs, keep = model_inputs(model, batch, signature_of=signature_of, count=moved.counted)
+    if check_padded:
+        check_tokens_once(model, batch, signature_of=signature_of)
+    return moved, batch, inputs, keep
 
 
 def check_tokens_once(

@@ -77,18 +77,21 @@ def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
 
 def has_images(dataset: Any) -> bool:
     """Whether a data set is known to have images; of a stream that is whether it has the column."""
-    if isinstance(dataset, list):
-        return any(isinstance(r, Mapping) and _any_of(r.get(IMAGES)) for r in dataset)
-    if IMAGES not in (getattr(dataset, "column_names", None) or ()):
-        return False
-    return any(map(_any_of, dataset[IMAGES])) if hasattr(dataset, "__len__") else True
+    return any(_with_images(dataset))
 
 
 def all_have_images(dataset: Any) -> bool:
     """Whether each record of a data set that ``has_images`` has some; it is read for that."""
+    return all(_with_images(dataset))
+
+
+def _with_images(dataset: Any) -> Iterator[bool]:
+    """Whether each record has images; what has no length says it once, by its columns."""
     if isinstance(dataset, list):
-        return all(_any_of(record.get(IMAGES)) for record in dataset)
-    return all(map(_any_of, dataset[IMAGES])) if hasattr(dataset, "__len__") else True
+        return (isinstance(record, Mapping) and _any_of(record.get(IMAGES)) for record in dataset)
+    if IMAGES not in (getattr(dataset, "column_names", None) or ()):
+        return iter([False])
+    return map(_any_of, dataset[IMAGES]) if hasattr(dataset, "__len__") else iter([True])
 
 
 def _any_of(images: Any) -> bool:

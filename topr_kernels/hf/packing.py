@@ -317,10 +317,16 @@ def state_problem(model: nn.Module) -> str | None:
 
 
 def median_difference(found: Tensor, alone: Tensor) -> float:
-    """Median over the tokens of the norm of a difference relative to the norm; both [T, D] fp32."""
+    """Median over the tokens of ``token_differences``."""
+    return float(token_differences(found, alone).median())
+
+
+def token_differences(found: Tensor, alone: Tensor) -> Tensor:
+    """[T] norm of each token's difference relative to the norm; both [T, D] fp32."""
     # The embedding of a padding id may be 0, and then all that comes of it.
     norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
-    return float(((found - alone).norm(dim=-1) / norms).median())
+    differences: Tensor = (found - alone).norm(dim=-1) / norms
+    return differences
 
 
 def allowed_difference(eps: float) -> float:

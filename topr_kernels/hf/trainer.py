@@ -328,7 +328,9 @@ class TOPRTrainer(Trainer):
         plugin = self.accelerator.state.deepspeed_plugin
         sharded = self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
         several = sharded and self.args.world_size > 1
-        sets = [d for d in (*parts_of(train), *parts_of(evaluation)) if has_images(d)]
+        trains = has_images(train)
+        sets = [train] if trains else []
+        sets += [part for part in parts_of(evaluation) if has_images(part)]
         if several and not all(map(all_have_images, sets)):
             raise ValueError(
                 "train_dataset or eval_dataset: some records have images and some none, but a sharded "
@@ -342,7 +344,7 @@ class TOPRTrainer(Trainer):
                 "per GPU (torchrun, accelerate launch)"
             )
         shares = getattr(self.data_collator, "share_prefix", False)
-        if not shares or not has_images(train):
+        if not (shares and trains):
             return
         if self._must_share:
             raise ValueError(f"share_prefix=True, but {BESIDE_IMAGES}; {REMEDY}")

@@ -27,8 +27,8 @@ from topr_kernels.recipe.models import (
 from topr_kernels.recipe.options import Options, SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.record_checks import (
-    check_images,
     check_positions,
+    check_processor,
     check_sources,
     check_tokens,
 )
@@ -142,7 +142,7 @@ def run_score(
         weights = weights_fingerprint(loaded.model)
         check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
         check_positions(to_score, positions(loaded.model))
-        check_images(to_score, loaded.processor, loaded.no_processor)
+        check_processor(to_score, loaded.processor, loaded.no_processor)
         for i, record in enumerate(to_score):
             if record.sampling.weights not in ("", weights):
                 raise RecordError(
@@ -252,7 +252,7 @@ def run_train(
             print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
             warn_if_none_right(trained_on, records.name)
         loaded = (models or Models()).take(settings.model)
-        check_images(trained_on, loaded.processor, loaded.no_processor)
+        check_processor(trained_on, loaded.processor, loaded.no_processor)
         # In several processes an error here may be a consequence of another's, which ``share`` reports.
         alone = naming(f"--model {settings.model}: training failed", "--batch-size")
         with alone if processes == 1 else contextlib.nullcontext():

@@ -101,8 +101,7 @@ def evaluate(
     with tqdm(total=2 * len(questions), desc=f"evaluate {label}".strip(), unit="answer") as bar:
         answers: dict[float, list[Completion]] = {0.0: [], 1.0: []}
         for start in range(0, len(questions), batch_size):
-            asked = questions[start : start + batch_size]
-            part = [question.prompt for question in asked]
+            part = [question.prompt for question in questions[start : start + batch_size]]
             prompts = read_prompts(model, tokenizer, part)
             for temperature, given in answers.items():
                 given += complete(

@@ -44,8 +44,8 @@ def training_fields(
     return fields
 
 
-def check_images(records: Sequence[Record], processor: Any, problem: str = "") -> None:
-    """Refuses records with images that the model cannot be given.
+def check_processor(records: Sequence[Record], processor: Any, problem: str = "") -> None:
+    """Refuses records with images for a model without a processor.
 
     Args:
         records: N records.
@@ -53,15 +53,26 @@ def check_images(records: Sequence[Record], processor: Any, problem: str = "") -
         problem: why it has none.
 
     Raises:
-        RecordError: naming the record, if it has images and there is no processor, or one is no image.
+        RecordError: naming the first record with images.
     """
+    shown = next(((i, r.images) for i, r in enumerate(records) if r.images), None)
+    if shown is not None and processor is None:
+        i, images = shown
+        raise RecordError(
+            f"record {i}, field 'images': has {len(images)}, but the model has no processor for "
+            f"them{problem and f' ({problem})'}; give the model that sampled the record, with its "
+            "processor's files in its folder"
+        )
+
+
+def check_images(records: Sequence[Record], processor: Any) -> None:
+    """Refuses records with images that the model cannot be given; opens each image.
+
+    Raises:
+        RecordError: as ``check_processor``, or naming the record one of whose images is none.
+    """
+    check_processor(records, processor)
     for i, record in enumerate(records):
-        if record.images and processor is None:
-            raise RecordError(
-                f"record {i}, field 'images': has {len(record.images)}, but the model has no processor "
-                f"for them{problem and f' ({problem})'}; give the model that sampled the record, with "
-                "its processor's files in its folder"
-            )
         for k, image in enumerate(record.images or ()):
             try:
                 check_readable(image, k, f"record {i}")
