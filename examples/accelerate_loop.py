@@ -15,12 +15,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topr_kernels.hf import (
-    CompletionCollator,
-    causal_lm_topr_loss,
-    prepare_records,
-    score_behavior,
-)
+from topr_kernels.hf import CompletionCollator, causal_lm_topr_loss, prepare_records, score_behavior
 
 
 def main(argv=None):
@@ -71,6 +66,8 @@ def main(argv=None):
     if accelerator.is_main_process:
         unwrapped.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
+    # Without its wrapper first, which would hold the group beyond its end: that may wait for ever.
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
     return losses
 

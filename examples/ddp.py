@@ -14,12 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topr_kernels.hf import (
-    CompletionCollator,
-    causal_lm_topr_loss,
-    prepare_records,
-    score_behavior,
-)
+from topr_kernels.hf import CompletionCollator, causal_lm_topr_loss, prepare_records, score_behavior
 
 
 def main(argv=None):
@@ -70,6 +65,8 @@ def main(argv=None):
     if rank == 0:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
+    # Without its wrapper first, which would hold the group beyond its end: that may wait for ever.
+    del ddp, optimizer
     dist.destroy_process_group()
     return losses
 

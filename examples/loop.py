@@ -11,12 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topr_kernels.hf import (
-    CompletionCollator,
-    causal_lm_topr_loss,
-    prepare_records,
-    score_behavior,
-)
+from topr_kernels.hf import CompletionCollator, causal_lm_topr_loss, prepare_records, score_behavior
 
 
 def main(argv=None):
