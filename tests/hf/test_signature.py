@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -89,11 +89,21 @@ def test_a_lost_argument_is_named_where_it_switches_something_off(name: str):
         assert POSITIONS in str(packing_problem(model))
 
 
-def test_the_names_of_packed_offsets_and_of_the_mask_are_transformers_own():
+def lost(function: Callable[..., Any], wanted: Iterable[str]) -> set[str]:
+    return set(wanted) - set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", [*VARLEN, POSITIONS])
+def test_the_names_of_packed_offsets_and_of_the_mask_are_transformers_own(name: str):
+    """Red with a transformers that renames one, as the second half shows."""
     assert set(VARLEN) <= set(modeling_flash_attention_utils.FlashAttentionKwargs.__annotations__)
-    assert hasattr(masking_utils, "create_causal_mask")
-    gives = inspect.signature(masking_utils.create_causal_mask).parameters
-    assert POSITIONS in gives
+    readers = {
+        modeling_flash_attention_utils._flash_attention_forward: (*VARLEN, POSITIONS),
+        masking_utils.create_causal_mask: (POSITIONS,),
+    }
+    for function, wanted in readers.items():
+        assert lost(function, wanted) == set()
+        assert lost(renamed(function, name), wanted) == {name} & set(wanted)
 
 
 @pytest.mark.parametrize("name", CACHE)
