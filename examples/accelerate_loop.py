@@ -31,10 +31,10 @@ def main(argv=None):
 
     set_seed(0)
     accelerator = Accelerator()
-    model = unwrapped = AutoModelForCausalLM.from_pretrained(args.model).to(accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.records, encoding="utf-8") as file:
         records = prepare_records([json.loads(x) for x in file if x.strip()], tokenizer)
+    model = unwrapped = AutoModelForCausalLM.from_pretrained(args.model).to(accelerator.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = CompletionCollator(pad)
 

@@ -31,10 +31,10 @@ def main(argv=None):
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.records, encoding="utf-8") as file:
         records = prepare_records([json.loads(x) for x in file if x.strip()], tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = CompletionCollator(pad)
 

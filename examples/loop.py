@@ -27,10 +27,10 @@ def main(argv=None):
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.records, encoding="utf-8") as file:
         records = prepare_records([json.loads(x) for x in file if x.strip()], tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = CompletionCollator(pad)
 

@@ -26,10 +26,10 @@ def main(argv=None):
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     args = parser.parse_args(argv)
 
-    model = AutoModelForCausalLM.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.records, encoding="utf-8") as file:
         records = [json.loads(line) for line in file if line.strip()]
+    model = AutoModelForCausalLM.from_pretrained(args.model)
     settings = TOPRConfig(
         output_dir=args.out,
         behavior=args.behavior,

@@ -268,12 +268,20 @@ def _without_unread(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+_TEXT_ALONE = (
+    "; records of the pipeline hold the tokens that were sampled, as `topr generate` writes them. "
+    "TOPRTrainer takes records of text (examples/trainer.py)"
+)
+
+
 def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
     fields = dataclasses.fields(kind)
     required = {f.name for f in fields if f.default is dataclasses.MISSING}
     missing = sorted(required - raw.keys())
     if missing:
-        raise RecordError(f"{where}, field {missing[0]!r}: missing")
+        text = kind is Record and not raw.keys() & {"prompt_token_ids", "completion_token_ids"}
+        remedy = _TEXT_ALONE if text else ""
+        raise RecordError(f"{where}, field {missing[0]!r}: missing{remedy}")
     unknown = sorted(raw.keys() - {f.name for f in fields})
     if unknown:
         name = name_here(unknown[0])
