@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -192,5 +193,7 @@ def version(package: str) -> str:
 
 
 def processor() -> str:
-    """The CPU and the threads torch uses of it."""
-    return f"cpu: {cpu_name() or 'unknown'}, {torch.get_num_threads()} threads"
+    """The CPU and the threads torch uses of it, and the instructions if ATEN_CPU_CAPABILITY says."""
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    held_back = f" held to {capability}" if capability else ""
+    return f"cpu: {cpu_name() or 'unknown'}{held_back}, {torch.get_num_threads()} threads"

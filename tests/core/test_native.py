@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,24 @@ def sets() -> list[int]:
     if not native_library.PATH.exists():
         return []
     return list(range(BASELINE, native_library.library().topr_isa_available() + 1))
+
+
+@pytest.mark.parametrize(("said", "isa"), [("", 0), ("avx512", 0), ("AVX2", 2), ("default", 1)])
+def test_torchs_instructions_are_obeyed(monkeypatch: pytest.MonkeyPatch, said: str, isa: int):
+    available = native_library.library().topr_isa_available()
+    calls = []
+    fake = types.SimpleNamespace(
+        topr_isa_available=lambda: available, topr_exp=lambda p: calls.append(p._obj.isa)
+    )
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", said)
+    monkeypatch.setattr(native_library, "library", lambda: fake)
+    native_library.instruction_set.cache_clear()
+    try:
+        native_library.call("topr_exp")
+        native_library.call("topr_exp", isa=BASELINE)
+    finally:
+        native_library.instruction_set.cache_clear()
+    assert calls == [min(isa, available), BASELINE]
 
 
 def exponential(x: Tensor, isa: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -101,15 +102,22 @@ def library() -> ctypes.CDLL:
     return load(PATH)
 
 
+@functools.cache
+def instruction_set() -> int:
+    """``topr_isa`` of a call: the best there is, or less where ATEN_CPU_CAPABILITY holds torch back."""
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    return min({"default": 1, "avx2": 2}.get(wanted, 0), int(library().topr_isa_available()))
+
+
 def call(function: str, **fields: Tensor | float | None) -> None:
-    """Calls a function of the library with the threads of torch; tensors are passed as pointers.
+    """Calls a function of the library with torch's threads and instructions; tensors go as pointers.
 
     Raises:
         AttributeError: for a field that is none of ``Params``.
         RuntimeError: if the library refuses its params, with its reason, or a tensor that has no strides
             among the fields is not contiguous.
     """
-    p = Params(size=ctypes.sizeof(Params), threads=torch.get_num_threads())
+    p = Params(size=ctypes.sizeof(Params), threads=torch.get_num_threads(), isa=instruction_set())
     for name, value in fields.items():
         getattr(Params, name)  # ctypes would make a new attribute of a misspelled one
         if isinstance(value, Tensor):
