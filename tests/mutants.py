@@ -139,8 +139,8 @@ LOSS = [
     Mutant(
         "a-segment-in-two-tiles",
         "topr_kernels/linear/plan.py",
-        "known = [rows, *(x[units.owner] for x in known[1:])]",
-        "known = [length, *known[1:]]",
+        "counts = [of_unit, *(x[units.owner] for x in counts[1:])]",
+        "counts = [length, *counts[1:]]",
         ("tests/core/test_segments.py::test_a_weight_of_the_sequence_and_tiles_smaller_than_it",),
     ),
     Mutant(
@@ -409,8 +409,8 @@ LINEAR = [
     Mutant(
         "product-not-added",
         "topr_kernels/linear/matmul.py",
-        "part.add_(product)",
-        "part.copy_(product)",
+        "target.add_(product)",
+        "target.copy_(product)",
         ("tests/core/test_matmul.py",),
     ),
     Mutant(

@@ -15,7 +15,7 @@ from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
-from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.output import TOPROutput, sequence_weight_or_ones
 from topr_kernels.segments import with_units
 from topr_kernels.sequence import topr_from_log_prob, without_unknown
 
@@ -133,7 +133,7 @@ def topr_loss(
     out = ops.topr_fwd(x, *tokens[:2], *objective[:10], *options, impl)
     loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
     nan = torch.full_like(loss, torch.nan, requires_grad=False)
-    rest += nan, nan, weights_or_ones(None, rest[3])
+    rest += nan, nan, sequence_weight_or_ones(None, rest[3])
     result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
     return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
@@ -250,8 +250,8 @@ def linear_topr_loss(
     x, weights, tokens, transforms, wanted = validation.check_linear(given, FROZEN_HEAD_TOLERANCE)
     objective = validation.check_objective(tokens, sequences)
     vocab = weights.weight.shape[0]
-    workspace = validation.check_workspace(workspace_bytes, x, vocab)
-    name = kernels.resolve(impl, x, kernels.LINEAR)
+    workspace_bytes = validation.check_workspace(workspace_bytes, x, vocab)
+    impl = kernels.resolve(impl, x, kernels.LINEAR)
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective, normalizer)
     objective = with_units(objective, tokens)
@@ -259,10 +259,10 @@ def linear_topr_loss(
     out = linear_ops.linear_topr_fwd(
         *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
         *(weights.compute_dtype, *transforms, entropy, shift),
-        *(wanted.grad_tolerance, workspace, *wanted[1:], name),
+        *(wanted.grad_tolerance, workspace_bytes, *wanted[1:], impl),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
-    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
+    rest.append(sequence_weight_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
     return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 

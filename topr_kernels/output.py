@@ -15,7 +15,7 @@ from topr_kernels.ops.options import Tokens
 DEAD_WEIGHT = 1e-6
 
 
-def weights_or_ones(weight: Tensor | None, reward: Tensor) -> Tensor:
+def sequence_weight_or_ones(weight: Tensor | None, reward: Tensor) -> Tensor:
     """``sequence_weight`` of a result, [B] like its rewards."""
     return torch.ones_like(reward) if weight is None else weight.to(reward.dtype)
 

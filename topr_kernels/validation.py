@@ -329,18 +329,16 @@ def check_linear(given: LinearArguments, frozen_tolerance: float) -> LinearInput
     )
     weights = check_head(x, given.weight, given.bias)
     grad = torch.is_grad_enabled()
-    hidden, weight, bias = (
-        y is not None and y.requires_grad and grad for y in (x, weights.weight, weights.bias)
-    )
+    trained = [y is not None and y.requires_grad and grad for y in (x, *weights[:2])]
     tolerance = check_tolerance(
-        given.grad_tolerance, weights.compute_dtype, not weight, frozen_tolerance
+        given.grad_tolerance, weights.compute_dtype, not trained[1], frozen_tolerance
     )
     return LinearInputs(
         x,
         weights,
         Tokens(labels, cu_seqlens, tokens.shift),
         check_transforms(transforms.temperature, transforms.softcap, transforms.logit_scale),
-        Wanted(tolerance, hidden, weight, bias),
+        Wanted(tolerance, *trained),
     )
 
 

@@ -336,8 +336,8 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
     scale = d_loss * sound
     # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale, not a NaN one.
-    rows = torch.where((coefficient == 0) & ~d_loss.isnan(), 0.0, coefficient * d_loss)
-    factors = (rows.unsqueeze(-1), scale, scale)
+    row_factor = torch.where((coefficient == 0) & ~d_loss.isnan(), 0.0, coefficient * d_loss)
+    factors = (row_factor.unsqueeze(-1), scale, scale)
     # A plain loss.backward() on a CPU, where looking costs nothing: a pass over d_weight less.
     plain = not compiling and scale.device.type == "cpu" and scale.item() == 1
     result: list[Tensor | None] = []
