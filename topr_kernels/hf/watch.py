@@ -72,9 +72,10 @@ class SequenceMetrics:
             self._sequences, self._sums = [self._joined()], [torch.stack(self._sums).sum(0)]
         results = output.sequences()
         self._sequences.append(torch.stack([x.double() for x in results[:6]]))
-        known = torch.zeros_like(results.entropy) if items is None else items
-        loss = torch.where(known == 0, 0.0, output.loss.detach() * known)
-        sums = (results.entropy, results.kl_k3, loss, known)
+        if items is None:
+            items = torch.zeros_like(results.entropy)
+        loss = torch.where(items == 0, 0.0, output.loss.detach() * items)
+        sums = (results.entropy, results.kl_k3, loss, items)
         self._sums.append(torch.stack([x.double() for x in sums]))
 
     def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -119,12 +120,12 @@ def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Li
     """
     if limits.neg_max == 0:
         return False
-    known = False
+    empty = True
     for reward in rewards:
         if float(reward) - baseline < 0:
             return False
-        known = True
-    if not known:
+        empty = False
+    if empty:
         return False
     warnings.warn(
         f"No reward of this data set is below the baseline of {baseline:g}: TOPR degenerates to "

@@ -94,7 +94,7 @@ def topr_policy_loss(
             ``policy_loss.rollout_correction.rollout_rs``. If it is None, or lacks the
             counts on one rank, means are over this micro-batch alone.
         rollout_is_weights: None; see Raises.
-        limits: clip limits per sign of the reward, or a taper of one's own, as in :func:`topr_loss`.
+        limits: clip limits per sign of the reward, or a custom taper, as in :func:`topr_loss`.
         ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986), "token", or per turn
             of the policy (``response_mask`` is 0 between them) "segment" or "segment_geometric".
 

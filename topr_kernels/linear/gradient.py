@@ -112,7 +112,7 @@ class Gradient:
         columns, left, whole = active.select_columns(
             energy, label, self.wanted.grad_tolerance, self.shard
         )
-        # Tiles in one unit again.
+        # In units that all tiles share.
         self.energy += whole * top.double().square()
         self.left += left * top.double().square()
         if columns is None:

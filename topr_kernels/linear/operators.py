@@ -288,7 +288,7 @@ class _Work:
         stage = self.stage()
         coefficient = to_rows(stage.d_log_prob, shift, 0.0) / stage.denominator
         coefficient = coefficient * gradient.row_scale.view(coefficient.shape)
-        # A NaN of a sequence that left the backward, by its reward, is in no row of d_weight.
+        # Sequences of reward 0 leave the backward, so a NaN in one would be in no row of d_weight.
         sound = torch.where(self.rows.sound & ~stage.d_log_prob.isnan().any(), 1.0, torch.nan)
         return (
             stage.loss,
