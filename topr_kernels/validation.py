@@ -172,6 +172,11 @@ class TokenArguments(NamedTuple):
     cu_seqlens: Tensor | None
     debug: bool
 
+    @property
+    def tokens(self) -> Tokens:
+        """The mask in the place of labels."""
+        return Tokens(self.mask, self.cu_seqlens, False)
+
 
 def check_token_log_prob(given: TokenArguments) -> TokenArguments:
     """Checks all but values; log-probs and mask become [O, T], the mask bool."""

@@ -116,8 +116,7 @@ def topr_loss_from_log_prob(
         groups, _device(given.log_prob), _TokenCall(groups, given, sequences)
     )
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
-    tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-    objective = _with_units(objective, tokens, sequence_group)
+    objective = _with_units(objective, inputs.tokens, sequence_group)
     out = topr_from_log_prob(
         inputs.log_prob, inputs.mask, inputs.cu_seqlens, objective, over(sum_, sequence_group)
     )
@@ -283,21 +282,17 @@ class _TokenCall(NamedTuple):
 
     def check(self) -> _Checked:
         inputs = validation.check_token_log_prob(self.given)
-        tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-        return _checked(inputs, tokens, self.sequences, "")
+        return _checked(inputs, inputs.tokens, self.sequences, "")
 
     def announcement(self, checked: _Checked) -> agreement.Announcement:
         inputs: validation.TokenArguments = checked.inputs
-        tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-        return _announcement(checked, inputs.log_prob, tokens, 0, inputs.log_prob.shape, ())
+        return _announcement(checked, inputs.log_prob, inputs.tokens, 0, inputs.log_prob.shape, ())
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
         inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
-            assert checked.objective is not None
             rest = checked.objective, self.sequences.normalizer
-            tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-            validation.check_sequence_values(tokens, *rest)
+            validation.check_sequence_values(inputs.tokens, *rest)
 
 
 def _check_values(
