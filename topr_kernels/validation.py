@@ -76,7 +76,7 @@ def check_transforms(
 
 
 def check_limits(limits: object) -> Limits | Taper:
-    """Checks that ``limits`` is a Limits object, or a callable; a class is none."""
+    """Checks that ``limits`` is a Limits object, or a callable that is not a class."""
     if isinstance(limits, Limits) or (callable(limits) and not isinstance(limits, type)):
         return limits
     names = ", ".join(PRESETS)
@@ -570,9 +570,10 @@ def check_sequence_values(tokens: Tokens, objective: Objective | None, normalize
 
 def check_label_values(labels: Tensor, vocab: int) -> None:
     """Raises when a label is neither IGNORE_INDEX nor a token id."""
-    bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
+    ids = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab:
+        where = tuple(((ids < 0) | (ids >= vocab)).nonzero()[0].tolist())
         raise ValueError(
             f"labels: expected token ids in [0, {vocab}) or {IGNORE_INDEX} (not scored), got "
             f"{int(labels[where])} at {where}"
@@ -598,9 +599,9 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, n: int) -> None:
 
 def check_reward_values(reward: Tensor) -> None:
     """Raises when a reward is NaN or infinite."""
-    finite = reward.isfinite()
-    if not finite.all():
-        i = int((~finite).nonzero()[0])
+    # A sum is finite only if all of its parts are; one of finite rewards may overflow.
+    if not math.isfinite(reward.sum()) and not reward.isfinite().all():
+        i = int((~reward.isfinite()).nonzero()[0])
         raise ValueError(
             f"reward: expected finite numbers, got {float(reward[i])} for sequence {i}; drop the "
             "sequence or give it a reward"
