@@ -174,7 +174,7 @@ def _compare(
         sums = torch.stack([x.sum(), x.abs().sum()])
     host = torch.tensor([local, int(problem is not None)], device=device)
     own = torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)])
-    # The one synchronisation: what follows is reckoned on the host.
+    # The one synchronisation: what follows is computed on the host.
     all_processes = gathered(own, group).cpu()
     told = all_processes.tolist()
     locals_ = [x[0] for x in told]

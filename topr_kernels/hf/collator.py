@@ -352,7 +352,7 @@ def check_token_ids(
     Raises:
         ValueError: if a field is missing or the prompt is empty, an id is negative, or as
             ``check_meaning`` and ``mask_of``.
-        TypeError: if the ids are none.
+        TypeError: if the ids are not whole numbers.
     """
     for name in (*TOKENS, *more):
         if record.get(name) is None:

@@ -121,7 +121,7 @@ def prepare_records(
             vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
             numbers <= 0, a ``completion_mask`` that is not as long or not of 0 and 1, a negative
             ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if
-            messages of a completion are no turns of the assistant, or their template rewrites earlier
+            messages of a completion are not turns of the assistant, or their template rewrites earlier
             ones; if a token lies across the border of prompt and completion; if EOS is needed and
             unknown; if an image cannot be read, there are more or fewer than places for them, there is
             no processor, or a record with images is longer than ``max_length``. All name the record and

@@ -76,7 +76,7 @@ def token_ids(
         vocabulary: number of ids of the model; None if not known.
 
     Raises:
-        TypeError: if the field is no flat sequence of whole numbers.
+        TypeError: if the field is not a flat sequence of whole numbers.
         ValueError: if an id is below 0, or not below ``vocabulary``.
     """
     ids = plain(record[name])
@@ -137,7 +137,7 @@ def mask_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | N
         where: names the record in messages.
 
     Raises:
-        TypeError: if it is no flat sequence.
+        TypeError: if it is not a flat sequence.
         ValueError: if it is not as long as the completion, or an entry is neither 0 nor 1.
     """
     values = plain(record.get(MASK))
@@ -168,7 +168,7 @@ def segments_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int]
     """The segment of each of a completion's tokens, an integer; None where the record has none.
 
     Raises:
-        TypeError: if they are no flat sequence of whole numbers.
+        TypeError: if they are not a flat sequence of whole numbers.
         ValueError: if there are more or fewer than tokens.
     """
     values = plain(record.get(SEGMENTS))
@@ -226,7 +226,7 @@ def behavior_of(
         mask: as ``mask_of``. Entries under 0 are not read, and are 0 in the result.
 
     Raises:
-        TypeError: if it is no flat sequence of numbers.
+        TypeError: if it is not a flat sequence of numbers.
         ValueError: if it is not as long as the completion, or an entry is NaN, infinite or positive.
     """
     values = plain(record.get("behavior_log_prob"))
@@ -286,7 +286,7 @@ def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
     """Whether a completion was cut off, by ``finish_reason`` and the like; None if nothing tells.
 
     Raises:
-        TypeError: if ``truncated`` is no bool.
+        TypeError: if ``truncated`` is not a bool.
         ValueError: if ``finish_reason`` is not known, or two fields contradict each other.
     """
     reason = record.get("finish_reason")

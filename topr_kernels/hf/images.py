@@ -59,7 +59,7 @@ def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
     """The images of a record as they were given, [] if it has none.
 
     Raises:
-        TypeError: if the field is no list, or holds something else than images.
+        TypeError: if the field is not a list, or holds something else than images.
     """
     images = plain(record.get(IMAGES))
     if images is None:
@@ -365,7 +365,7 @@ class ImageInputs:
 
     @cached_property
     def _kinds(self) -> dict[str, dict[int, int]]:
-        """For each name of kinds of tokens: the kind of each id that is no text."""
+        """For each name of kinds of tokens: the kind of each id that is not text."""
         blank = _pil()[0].new("RGB", (64, 64))
         inputs = self._processed([[blank]], ["a blank image"])
         ids = inputs["input_ids"][0]

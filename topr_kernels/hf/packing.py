@@ -294,7 +294,7 @@ def attention_of(model: nn.Module) -> str:
 
 
 def other_layers(model: nn.Module) -> list[str]:
-    """Kinds of a model's layers, as its config names them, that are no attention."""
+    """Kinds of a model's layers, as its config names them, that are not attention."""
     return sorted(set(getattr(text_config(model), "layer_types", None) or ()) - ATTENTION)
 
 

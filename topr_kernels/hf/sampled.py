@@ -75,6 +75,6 @@ def _refused(where: str, field: str, got: str, expected: str) -> ValueError:
 
 
 def _number(value: Any) -> float | None:
-    """A setting as a number; None if it is none."""
+    """A setting as a number; None if it is something else."""
     value = plain(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -365,7 +365,7 @@ def check_messages(
         images: whether images are given to the model.
 
     Raises:
-        TypeError: if they are no mappings with a role.
+        TypeError: if they are not mappings with a role.
         ValueError: if there are none, or one holds an image, video or sound.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):

@@ -56,7 +56,7 @@ class SequenceMetrics:
     """Metrics of the sequences of several batches, as if they had been one batch.
 
     The sequences' results are kept, six numbers each, since a standard deviation or an effective
-    sample size is no mean of those of the batches. Nothing is copied to the host before ``result``.
+    sample size is not the mean of those of the batches. Nothing is copied to the host before ``result``.
     """
 
     #: Tensors that are kept before they are joined.
@@ -185,7 +185,7 @@ def warn_of_noise(
         in_training = score()
         with eval_mode(model):
             quiet = score()
-    # NaN in one mode alone is a difference; -inf in both is none.
+    # NaN in one mode alone is a difference; -inf in both is not.
     one_sided = bool((in_training.isnan() != quiet.isnan()).any())
     differences = (in_training - quiet).nan_to_num(0.0).abs()
     difference = math.inf if one_sided else float(differences.max())

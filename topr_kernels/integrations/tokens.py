@@ -101,7 +101,7 @@ def check_ratio(ratio: str) -> None:
     """Refuses an unknown ratio before anything is trained.
 
     Raises:
-        ValueError: a ratio that is none of ``choices.RATIOS``.
+        ValueError: a ratio that is not in ``choices.RATIOS``.
     """
     validation.check_choice("ratio", ratio, choices.RATIOS)
 

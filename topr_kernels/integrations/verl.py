@@ -103,7 +103,7 @@ def topr_policy_loss(
         of :func:`topr_kernels.integrations.tokens.figures`, as ``actor/ppo_kl`` and ``actor/topr_...``.
 
     Raises:
-        TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
+        TypeError: half-precision log-probs, or a ``global_batch_info`` that is not a mapping.
         ValueError: advantages that differ within a sequence, an aggregation that TOPR has no reduction
             for, ``dp_size`` > 1 without the count of the whole batch, rejection of single tokens, or
             ``rollout_is_weights``, which would weigh every token a second time, positives too.

@@ -91,7 +91,7 @@ def parse_json(text: str) -> Any:
     """A text as JSON.
 
     Raises:
-        json.JSONDecodeError: if it is none.
+        json.JSONDecodeError: if it is not JSON.
         ValueError: if an object holds a key twice, of which Python would keep the last; if a number has
             thousands of digits.
         RecursionError: if brackets are nested thousands deep.
@@ -100,7 +100,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_object(line: str, where: str, error: type[ValueError]) -> Mapping[str, Any]:
-    """A line of a JSONL file; raises ``error``, naming the line, if it is no JSON object."""
+    """A line of a JSONL file; raises ``error``, naming the line, if it is not a JSON object."""
     try:
         value = parse_json(line)
     except json.JSONDecodeError as problem:

@@ -31,7 +31,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
 
     Raises:
         SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM or a server is asked for by
-            several processes, or the URL of the server is none.
+            several processes, or the URL of the server is not valid.
     """
     backend = choose_backend(settings.backend, settings.model)
     if settings.server:

@@ -79,7 +79,7 @@ class Server:
         url: as ``--server`` gives it, with or without its /v1.
 
     Raises:
-        SettingsError: naming the URL, from here if it is none, and from every method if the server
+        SettingsError: naming the URL: from here if it is not valid, from every method if the server
             cannot be reached, refuses, or says what cannot be.
     """
 
@@ -539,7 +539,7 @@ def server_url(text: str) -> str:
     """The root of a server: its URL without a slash or /v1 at the end.
 
     Raises:
-        SettingsError: if it is none, or holds a password.
+        SettingsError: if it is not valid, or holds a password.
     """
     try:
         parts = urllib.parse.urlsplit(text)
