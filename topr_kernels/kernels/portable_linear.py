@@ -25,7 +25,7 @@ def rows(
 ) -> RowStats:
     vocab = z.shape[-1]
     parts = []
-    # A power of two, as are the units of rows: blocks of one shape. A block of a single row would have
+    # A power of two, as are the steps of rows: blocks of one shape. A block of a single row would have
     # its sum split over the threads, to another last bit.
     step = 1 << max(0, (BLOCK // vocab).bit_length() - 1)
     for block, y in zip(torch.split(z, step), torch.split(label, step), strict=True):
