@@ -139,8 +139,8 @@ LOSS = [
     Mutant(
         "a-segment-in-two-tiles",
         "topr_kernels/linear/plan.py",
-        "known = [rows, *(x[units.owner] for x in known[1:])]",
-        "known = [length, *known[1:]]",
+        "counts = [of_unit, *(x[units.owner] for x in counts[1:])]",
+        "counts = [length, *counts[1:]]",
         ("tests/core/test_segments.py::test_a_weight_of_the_sequence_and_tiles_smaller_than_it",),
     ),
     Mutant(
@@ -188,8 +188,8 @@ LOSS = [
     Mutant(
         "label-of-the-vocabularys-size",
         "topr_kernels/validation.py",
-        "bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))",
-        "bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels > vocab))",
+        "if low < 0 or high >= vocab:",
+        "if low < 0 or high > vocab:",
         ("tests/core/test_validation.py",),
     ),
     Mutant(
@@ -409,8 +409,8 @@ LINEAR = [
     Mutant(
         "product-not-added",
         "topr_kernels/linear/matmul.py",
-        "part.add_(product)",
-        "part.copy_(product)",
+        "target.add_(product)",
+        "target.copy_(product)",
         ("tests/core/test_matmul.py",),
     ),
     Mutant(
@@ -795,8 +795,8 @@ HF = [
     Mutant(
         "fsdp-hides-the-head",
         "topr_kernels/hf/heads.py",
-        "return kind.__bases__[-1] if fsdp is not None and issubclass(kind, fsdp) else kind",
-        "return kind",
+        "return cls.__bases__[-1] if fsdp is not None and issubclass(cls, fsdp) else cls",
+        "return cls",
         ("tests/hf/test_sharded_training.py::test_fsdp2_ends_where_one_process_ends",),
     ),
     Mutant(
@@ -904,7 +904,7 @@ HF = [
     Mutant(
         "padding-left-in-front",
         "topr_kernels/hf/forward.py",
-        "    if found.exact_as_it_is:\n",
+        "    if padding.exact_as_it_is:\n",
         "    if True:\n",
         ("tests/hf/test_padding.py::test_every_token_has_the_log_prob_it_has_alone",),
     ),
@@ -925,7 +925,7 @@ HF = [
     Mutant(
         "padding-that-is-seen-on-both-sides",
         "topr_kernels/hf/forward.py",
-        "    if not found.exact_behind:\n",
+        "    if not padding.exact_behind:\n",
         "    if False:\n",
         (
             "tests/hf/test_padding.py::test_a_model_that_sees_padding_on_both_sides_is_refused_by_name",
@@ -955,7 +955,7 @@ HF = [
     Mutant(
         "sampling-unread",
         "topr_kernels/hf/sampled.py",
-        "if found is not None and not math.isclose(found, temperature, rel_tol=1e-6):",
+        "if value is not None and not math.isclose(value, temperature, rel_tol=1e-6):",
         "if False:",
         ("tests/hf/test_fields.py::test_log_mu_of_another_distribution_is_refused",),
     ),
@@ -1171,7 +1171,7 @@ RECIPE = [
     Mutant(
         "key-twice",
         "topr_kernels/recipe/files.py",
-        "if name in found:",
+        "if name in mapping:",
         "if False:",
         ("tests/recipe/test_recipe_tasks.py::test_bad_lines_are_named",),
     ),
@@ -1235,7 +1235,7 @@ INTEGRATIONS = [
     Mutant(
         "axolotl-settings-without-effect",
         "topr_kernels/integrations/axolotl.py",
-        "if field.name not in _HARMLESS | _INHERITED and found not in unset:",
+        "if field.name not in _HARMLESS | _INHERITED and value not in unset:",
         "if False:",
         ("tests/hf/test_other_integrations.py::test_axolotl_trains_on_the_records_of_its_files",),
     ),

@@ -33,7 +33,7 @@ from topr_kernels import (
     reference,
     topr_loss,
 )
-from topr_kernels.linear.head import Head
+from topr_kernels.linear.head import HeadProducts
 from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops.options import HeadWeights
 from topr_kernels.testing import Batch, assert_within_budget, make_batch
@@ -426,12 +426,12 @@ def test_pitfall_16_products_of_a_gpu_keep_half_precision_operands(compute: torc
             return OnGpu(dtype)
 
     for stored in (compute, torch.float32):  # the second under autocast
-        head = Head(HeadWeights(OnGpu(stored), None, compute))  # type: ignore[arg-type]
+        head = HeadProducts(HeadWeights(OnGpu(stored), None, compute))  # type: ignore[arg-type]
         assert head.operand == compute
         assert head.weight.dtype == compute
         assert head.arithmetic == torch.float32
         assert len(head.blocks) == 1, "nothing is cast block by block"
-    wide = Head(HeadWeights(torch.zeros(7, 3, dtype=compute), None, compute))
+    wide = HeadProducts(HeadWeights(torch.zeros(7, 3, dtype=compute), None, compute))
     assert wide.operand == torch.float32, "a CPU has no fast half-precision product"
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-#: A taper of one's own, in the place of limits: ``(log_ratio [n], positive [n] bool) -> (objective [n],
-#: weight [n])``, of plain torch on the device of the log-ratios, in any floating dtype. ``positive`` is
+#: A custom taper in the place of limits: ``(log_ratio [n], positive [n] bool) -> (objective [n],
+#: weight [n])``, in plain torch on the device of the log-ratios, in any floating dtype. ``positive`` is
 #: reward - baseline >= 0. Each entry must depend on its own arguments alone: a batch comes in parts of
 #: any size and order, and some entries more than once. What moves with the batch (its share of
 #: positives, say) is computed before the call and closed over. NaN log-ratios make both results NaN.

@@ -66,14 +66,14 @@ def log_prob(
     if process_group is not None or sequence_group is not None:
         return calls.log_prob(Groups(process_group, sequence_group), given)
     x, tokens, transforms, *_ = validation.check_logits(given)
-    name = kernels.resolve(impl, x)
-    checked = validation.values_readable(x, debug)
-    if checked:
+    impl = kernels.resolve(impl, x)
+    readable = validation.values_readable(x, debug)
+    if readable:
         validation.check_values(tokens, x.shape[-1])
-    options = transforms.temperature, transforms.softcap, entropy, shift, name
+    options = transforms.temperature, transforms.softcap, entropy, shift, impl
     token, lse, _, row_entropy = ops.log_prob_fwd(x, *tokens[:2], *options)
     out = LogProbOutput(*(y.view(labels.shape) for y in (token, lse, row_entropy)))
-    return out if checked else out.poisoned(tokens)
+    return out if readable else out.poisoned(tokens)
 
 
 def linear_log_prob(
@@ -137,14 +137,14 @@ def linear_log_prob(
         return calls.linear_log_prob(Groups(process_group, sequence_group), given)
     x, weights, tokens, transforms, wanted = validation.check_linear(given, 0.0)
     vocab = weights.weight.shape[0]
-    workspace = validation.check_workspace(workspace_bytes, x, vocab)
-    name = kernels.resolve(impl, x, kernels.LINEAR)
-    checked = validation.values_readable(x, debug)
-    if checked:
+    workspace_bytes = validation.check_workspace(workspace_bytes, x, vocab)
+    impl = kernels.resolve(impl, x, kernels.LINEAR)
+    readable = validation.values_readable(x, debug)
+    if readable:
         validation.check_values(tokens, vocab)
     result = linear_ops.linear_log_prob_fwd(
         *(x, *weights[:2], *tokens[:2], weights.compute_dtype, *transforms),
-        *(entropy, shift, wanted.grad_tolerance, workspace, name),
+        *(entropy, shift, wanted.grad_tolerance, workspace_bytes, impl),
     )
     out = LogProbOutput(*(y.view(labels.shape) for y in result))
-    return out if checked else out.poisoned(tokens)
+    return out if readable else out.poisoned(tokens)

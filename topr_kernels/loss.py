@@ -15,7 +15,7 @@ from topr_kernels.limits import TOPR, Limits, Taper
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens, Transforms
-from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.output import TOPROutput, sequence_weight_or_ones
 from topr_kernels.segments import with_units
 from topr_kernels.sequence import topr_from_log_prob, without_unknown
 
@@ -62,9 +62,9 @@ def topr_loss(
             taken per token. A sum is best kept in fp64.
         reward: [B] floating, signed.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
-        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT. Or a taper of
-            one's own, ``(log_ratio, positive) -> (objective, weight)``, see ``limits.Taper``: the value
-            of the loss is what it says, the gradient of each scored token is its weight
+        limits: clip limits per sign of the reward; presets TOPR, TIS, IS, REINFORCE, SFT. Or a custom
+            taper, ``(log_ratio, positive) -> (objective, weight)``, see ``limits.Taper``: its objective
+            is the value of the loss, its weight the gradient of each scored token
             (``testing.check_taper`` compares them). At "geometric" it gets the mean log-ratio, and its
             objective is multiplied by |y|. Every implementation then computes rows and gradient in its
             kernels, and the sequence stage in torch.
@@ -113,9 +113,7 @@ def topr_loss(
     given = validation.LogitsArguments(logits, tokens, transforms, entropy, impl, debug)
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
-        sequence_weight=sequence_weight,
-        behavior_known=behavior_known,
-        segments=segments,
+        *(sequence_weight, behavior_known, segments),
     )
     if process_group is not None or sequence_group is not None:
         return calls.topr_loss(Groups(process_group, sequence_group), given, sequences, inplace)
@@ -133,7 +131,7 @@ def topr_loss(
     out = ops.topr_fwd(x, *tokens[:2], *objective[:10], *options, impl)
     loss, _, log_prob, _, _, row_entropy, token_log_ratio, *rest, _ = out
     nan = torch.full_like(loss, torch.nan, requires_grad=False)
-    rest += nan, nan, weights_or_ones(None, rest[3])
+    rest += nan, nan, sequence_weight_or_ones(None, rest[3])
     result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
     return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
@@ -240,9 +238,7 @@ def linear_topr_loss(
     )
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
-        sequence_weight=sequence_weight,
-        behavior_known=behavior_known,
-        segments=segments,
+        *(sequence_weight, behavior_known, segments),
     )
     if process_group is not None or sequence_group is not None:
         groups = Groups(process_group, sequence_group)
@@ -250,8 +246,8 @@ def linear_topr_loss(
     x, weights, tokens, transforms, wanted = validation.check_linear(given, FROZEN_HEAD_TOLERANCE)
     objective = validation.check_objective(tokens, sequences)
     vocab = weights.weight.shape[0]
-    workspace = validation.check_workspace(workspace_bytes, x, vocab)
-    name = kernels.resolve(impl, x, kernels.LINEAR)
+    workspace_bytes = validation.check_workspace(workspace_bytes, x, vocab)
+    impl = kernels.resolve(impl, x, kernels.LINEAR)
     if validation.values_readable(x, debug):
         validation.check_values(tokens, vocab, objective, normalizer)
     objective = with_units(objective, tokens)
@@ -259,10 +255,10 @@ def linear_topr_loss(
     out = linear_ops.linear_topr_fwd(
         *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
         *(weights.compute_dtype, *transforms, entropy, shift),
-        *(wanted.grad_tolerance, workspace, *wanted[1:], name),
+        *(wanted.grad_tolerance, workspace_bytes, *wanted[1:], impl),
     )
     loss, _, log_prob, _, row_entropy, token_log_ratio, *rest = out[:13]
-    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
+    rest.append(sequence_weight_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, log_prob, row_entropy, token_log_ratio, *rest)
     return without_unknown(result, objective, *tokens[:2]).shaped(labels.shape)
 
@@ -322,19 +318,16 @@ def topr_loss_from_log_prob(
     given = validation.TokenArguments(log_prob, mask, cu_seqlens, debug)
     sequences = validation.SequenceArguments(
         *(behavior_log_prob, reward, normalizer, limits, ratio, baseline, reduction),
-        sequence_weight=sequence_weight,
-        behavior_known=behavior_known,
-        segments=segments,
+        *(sequence_weight, behavior_known, segments),
     )
     if sequence_group is not None:
         return calls.topr_loss_from_log_prob(sequence_group, given, sequences)
-    x, scored, offsets, _ = validation.check_token_log_prob(given)
-    tokens = Tokens(scored, offsets, False)
-    objective = validation.check_objective(tokens, sequences)
-    if validation.values_readable(x, debug):
-        validation.check_sequence_values(tokens, objective, normalizer)
-    objective = with_units(objective, tokens)
-    return topr_from_log_prob(x, scored, offsets, objective).shaped(log_prob.shape)
+    given = validation.check_token_log_prob(given)
+    objective = validation.check_objective(given.tokens, sequences)
+    if validation.values_readable(given.log_prob, debug):
+        validation.check_sequence_values(given.tokens, objective, normalizer)
+    objective = with_units(objective, given.tokens)
+    return topr_from_log_prob(*given[:3], objective).shaped(log_prob.shape)
 
 
 def _staged(given: validation.LogitsArguments, objective: Objective) -> TOPROutput:

@@ -15,7 +15,7 @@ from topr_kernels.ops.options import Tokens
 DEAD_WEIGHT = 1e-6
 
 
-def weights_or_ones(weight: Tensor | None, reward: Tensor) -> Tensor:
+def sequence_weight_or_ones(weight: Tensor | None, reward: Tensor) -> Tensor:
     """``sequence_weight`` of a result, [B] like its rewards."""
     return torch.ones_like(reward) if weight is None else weight.to(reward.dtype)
 
@@ -148,6 +148,8 @@ class TOPROutput(NamedTuple):
 
     def shaped(self, shape: torch.Size) -> TOPROutput:
         """The same, what is per token in another shape."""
+        if self.log_prob.shape == shape:
+            return self
         log_prob, entropy, token_log_ratio = (x.view(shape) for x in self[1:4])
         return self._replace(log_prob=log_prob, entropy=entropy, token_log_ratio=token_log_ratio)
 

@@ -16,7 +16,7 @@ from topr_kernels.layout import IGNORE_INDEX
 from topr_kernels.ops.options import Transforms
 
 
-class Rows(NamedTuple):
+class SoftmaxRows(NamedTuple):
     """What a block of n rows gives, each [n].
 
     lse + lse_low is the log-sum-exp to twice the digits; sum_exp is sum_v exp(z_v - max z).
@@ -28,9 +28,9 @@ class Rows(NamedTuple):
     entropy: Tensor
     sum_exp: Tensor
 
-    def part(self, index: slice) -> Rows:
+    def part(self, index: slice) -> SoftmaxRows:
         """Some of the rows."""
-        return Rows(*(x[index] for x in self))
+        return SoftmaxRows(*(x[index] for x in self))
 
 
 def transform_(z: Tensor, transforms: Transforms) -> Tensor:
@@ -73,7 +73,7 @@ def exp_sums_(z: Tensor, top: Tensor, column: Tensor, entropy: bool) -> list[Ten
 
 def finish_rows(
     top: Tensor, sums: Sequence[Tensor], label: Tensor, vocab: int, entropy: bool
-) -> Rows:
+) -> SoftmaxRows:
     """The results of rows from their maxima and the sums of :func:`exp_sums_` over the vocabulary.
 
     Args:
@@ -93,7 +93,7 @@ def finish_rows(
     # What rounding took from top + log_sum (Knuth's two-sum); nothing where it is not finite.
     rest = lse - top
     low = (top - (lse - rest)) + (log_sum - rest)
-    return Rows(
+    return SoftmaxRows(
         log_prob.masked_fill(invalid, torch.nan),
         lse,
         torch.where(lse.isfinite(), low, 0.0),
@@ -102,7 +102,7 @@ def finish_rows(
     )
 
 
-def softmax_rows_(z: Tensor, label: Tensor, entropy: bool) -> Rows:
+def softmax_rows_(z: Tensor, label: Tensor, entropy: bool) -> SoftmaxRows:
     """Reduces transformed logits and overwrites them with exp(z - max); see :func:`finish_rows`."""
     vocab = z.shape[-1]
     top = finite_max(z.amax(-1))
@@ -140,8 +140,12 @@ def onehot_minus_softmax_(
 
 
 def exp_to_gradient_(
-    z: Tensor, rows: Rows, slope: Tensor | None, column: Tensor, here: Tensor | None = None
+    z: Tensor,
+    softmax: SoftmaxRows,
+    slope: Tensor | None,
+    column: Tensor,
+    here: Tensor | None = None,
 ) -> Tensor:
     """Overwrites exp(z - max) with -sum_exp times J times the slope; arguments as above."""
-    put_(z, column, rows.sum_exp * torch.expm1(rows.log_prob), here)
+    put_(z, column, softmax.sum_exp * torch.expm1(softmax.log_prob), here)
     return z if slope is None else z.mul_(slope)

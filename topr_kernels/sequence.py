@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topr_kernels.layout import sequence_index, sequence_offsets
 from topr_kernels.ops.options import Objective
-from topr_kernels.output import TOPROutput, weights_or_ones
+from topr_kernels.output import TOPROutput, sequence_weight_or_ones
 from topr_kernels.taper import taper, taper_by
 
 
@@ -180,10 +180,10 @@ def sequence_stage(
             sum_pieces(sums)
         tapered, weight = sums[0].to(dtype), (sums[1] / tokens).to(dtype)
     elif objective.units is not None:
-        tapered, total, token_weight = _tapered_units(
+        tapered, weight_sum, token_weight = _tapered_units(
             objective, difference, scored_flat, reward, sum_pieces
         )
-        weight = (total / tokens).to(dtype)
+        weight = (weight_sum / tokens).to(dtype)
     else:
         scale = tokens.double() if ratio == "geometric" else torch.ones_like(log_ratio64)
         value, weight = _tapered(objective, (log_ratio64 / scale).to(dtype), negative)
@@ -259,8 +259,8 @@ def _tapered_units(
     number = torch.arange(len(reward) + 1, device=owner.device)
     of_sequences = torch.searchsorted(owner, number)
     values = value.double() * scale, weight.double() * size
-    tapered, total = (segment_sum(torch.where(size > 0, x, 0.0), of_sequences) for x in values)
-    return tapered.to(dtype), total, weight[sequence_index(units.offsets, scored.numel())]
+    tapered, weight_sum = (segment_sum(torch.where(size > 0, x, 0.0), of_sequences) for x in values)
+    return tapered.to(dtype), weight_sum, weight[sequence_index(units.offsets, scored.numel())]
 
 
 class SequenceLoss(torch.autograd.Function):
@@ -318,6 +318,6 @@ def topr_from_log_prob(
         *stage[2:8],
         not_measured,
         not_measured,
-        weights_or_ones(objective.sequence_weight, stage.reward),
+        sequence_weight_or_ones(objective.sequence_weight, stage.reward),
     )
     return without_unknown(out, objective, scored, cu_seqlens)

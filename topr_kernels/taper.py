@@ -51,7 +51,7 @@ def taper(log_ratio: Tensor, log_min: Bound, log_max: Bound) -> tuple[Tensor, Te
 
 
 def taper_by(function: Function, log_ratio: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and weight by a taper of the caller's own, see ``limits.Taper``.
+    """Value and weight by a custom taper, see ``limits.Taper``.
 
     Args:
         function: the taper.

@@ -155,7 +155,7 @@ def make_linear_batch(
 
 
 def check_taper(taper: Taper, most: float = 12.0) -> str | None:
-    """Compares the weight of a taper of one's own with the slope of its objective.
+    """Compares the weight of a custom taper with the slope of its objective.
 
     The objective's steps over 8000 small intervals of the log-ratio are compared with the integral of
     the weight, so that a jump shows as well as a wrong slope.

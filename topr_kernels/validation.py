@@ -76,7 +76,7 @@ def check_transforms(
 
 
 def check_limits(limits: object) -> Limits | Taper:
-    """Checks that ``limits`` is a Limits object, or a callable; a class is none."""
+    """Checks that ``limits`` is a Limits object, or a callable that is not a class."""
     if isinstance(limits, Limits) or (callable(limits) and not isinstance(limits, type)):
         return limits
     names = ", ".join(PRESETS)
@@ -171,6 +171,11 @@ class TokenArguments(NamedTuple):
     mask: Tensor
     cu_seqlens: Tensor | None
     debug: bool
+
+    @property
+    def tokens(self) -> Tokens:
+        """The mask in the place of labels."""
+        return Tokens(self.mask, self.cu_seqlens, False)
 
 
 def check_token_log_prob(given: TokenArguments) -> TokenArguments:
@@ -329,18 +334,16 @@ def check_linear(given: LinearArguments, frozen_tolerance: float) -> LinearInput
     )
     weights = check_head(x, given.weight, given.bias)
     grad = torch.is_grad_enabled()
-    hidden, weight, bias = (
-        y is not None and y.requires_grad and grad for y in (x, weights.weight, weights.bias)
-    )
+    trained = [y is not None and y.requires_grad and grad for y in (x, *weights[:2])]
     tolerance = check_tolerance(
-        given.grad_tolerance, weights.compute_dtype, not weight, frozen_tolerance
+        given.grad_tolerance, weights.compute_dtype, not trained[1], frozen_tolerance
     )
     return LinearInputs(
         x,
         weights,
         Tokens(labels, cu_seqlens, tokens.shift),
         check_transforms(transforms.temperature, transforms.softcap, transforms.logit_scale),
-        Wanted(tolerance, hidden, weight, bias),
+        Wanted(tolerance, *trained),
     )
 
 
@@ -567,9 +570,10 @@ def check_sequence_values(tokens: Tokens, objective: Objective | None, normalize
 
 def check_label_values(labels: Tensor, vocab: int) -> None:
     """Raises when a label is neither IGNORE_INDEX nor a token id."""
-    bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
+    ids = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab:
+        where = tuple(((ids < 0) | (ids >= vocab)).nonzero()[0].tolist())
         raise ValueError(
             f"labels: expected token ids in [0, {vocab}) or {IGNORE_INDEX} (not scored), got "
             f"{int(labels[where])} at {where}"
@@ -595,9 +599,9 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, n: int) -> None:
 
 def check_reward_values(reward: Tensor) -> None:
     """Raises when a reward is NaN or infinite."""
-    finite = reward.isfinite()
-    if not finite.all():
-        i = int((~finite).nonzero()[0])
+    # A sum is finite only if all of its parts are; one of finite rewards may overflow.
+    if not math.isfinite(reward.sum()) and not reward.isfinite().all():
+        i = int((~reward.isfinite()).nonzero()[0])
         raise ValueError(
             f"reward: expected finite numbers, got {float(reward[i])} for sequence {i}; drop the "
             "sequence or give it a reward"

@@ -336,14 +336,14 @@ def test_the_plan_holds_every_row_once(
     owner = [s for s, n in enumerate(lengths) for _ in range(n)]
     assert sorted(order.tolist()) == list(range(sum(lengths)))
     assert [t.start for t in planned] == [
-        sum(t.rows for t in planned[:i]) for i in range(len(planned))
+        sum(t.size for t in planned[:i]) for i in range(len(planned))
     ]
     homes: dict[int, set[int]] = {}
     for i, tile in enumerate(planned):
-        rows = [owner[k] for k in order[tile.start : tile.start + tile.rows].tolist()]
+        rows = [owner[k] for k in order[tile.start : tile.start + tile.size].tolist()]
         assert 0 < len(rows) <= capacity
-        assert [s for s, n in tile.segments for _ in range(n)] == rows[: tile.graded]
-        assert not any(graded[s] for s in rows[tile.graded :])
+        assert [s for s, n in tile.parts for _ in range(n)] == rows[: tile.graded_size]
+        assert not any(graded[s] for s in rows[tile.graded_size :])
         for s in rows:
             homes.setdefault(s, set()).add(i)
     for s, tiles_of in homes.items():
@@ -578,7 +578,7 @@ def test_fp16_operands_neither_underflow_nor_overflow(
         product = a.float() @ b.float()
         out.copy_(out + product if accumulate else product)
 
-    class Head(head.Head):
+    class Half(head.HeadProducts):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.operand = torch.float16
@@ -589,7 +589,7 @@ def test_fp16_operands_neither_underflow_nor_overflow(
     bias = a_bias(batch)
     wide = LinearBatch(*(x.double() if x.is_floating_point() else x for x in batch))
     _, expected = plain(wide, bias.double(), limits=limits)
-    monkeypatch.setattr(operators, "Head", Head)
+    monkeypatch.setattr(operators, "HeadProducts", Half)
     monkeypatch.setattr(matmul, "mm", mm)
     # The loss scale that fp16 training brings, and half-precision gradients need.
     scale = 2.0**-10 / reward

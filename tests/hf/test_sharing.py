@@ -318,12 +318,12 @@ def test_the_proof_finds_models_that_do_not_run_trees(kind: Any, dtype: torch.dt
 def test_the_proof_sees_windows_that_only_the_last_tokens_reach(monkeypatch: pytest.MonkeyPatch):
     model = wide_window()
     assert prove_sharing(model, TOKENS) is None
-    kinds = sharing_module._kinds
-    monkeypatch.setattr(sharing_module, "_kinds", lambda config: ["full_attention"])
+    kinds = sharing_module._layer_kinds
+    monkeypatch.setattr(sharing_module, "_layer_kinds", lambda config: ["full_attention"])
     assert "does not keep" in str(prove_sharing(model, TOKENS))
     # No token reaches beyond it.
     assert prove_sharing(model, TOKENS[:8]) is None
-    monkeypatch.setattr(sharing_module, "_kinds", kinds)
+    monkeypatch.setattr(sharing_module, "_layer_kinds", kinds)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

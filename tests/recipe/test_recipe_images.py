@@ -41,7 +41,7 @@ from topr_kernels.recipe import (
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import read_json
 from topr_kernels.recipe.generate import complete, prompt_token_ids, read_prompts, stop_token_ids
-from topr_kernels.recipe.models import _kind
+from topr_kernels.recipe.models import _auto_class
 from topr_kernels.recipe.score import max_log_ratio
 
 SIZES = [(16, 16), (32, 16), (16, 32)]
@@ -220,6 +220,6 @@ def test_questions_with_images_are_refused_where_no_model_sees_them(
 
 
 def test_a_model_of_images_whose_text_has_a_class_of_its_own_is_loaded_as_that():
-    assert _kind(Llama4Config()) is AutoModelForCausalLM
-    assert _kind(Gemma3Config()) is AutoModelForImageTextToText
-    assert _kind(LlamaConfig()) is AutoModelForCausalLM
+    assert _auto_class(Llama4Config()) is AutoModelForCausalLM
+    assert _auto_class(Gemma3Config()) is AutoModelForImageTextToText
+    assert _auto_class(LlamaConfig()) is AutoModelForCausalLM

@@ -28,7 +28,7 @@ from scorers import Executes, InProcess
 
 from topr_kernels.recipe import commands, scoring, voting
 from topr_kernels.recipe.cli import main
-from topr_kernels.recipe.commands import plain
+from topr_kernels.recipe.commands import plain_settings
 from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.generate import generate
 from topr_kernels.recipe.options import SettingsError
@@ -395,11 +395,15 @@ def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = GenerateSettings(reward="mine:f", model="m")
-    assert plain(options)["reward"] == "mine:f" and "trust_scorer" not in plain(options)
+    assert plain_settings(options)["reward"] == "mine:f" and "trust_scorer" not in plain_settings(
+        options
+    )
     known = scorer(options)
     assert known == {"reward": "mine:f", "reward_sha256": checksum(tmp_path / "mine.py")}
     # Without one a manifest is what it was.
-    assert scorer(GenerateSettings()) == {} and not {"reward"} & set(plain(GenerateSettings()))
+    assert scorer(GenerateSettings()) == {} and not {"reward"} & set(
+        plain_settings(GenerateSettings())
+    )
 
 
 @pytest.mark.parametrize("function", ["scorers", "scorers:none", "nowhere:f", ":f", "math:sqrt"])

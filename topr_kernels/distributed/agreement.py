@@ -42,7 +42,7 @@ class Facts(NamedTuple):
     behavior: Tensor | None = None
 
 
-class Statement(NamedTuple):
+class Announcement(NamedTuple):
     """What a process tells the others of its groups before any work.
 
     Attributes:
@@ -71,7 +71,7 @@ class Call(Protocol[T]):
     def check(self) -> T:
         """Checks all but values, and returns the arguments; raises TypeError or ValueError."""
 
-    def statement(self, checked: T) -> Statement:
+    def announcement(self, checked: T) -> Announcement:
         """What the other processes are told of them."""
 
     def check_values(self, checked: T, vocab: int | None) -> None:
@@ -101,15 +101,15 @@ def agree(groups: Groups, device: torch.device, call: Call[T]) -> tuple[T, Agree
         check_group(name, group)
     problem: Exception | None = None
     checked: T | None = None
-    statement: Statement | None = None
+    announcement: Announcement | None = None
     try:
         checked = call.check()
-        statement = call.statement(checked)
+        announcement = call.announcement(checked)
     except (TypeError, ValueError) as error:
         problem = error
     shard = None
     if groups.process_group is not None:
-        problem, shard = _vocabulary(groups.process_group, device, problem, statement)
+        problem, shard = _vocabulary(groups.process_group, device, problem, announcement)
     if problem is None and checked is not None:
         try:
             call.check_values(checked, None if shard is None else shard.vocab)
@@ -117,7 +117,7 @@ def agree(groups: Groups, device: torch.device, call: Call[T]) -> tuple[T, Agree
             problem = error
     forms = PER_SEQUENCE | PER_TOKEN
     if groups.sequence_group is not None:
-        problem, forms = _pieces(groups.sequence_group, device, problem, statement)
+        problem, forms = _pieces(groups.sequence_group, device, problem, announcement)
     if problem is not None:
         raise problem
     assert checked is not None
@@ -126,10 +126,10 @@ def agree(groups: Groups, device: torch.device, call: Call[T]) -> tuple[T, Agree
 
 
 def _vocabulary(
-    group: Any, device: torch.device, problem: Exception | None, statement: Statement | None
+    group: Any, device: torch.device, problem: Exception | None, announcement: Announcement | None
 ) -> tuple[Exception | None, Shard]:
     """What is wrong between the processes that share a vocabulary, and the shard that is here."""
-    columns, facts = (0, None) if statement is None else statement[:2]
+    columns, facts = (0, None) if announcement is None else announcement[:2]
     problem, sizes, near = _compare("process_group", group, device, problem, facts, columns)
     if problem is None and not near:
         problem = _difference("process_group", ["behavior_log_prob"], {})
@@ -138,10 +138,10 @@ def _vocabulary(
 
 
 def _pieces(
-    group: Any, device: torch.device, problem: Exception | None, statement: Statement | None
+    group: Any, device: torch.device, problem: Exception | None, announcement: Announcement | None
 ) -> tuple[Exception | None, int]:
     """What is wrong between the processes that share sequences, and the forms log mu has on all."""
-    facts, form = (None, 0) if statement is None else statement[2:]
+    facts, form = (None, 0) if announcement is None else announcement[2:]
     problem, each, near = _compare("sequence_group", group, device, problem, facts, form)
     forms = functools.reduce(operator.and_, each)
     if problem is None and forms == 0:
@@ -174,11 +174,11 @@ def _compare(
         sums = torch.stack([x.sum(), x.abs().sum()])
     host = torch.tensor([local, int(problem is not None)], device=device)
     own = torch.cat([host, (digests * odd).sum()[None], sums.view(torch.int64)])
-    # The one synchronisation: what follows is reckoned on the host.
+    # The one synchronisation: what follows is computed on the host.
     all_processes = gathered(own, group).cpu()
-    rows = all_processes.tolist()
-    locals_ = [row[0] for row in rows]
-    refused = [rank for rank, row in enumerate(rows) if row[1]]
+    told = all_processes.tolist()
+    locals_ = [x[0] for x in told]
+    refused = [rank for rank, x in enumerate(told) if x[1]]
     if problem is None and refused:
         problem = ValueError(
             f"{name}: process {refused[0]} of it refused its own arguments; see the error there"
@@ -188,7 +188,7 @@ def _compare(
     assert facts is not None
     names = [*facts.options, *facts.tensors]
     differ: list[str] = []
-    if len({row[2] for row in rows}) > 1:
+    if len({x[2] for x in told}) > 1:
         # All processes see this, and come here.
         each = gathered(digests, group).t().tolist()
         differ = [n for n, values in zip(names, each, strict=True) if len(set(values)) > 1]

@@ -19,7 +19,7 @@ from topr_kernels.linear.tile import Shard
 from topr_kernels.ops import linear as linear_ops
 from topr_kernels.ops import logits as ops
 from topr_kernels.ops.options import Objective, Tokens
-from topr_kernels.output import LogProbOutput, TOPROutput, weights_or_ones
+from topr_kernels.output import LogProbOutput, TOPROutput, sequence_weight_or_ones
 from topr_kernels.segments import scored_tokens, with_units
 from topr_kernels.sequence import topr_from_log_prob, without_unknown
 from topr_kernels.validation import LinearArguments, LogitsArguments, SequenceArguments
@@ -72,17 +72,17 @@ def linear_topr_loss(
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
     tokens, objective = _at_rows(inputs.tokens, objective, groups)
     objective = _with_units(objective, tokens, groups.sequence_group)
-    workspace = _workspace(given, inputs, agreed.shard)
+    workspace_bytes = _workspace_bytes(given, inputs, agreed.shard)
     impl = _registered(checked.impl, agreed.shard, groups)
     x, weights, _, transforms, wanted = inputs
     lent = linear_ops.lend(objective.taper)
     out = linear_ops.linear_topr_fwd(
         *(x, *weights[:2], *tokens[:2], *objective.operands, lent and lent.number),
         *(weights.compute_dtype, *transforms, given.entropy, tokens.shift),
-        *(wanted.grad_tolerance, workspace, *wanted[1:], impl),
+        *(wanted.grad_tolerance, workspace_bytes, *wanted[1:], impl),
     )
     loss, _, token, _, row_entropy, token_log_ratio, *rest = out[:13]
-    rest.append(weights_or_ones(objective.sequence_weight, rest[3]))
+    rest.append(sequence_weight_or_ones(objective.sequence_weight, rest[3]))
     result = TOPROutput(loss, token, row_entropy, token_log_ratio, *rest)
     result = without_unknown(result, objective, *tokens[:2])
     if tokens.shift != given.tokens.shift:
@@ -97,12 +97,12 @@ def linear_log_prob(groups: Groups, given: LinearArguments) -> LogProbOutput:
     checked, agreed = agreement.agree(groups, _device(given.hidden), call)
     inputs = checked.inputs
     tokens, _ = _at_rows(inputs.tokens, None, groups)
-    workspace = _workspace(given, inputs, agreed.shard)
+    workspace_bytes = _workspace_bytes(given, inputs, agreed.shard)
     impl = _registered(checked.impl, agreed.shard, groups._replace(sequence_group=None))
     x, weights, _, transforms, wanted = inputs
     out = linear_ops.linear_log_prob_fwd(
         *(x, *weights[:2], *tokens[:2], weights.compute_dtype, *transforms),
-        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace, impl),
+        *(given.entropy, tokens.shift, wanted.grad_tolerance, workspace_bytes, impl),
     )
     return _scores(LogProbOutput(*out), given.tokens, tokens, given.entropy, groups)
 
@@ -116,8 +116,7 @@ def topr_loss_from_log_prob(
         groups, _device(given.log_prob), _TokenCall(groups, given, sequences)
     )
     inputs, objective = checked.inputs, checked.agreed_objective(agreed)
-    tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-    objective = _with_units(objective, tokens, sequence_group)
+    objective = _with_units(objective, inputs.tokens, sequence_group)
     out = topr_from_log_prob(
         inputs.log_prob, inputs.mask, inputs.cu_seqlens, objective, over(sum_, sequence_group)
     )
@@ -162,14 +161,14 @@ def _checked(
     return _Checked(inputs, objective, forms, impl)
 
 
-def _statement(
+def _announcement(
     checked: _Checked,
     x: Tensor,
     tokens: Tokens,
     columns: int,
     shape: torch.Size,
     options: tuple[object, ...],
-) -> agreement.Statement:
+) -> agreement.Announcement:
     """What the processes must agree on.
 
     Args:
@@ -191,12 +190,12 @@ def _statement(
     behavior = summed = None
     objective = checked.objective
     if objective is not None:
-        behavior, own = objective.behavior_log_prob, objective.taper
+        behavior, taper = objective.behavior_log_prob, objective.taper
         summed = checked.summed().behavior_log_prob if checked.forms & PER_SEQUENCE else None
         shared |= {
             "limits": objective.log_limits
-            if own is None
-            else getattr(own, "__qualname__", type(own)),
+            if taper is None
+            else getattr(taper, "__qualname__", type(taper)),
             "ratio": objective.ratio,
             "ratio per segment": objective.segments is not None,
             "baseline": objective.baseline,
@@ -208,7 +207,7 @@ def _statement(
     segments = None if objective is None else objective.segments
     whole = {"labels": labels, "cu_seqlens": cu_seqlens, "segments": segments, **tensors}
     vocabulary = agreement.Facts({**shared, "shape": tuple(shape)}, whole, behavior)
-    return agreement.Statement(
+    return agreement.Announcement(
         columns, vocabulary, agreement.Facts(shared, tensors, summed), checked.forms
     )
 
@@ -230,10 +229,10 @@ class _LogitsCall(NamedTuple):
         )
         return _checked(inputs, inputs.tokens, self.sequences, impl)
 
-    def statement(self, checked: _Checked) -> agreement.Statement:
+    def announcement(self, checked: _Checked) -> agreement.Announcement:
         inputs: LogitsArguments = checked.inputs
         x, options = inputs.logits, (inputs.transforms, inputs.entropy)
-        return _statement(checked, x, inputs.tokens, x.shape[-1], x.shape[:-1], options)
+        return _announcement(checked, x, inputs.tokens, x.shape[-1], x.shape[:-1], options)
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
         x = checked.inputs.logits
@@ -257,7 +256,7 @@ class _LinearCall(NamedTuple):
         impl = shards.check_impl(given.impl, inputs.hidden, group, kernels.LINEAR)
         return _checked(inputs, inputs.tokens, self.sequences, impl)
 
-    def statement(self, checked: _Checked) -> agreement.Statement:
+    def announcement(self, checked: _Checked) -> agreement.Announcement:
         inputs: validation.LinearInputs = checked.inputs
         options = (
             *inputs[3:],
@@ -266,7 +265,7 @@ class _LinearCall(NamedTuple):
             self.given.entropy,
         )
         x, columns = inputs.hidden, len(inputs.weights.weight)
-        return _statement(checked, x, inputs.tokens, columns, x.shape, options)
+        return _announcement(checked, x, inputs.tokens, columns, x.shape, options)
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
         inputs: validation.LinearInputs = checked.inputs
@@ -283,21 +282,17 @@ class _TokenCall(NamedTuple):
 
     def check(self) -> _Checked:
         inputs = validation.check_token_log_prob(self.given)
-        tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-        return _checked(inputs, tokens, self.sequences, "")
+        return _checked(inputs, inputs.tokens, self.sequences, "")
 
-    def statement(self, checked: _Checked) -> agreement.Statement:
+    def announcement(self, checked: _Checked) -> agreement.Announcement:
         inputs: validation.TokenArguments = checked.inputs
-        tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-        return _statement(checked, inputs.log_prob, tokens, 0, inputs.log_prob.shape, ())
+        return _announcement(checked, inputs.log_prob, inputs.tokens, 0, inputs.log_prob.shape, ())
 
     def check_values(self, checked: _Checked, vocab: int | None) -> None:
         inputs: validation.TokenArguments = checked.inputs
         if validation.values_readable(inputs.log_prob, self.given.debug):
-            assert checked.objective is not None
             rest = checked.objective, self.sequences.normalizer
-            tokens = Tokens(inputs.mask, inputs.cu_seqlens, False)
-            validation.check_sequence_values(tokens, *rest)
+            validation.check_sequence_values(inputs.tokens, *rest)
 
 
 def _check_values(
@@ -364,7 +359,9 @@ def _scores(
     return LogProbOutput(*(x.view(given.labels.shape) for x in out.poisoned(tokens)))
 
 
-def _workspace(given: LinearArguments, inputs: validation.LinearInputs, shard: Shard | None) -> int:
+def _workspace_bytes(
+    given: LinearArguments, inputs: validation.LinearInputs, shard: Shard | None
+) -> int:
     """Bytes of the workspace; tiles have as many rows on every shard."""
     largest = len(inputs.weights.weight) if shard is None else shard.largest
     return validation.check_workspace(given.workspace_bytes, inputs.hidden, largest)

@@ -116,14 +116,16 @@ def find_units(segments: Tensor, scored: Tensor, offsets: Tensor, group: Any) ->
     joined = _joined(parts)
     # Segments that begin in each piece, [P, B]; in all pieces of a sequence.
     fresh = parts[:, -1] - joined
-    total = fresh.sum(0)
+    count_in_all = fresh.sum(0)
     rank = rank_in(group)
-    first = total.cumsum(0) - total + fresh[:rank].sum(0) - joined[rank]
+    first = count_in_all.cumsum(0) - count_in_all + fresh[:rank].sum(0) - joined[rank]
     within = begins.cumsum(0) - (count.cumsum(0) - count)[sequence] - 1
     index = (first[sequence] + within).clamp_(min=0)
-    sequences = len(total)
-    number = torch.arange(max(int(total.sum()), min(sequences, 1)) + 1, device=offsets.device)
-    owner = torch.searchsorted(total.cumsum(0), number[:-1], right=True)
+    sequences = len(count_in_all)
+    number = torch.arange(
+        max(int(count_in_all.sum()), min(sequences, 1)) + 1, device=offsets.device
+    )
+    owner = torch.searchsorted(count_in_all.cumsum(0), number[:-1], right=True)
     return Units(torch.searchsorted(index, number), owner.clamp_(max=sequences - 1))
 
 

@@ -17,7 +17,7 @@ from topr_kernels.ops import accumulate_dtype
 from topr_kernels.ops.options import Tokens, Transforms
 from topr_kernels.output import LogProbOutput
 from topr_kernels.rows import (
-    Rows,
+    SoftmaxRows,
     exp_sums_,
     exp_to_gradient_,
     finish_rows,
@@ -106,30 +106,30 @@ def _tile_rows(
     gradient: bool,
 ) -> RowStats:
     """The row kernel of a tile [n, V of the shard]; log_prob, lse and entropy are those of the whole."""
-    parts = _blocks(len(z), z.shape[1], TILE_BLOCK)
+    blocks = _blocks(len(z), z.shape[1], TILE_BLOCK)
     column, here = shard.local(label, z.shape[1])
-    for part in parts:
-        transform_(z[part], transforms)
+    for block in blocks:
+        transform_(z[block], transforms)
     # A NaN here may be lost by the maximum, never by the sums.
-    top = finite_max(largest(torch.cat([z[part].amax(-1) for part in parts])))
+    top = finite_max(largest(torch.cat([z[block].amax(-1) for block in blocks])))
     sums = z.new_zeros((3, len(z)))
     slopes = []
-    for part in parts:
-        slopes.append(softcap_slope(z[part], transforms) if gradient else None)
-        of_part = exp_sums_(z[part], top[part], column[part], entropy)
-        sums[: len(of_part), part] = torch.stack(of_part)
+    for block in blocks:
+        slopes.append(softcap_slope(z[block], transforms) if gradient else None)
+        of_block = exp_sums_(z[block], top[block], column[block], entropy)
+        sums[: len(of_block), block] = torch.stack(of_block)
     sums[1] = torch.where(here, sums[1], 0.0)
-    rows = finish_rows(top, shard.sum_(sums).unbind(), label, shard.vocab, entropy)
-    factor, j_sum = -1 / rows.sum_exp, torch.zeros_like(rows.sum_exp)
+    softmax = finish_rows(top, shard.sum_(sums).unbind(), label, shard.vocab, entropy)
+    factor, j_sum = -1 / softmax.sum_exp, torch.zeros_like(softmax.sum_exp)
     if gradient:
-        for part, slope in zip(parts, slopes, strict=True):
-            exp_to_gradient_(z[part], rows.part(part), slope, column[part], here[part])
+        for block, slope in zip(blocks, slopes, strict=True):
+            exp_to_gradient_(z[block], softmax.part(block), slope, column[block], here[block])
         if z.is_cuda:
             z.mul_(factor.unsqueeze(-1))
             factor = torch.ones_like(factor)
         # Over a shard the rows of J do not sum to 0.
         j_sum = z.sum(-1)
-    return RowStats(*rows[:4], factor * (transforms.logit_scale / transforms.temperature), j_sum)
+    return RowStats(*softmax[:4], factor * (transforms.logit_scale / transforms.temperature), j_sum)
 
 
 def log_probs(
@@ -167,22 +167,24 @@ class _ShardedLogProb(torch.autograd.Function):
         wide = accumulate_dtype(logits.dtype)
         n, vocab = label.numel(), logits.shape[-1]
         column, here = shard.local(label, vocab)
-        parts = _blocks(n, vocab, BLOCK)
+        blocks = _blocks(n, vocab, BLOCK)
         top = logits.new_full((n,), -torch.inf, dtype=wide)
-        for part in parts:
-            top[part] = transform_(_copied_rows(logits, part, wide), transforms).amax(-1)
+        for block in blocks:
+            top[block] = transform_(_copied_rows(logits, block, wide), transforms).amax(-1)
         top = finite_max(max_(group, top))
         sums = top.new_zeros((3, n))
-        for part in parts:
-            z = transform_(_copied_rows(logits, part, wide), transforms)
-            of_part = exp_sums_(z, top[part], column[part], entropy)
-            sums[: len(of_part), part] = torch.stack(of_part)
+        for block in blocks:
+            z = transform_(_copied_rows(logits, block, wide), transforms)
+            of_block = exp_sums_(z, top[block], column[block], entropy)
+            sums[: len(of_block), block] = torch.stack(of_block)
         sums[1] = torch.where(here, sums[1], 0.0)
-        rows: Rows = finish_rows(top, shard.sum_(sums).unbind(), label, shard.vocab, entropy)
+        softmax: SoftmaxRows = finish_rows(
+            top, shard.sum_(sums).unbind(), label, shard.vocab, entropy
+        )
         ignored = label == IGNORE_INDEX
-        log_prob, lse = (x.masked_fill(ignored, 0.0) for x in rows[:2])
-        row_entropy = rows.entropy.masked_fill(ignored, 0.0)
-        ctx.save_for_backward(logits, column, here, log_prob, top, rows.sum_exp.log(), ignored)
+        log_prob, lse = (x.masked_fill(ignored, 0.0) for x in softmax[:2])
+        row_entropy = softmax.entropy.masked_fill(ignored, 0.0)
+        ctx.save_for_backward(logits, column, here, log_prob, top, softmax.sum_exp.log(), ignored)
         ctx.transforms = transforms
         ctx.mark_non_differentiable(lse, row_entropy)
         ctx.set_materialize_grads(False)
@@ -203,27 +205,28 @@ class _ShardedLogProb(torch.autograd.Function):
         d = d.masked_fill(ignored, 0.0)
         gradient = logits.new_empty(logits.shape)
         flat = gradient.view(-1, logits.shape[-1])
-        for part in _blocks(len(flat), flat.shape[1], BLOCK):
-            z = transform_(_copied_rows(logits, part, top.dtype), transforms)
+        for block in _blocks(len(flat), flat.shape[1], BLOCK):
+            z = transform_(_copied_rows(logits, block, top.dtype), transforms)
             slope = softcap_slope(z, transforms)
             j = onehot_minus_softmax_(
-                z, (top[part], log_sum[part]), log_prob[part], column[part], here[part]
+                z, (top[block], log_sum[block]), log_prob[block], column[block], here[block]
             )
             if slope is not None:
                 j.mul_(slope)
-            c = d[part].unsqueeze(-1)
-            flat[part] = torch.where(c == 0, 0.0, j * (c / transforms.temperature)).to(flat.dtype)
+            c = d[block].unsqueeze(-1)
+            flat[block] = torch.where(c == 0, 0.0, j * (c / transforms.temperature)).to(flat.dtype)
         return (gradient, *(None,) * 5)
 
 
-def _copied_rows(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+def _copied_rows(x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
     """A copy of some of the rows of [O, T, V], whatever its strides."""
     t = x.shape[1]
-    row = torch.arange(part.start, part.stop, device=x.device)
+    row = torch.arange(block.start, block.stop, device=x.device)
     # By two indices: flattening a slice of the logits would copy all of them.
     return x[row // t, row % t].to(dtype)
 
 
-def _blocks(rows: int, columns: int, elements: int) -> list[slice]:
+def _blocks(n: int, columns: int, elements: int) -> list[slice]:
+    """Blocks of n rows, of at most so many elements but at least a row each."""
     step = max(1, elements // max(columns, 1))
-    return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
+    return [slice(a, min(a + step, n)) for a in range(0, n, step)]

@@ -160,7 +160,7 @@ def _check_lengths(args: TOPRConfig, train_dataset: Any) -> None:
 
 
 def check_own_collator(collator: Any, args: TOPRConfig) -> None:
-    """Refuses what is no collator, and settings that only the default one implements."""
+    """Refuses what is not a collator, and settings that only the default one implements."""
     if isinstance(collator, type) or not callable(collator):
         got = f"a {type(collator).__name__}"
         got = f"the class {collator.__name__}" if isinstance(collator, type) else got

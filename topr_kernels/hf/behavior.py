@@ -131,7 +131,7 @@ def score_checked(
 
 
 def fitting(collator: Any, model: nn.Module, records: Sequence[Mapping[str, Any]]) -> Any:
-    """The collator; one that shares prompts without sharing, if the model is not exact with it.
+    """The collator, or a copy of it that shares no prompts where the model is not exact with sharing.
 
     Args:
         collator: as in ``score_checked``.

@@ -71,10 +71,10 @@ def _measured(
     """What two rows show to be wrong, and whether it is that tokens see later ones."""
     # Another shape would be another graph to compile.
     model = getattr(model, "_orig_mod", model)
-    kind = type(base_model(unwrapped)).__name__
+    model_name = type(base_model(unwrapped)).__name__
     rows = _rows(_tokens(batch), positions(unwrapped))
     width, half = rows.shape[1], rows.shape[1] // 2
-    kinds = {name: _kinds(name, batch, width) for name in _taken(unwrapped, batch)}
+    kinds = {name: _token_kinds(name, batch, width) for name in _taken(unwrapped, batch)}
     shapes: list[tuple[int, ...]] = []
     hook = model.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.logits.shape)))
     states = []
@@ -83,15 +83,15 @@ def _measured(
             # One row at a time, as packed batches have them.
             for row in rows:
                 inputs = {"input_ids": row[None], "use_cache": False, **kinds}
-                found, eps = head_input(model, unwrapped, inputs)
-                states.append(found)
+                hidden, eps = head_input(model, unwrapped, inputs)
+                states.append(hidden)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # What a model asks for beside tokens, its own error says best.
+        # Its own error tells best what else the model asks for.
         problem = (
-            f"{kind} cannot run a row of tokens alone: {type(error).__name__}: {error}; give the batch "
-            "what its forward asks for, if it is a language model"
+            f"{model_name} cannot run a row of tokens alone: {type(error).__name__}: {error}; give the "
+            "batch what its forward asks for, if it is a language model"
         )
         return problem, False
     finally:
@@ -100,8 +100,8 @@ def _measured(
     expected = (1, width + virtual_tokens(unwrapped))
     if len(shapes[0]) != 3 or shapes[0][:2] not in (expected, (1, width)):
         problem = (
-            f"{kind} gave logits of shape {shapes[0]} for input_ids of shape (1, {width}); expected a "
-            "row of the vocabulary for each token"
+            f"{model_name} gave logits of shape {shapes[0]} for input_ids of shape (1, {width}); "
+            "expected a row of the vocabulary for each token"
         )
         return problem, False
     # Of several streams (ProphetNet) it is not known which row is whose.
@@ -113,7 +113,7 @@ def _measured(
     if difference <= allowed:
         return None, False
     problem = (
-        f"{kind} lets tokens see later ones: where these differ, its hidden states differ by "
+        f"{model_name} lets tokens see later ones: where these differ, its hidden states differ by "
         f"{difference:.1e} of their norm (mean); expected at most {allowed:.1e}, from rounding. It "
         "would be given what it is to predict: build it with is_decoder=True where its config has that "
         "(BERT and its kin), or give the batch token_type_ids that end its prefix (PaliGemma)"
@@ -122,7 +122,7 @@ def _measured(
 
 
 #: Base model -> attention implementation and names of kinds -> what ``_measured`` said.
-_found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str | None, bool]]] = (
+_told: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str | None, bool]]] = (
     WeakKeyDictionary()
 )
 
@@ -134,12 +134,12 @@ def check_causal_once(
     further: Set[str],
     signature_of: nn.Module | None = None,
 ) -> None:
-    """Asks ``causal_problem`` of a model's first batch, and raises ``ValueError`` with what it said.
+    """Runs ``causal_problem`` on a model's first batch, and raises ``ValueError`` with what it said.
 
-    Images do not change whether text sees later text, and kinds of tokens are given to the rows that
-    are run. Any other entry may say what is seen: then only an encoder with a decoder is refused. A
-    model that cannot run tokens alone may need what the batch holds beside them. It asks all the same,
-    since processes of a sharded model must run alike.
+    It always runs, since all processes of a sharded model must. Its result does not count where further
+    entries of the batch may change it: a model that sees later tokens is refused unless there are none
+    but images and kinds of tokens, and one that cannot run tokens alone only where there are none at
+    all. An encoder with a decoder is always refused.
 
     Args:
         model: as in ``causal_problem``.
@@ -150,13 +150,13 @@ def check_causal_once(
     unwrapped = model if signature_of is None else signature_of
     if problem := _decoder_problem(unwrapped):
         raise ValueError(problem)
-    found = _found.setdefault(base_model(unwrapped), {})
+    told = _told.setdefault(base_model(unwrapped), {})
     key = (str(attention_of(unwrapped)), *_taken(unwrapped, batch))
-    if key not in found:
-        found[key] = _measured(model, unwrapped, batch)
-    problem, sees_later = found[key]
-    known = further <= TENSORS.union(KINDS) if sees_later else not further
-    if problem is not None and known:
+    if key not in told:
+        told[key] = _measured(model, unwrapped, batch)
+    problem, sees_later = told[key]
+    counts = further <= TENSORS.union(KINDS) if sees_later else not further
+    if problem is not None and counts:
         raise ValueError(problem)
 
 
@@ -166,7 +166,7 @@ def _taken(unwrapped: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
 
 def _tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Tokens for the rows that are run: of the first row; beside images its scored ones, all text."""
+    """Tokens to run: those of the first row; of one with images only the scored ones, which are text."""
     ids: Tensor = batch["input_ids"][0]
     labels = batch.get("labels")
     if labels is not None and labels.shape[1:] == ids.shape and not TENSORS.isdisjoint(batch):
@@ -175,7 +175,7 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _kinds(name: str, batch: Mapping[str, Any], width: int) -> Tensor:
+def _token_kinds(name: str, batch: Mapping[str, Any], width: int) -> Tensor:
     """Kinds [1, width] for a row that is run: those of the first scored tokens, or zeros."""
     kinds: Tensor = batch[name]
     labels = batch.get("labels")

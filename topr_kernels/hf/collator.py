@@ -121,7 +121,7 @@ class CompletionCollator:
         eos_token_id: id, or ids, that end a completion; for ``mask_truncated``.
         limits: of the loss, with its ``baseline``: where those of a record's sign are equal (positives
             in TOPR, all in SFT), its weight does not depend on mu and ``behavior_log_prob`` may be
-            missing. None, or a taper of one's own: every record must have it.
+            missing. None, or a custom taper: every record must have it.
         baseline: of the loss.
         temperature: of the loss. Records with log mu that say they were sampled at another, or with
             top-p and the like, are refused.
@@ -352,7 +352,7 @@ def check_token_ids(
     Raises:
         ValueError: if a field is missing or the prompt is empty, an id is negative, or as
             ``check_meaning`` and ``mask_of``.
-        TypeError: if the ids are none.
+        TypeError: if the ids are not whole numbers.
     """
     for name in (*TOKENS, *more):
         if record.get(name) is None:
@@ -391,6 +391,7 @@ def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -
         images = images_of(record, where)
         if images:
             vision.check_written(completion, mask, len(prompt), where)
+    assert reward is not None
     behavior = behavior_of(record, len(completion), where, mask)
     if behavior is not None:
         check_sampling(record, collator.temperature, where)
@@ -400,7 +401,7 @@ def _read(record: Mapping[str, Any], where: str, collator: CompletionCollator) -
         mask,
         segments_of(record, len(completion), where),
         behavior,
-        reward_of(record, where),
+        reward,
         weight_of(record, where),
         images,
     )

@@ -210,10 +210,10 @@ class TOPRConfig(TrainingArguments):
             ("batch_eval_metrics", False, "no metrics are computed from logits"),
             ("label_names", None, "the loss takes labels, behavior_log_prob and reward of a batch"),
         ):
-            found = getattr(self, name, wanted)
-            if found != wanted:
+            value = getattr(self, name, wanted)
+            if value != wanted:
                 raise ValueError(
-                    f"{name}: got {found!r}, which would be without effect: {why}; leave it {wanted!r}"
+                    f"{name}: got {value!r}, which would be without effect: {why}; leave it {wanted!r}"
                 )
         parallel = self.parallelism_config
         if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
@@ -228,11 +228,11 @@ class TOPRConfig(TrainingArguments):
     def device(self) -> torch.device:
         """The device of this process, a CPU without a number.
 
-        Of several processes accelerate calls it ``cpu:0``, and as that transformers 5.17 loads the
-        optimiser's state of a checkpoint, which ``torch.load`` refuses.
+        With several processes accelerate calls it ``cpu:0``, to which ``torch.load`` refuses to load an
+        optimiser's state (transformers 5.17).
         """
-        found: torch.device = super().device
-        return torch.device("cpu") if found.type == "cpu" else found
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON-friendly values; the limits as a mapping of their four numbers."""

@@ -121,7 +121,7 @@ def prepare_records(
             vocabulary, a ``behavior_log_prob`` that is not as long as its completion or not of finite
             numbers <= 0, a ``completion_mask`` that is not as long or not of 0 and 1, a negative
             ``sample_weight``, a field that would be ignored, or more than ``max_length`` tokens; if
-            messages of a completion are no turns of the assistant, or their template rewrites earlier
+            messages of a completion are not turns of the assistant, or their template rewrites earlier
             ones; if a token lies across the border of prompt and completion; if EOS is needed and
             unknown; if an image cannot be read, there are more or fewer than places for them, there is
             no processor, or a record with images is longer than ``max_length``. All name the record and
@@ -155,7 +155,7 @@ def prepare_records(
 def _mapped(dataset: Any, prepare: _Prepare) -> Any:
     form = getattr(dataset, "format", None) or {"type": None}
     if form["type"] == "custom":
-        # The columns are those before the transform, and what it makes of them is no one's to say.
+        # The columns are those before the transform; what it makes of them is not known.
         return [prepare(dataset[i], i) for i in range(len(dataset))]
     if not hasattr(dataset, "__len__"):
         dataset = dataset.with_format(None)
@@ -163,7 +163,7 @@ def _mapped(dataset: Any, prepare: _Prepare) -> Any:
         dataset = dataset.with_format(
             None, columns=form["columns"], output_all_columns=form["output_all_columns"]
         )
-    # A stream that nobody has looked into yet starts again from its beginning.
+    # Reading a record here consumes nothing: a new iteration starts from the beginning.
     names = dataset.column_names or list(next(iter(dataset), {}))
     dataset = _undecoded(dataset)
     features = dataset.features
@@ -189,10 +189,10 @@ def _undecoded(dataset: Any) -> Any:
 
 
 def _listed(dataset: Any) -> Sequence[Any]:
-    """What is no data set of ``datasets`` as a sequence of records.
+    """A list, or a data set that is not of ``datasets``, as a sequence of records.
 
     Raises:
-        TypeError: if it is none; a generator could be read once only, or without end.
+        TypeError: for anything else; a generator could be read once only, or without end.
     """
     if isinstance(dataset, Sequence) and not isinstance(dataset, (str, bytes)):
         return dataset
@@ -270,6 +270,7 @@ class _Prepare:
         if not isinstance(record, Mapping):
             raise TypeError(f"{where}: got a {type(record).__name__}; expected a mapping")
         reward, told = fields.reward_of(record, where), None
+        cut = fields.was_cut(record, where) is True
         images = images_of(record, where) if self._vision is not None else []
         if any(record.get(name) is not None for name in fields.TOKENS):
             prompt, completion = self._given(record, where)
@@ -281,7 +282,7 @@ class _Prepare:
             if self._vision is not None and not images:
                 self._vision.check_runs(prompt + completion, [], where)
         else:
-            prompt, completion, told, images = self._tokenise(record, images, where)
+            prompt, completion, told, images = self._tokenise(record, images, cut, where)
             result = {n: x for n, x in record.items() if n not in _READ and x is not None}
             if images and self._features is None:
                 result[fields.IMAGES] = images
@@ -290,7 +291,6 @@ class _Prepare:
                 f"{where}, field 'prompt': has no tokens, so nothing predicts the first token of "
                 "the completion; give the prompt at least a BOS token"
             )
-        fields.was_cut(record, where)
         fields.weight_of(record, where)
         fields.segments_of(record, len(completion), where)
         mask = self._mask(record, completion, told, where)
@@ -356,14 +356,13 @@ class _Prepare:
         return prompt, completion
 
     def _tokenise(
-        self, record: Mapping[str, Any], images: list[Any], where: str
+        self, record: Mapping[str, Any], images: list[Any], cut: bool, where: str
     ) -> tuple[list[int], list[int], list[int] | None, list[Any]]:
         """Ids of text or messages, of messages also which the policy wrote; and all images in order."""
         prompt, completion = record.get("prompt"), record.get("completion")
         for name, value in (("prompt", prompt), ("completion", completion)):
             if value is None:
                 raise ValueError(f"{where}, field {name!r}: is missing; {_FORMATS}")
-        cut = fields.was_cut(record, where) is True
         if isinstance(prompt, str) and isinstance(completion, str):
             if record.get("tools"):
                 raise ValueError(
@@ -398,16 +397,16 @@ class _Prepare:
         self, record: Mapping[str, Any], images: list[Any], cut: bool, where: str
     ) -> tuple[Turns, list[Any]]:
         read = {name: record[name] for name in _READ if record.get(name) is not None}
-        found = [
+        results = [
             self._read(reading, images, cut, where) for reading in _readings(read, self._features)
         ]
-        if any(ids != found[0][0] for ids, _ in found):
+        if any(turns != results[0][0] for turns, _ in results):
             raise ValueError(
                 f"{where}, field 'prompt': holds a null that the chat template writes otherwise than an "
                 "absent field, and a data set cannot say which it was; write '' for the null, or give "
                 "the records as a list"
             )
-        return found[0]
+        return results[0]
 
     def _read(
         self, record: Mapping[str, Any], images: list[Any], cut: bool, where: str
@@ -493,7 +492,7 @@ def _without_nulls(value: Any, feature: Any) -> Any:
         return {
             key: _without_nulls(x, inside[key])
             for key, x in value.items()
-            # A column of nulls alone: someone wrote them.
+            # Nulls in a column of nothing else are the user's.
             if x is not None or getattr(inside[key], "dtype", None) == "null"
         }
     if isinstance(value, list):

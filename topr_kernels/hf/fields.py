@@ -76,13 +76,13 @@ def token_ids(
         vocabulary: number of ids of the model; None if not known.
 
     Raises:
-        TypeError: if the field is no flat sequence of whole numbers.
+        TypeError: if the field is not a flat sequence of whole numbers.
         ValueError: if an id is below 0, or not below ``vocabulary``.
     """
     ids = plain(record[name])
     flat = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes))
     if flat and not set(map(type, ids)) <= {int}:
-        # A column of whole numbers that once had a gap is one of floats.
+        # Tools store a column of whole numbers as floats if a value was missing.
         ids = [plain(x) for x in ids]
         ids = [int(x) if isinstance(x, float) and x.is_integer() else x for x in ids]
         flat = set(map(type, ids)) <= {int}
@@ -137,7 +137,7 @@ def mask_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | N
         where: names the record in messages.
 
     Raises:
-        TypeError: if it is no flat sequence.
+        TypeError: if it is not a flat sequence.
         ValueError: if it is not as long as the completion, or an entry is neither 0 nor 1.
     """
     values = plain(record.get(MASK))
@@ -154,41 +154,41 @@ def mask_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | N
             "tokens; expected one 0 or 1 for each of them and none for the prompt, 1 where the policy "
             "wrote it"
         )
-    found = [plain(x) for x in values]
-    for k, x in enumerate(found):
+    entries = [plain(x) for x in values]
+    for k, x in enumerate(entries):
         if not isinstance(x, (bool, Real)) or x not in (0, 1):
             raise ValueError(
                 f"{where}, field {MASK!r}: got {x!r:.40} at position {k}; expected 1 for a token that "
                 f"the policy wrote and 0 for another; the weight of a record goes under {WEIGHT}"
             )
-    return [int(x) for x in found]
+    return [int(x) for x in entries]
 
 
 def segments_of(record: Mapping[str, Any], tokens: int, where: str) -> list[int] | None:
     """The segment of each of a completion's tokens, an integer; None where the record has none.
 
     Raises:
-        TypeError: if they are no flat sequence of whole numbers.
+        TypeError: if they are not a flat sequence of whole numbers.
         ValueError: if there are more or fewer than tokens.
     """
     values = plain(record.get(SEGMENTS))
     if values is None:
         return None
-    found = None
+    entries = None
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
-        found = [plain(x) for x in values]
-        found = [int(x) if isinstance(x, float) and x.is_integer() else x for x in found]
-    if found is None or not set(map(type, found)) <= {int}:
+        entries = [plain(x) for x in values]
+        entries = [int(x) if isinstance(x, float) and x.is_integer() else x for x in entries]
+    if entries is None or not set(map(type, entries)) <= {int}:
         raise TypeError(
             f"{where}, field {SEGMENTS!r}: got {values!r:.40}; expected one integer per token of the "
             "completion, equal ones in a row being a segment; drop the field if it means something else"
         )
-    if len(found) != tokens:
+    if len(entries) != tokens:
         raise ValueError(
-            f"{where}, field {SEGMENTS!r}: has {len(found)} entries, but the completion has {tokens} "
+            f"{where}, field {SEGMENTS!r}: has {len(entries)} entries, but the completion has {tokens} "
             "tokens; expected one integer for each of them and none for the prompt"
         )
-    return found
+    return entries
 
 
 def weight_of(record: Mapping[str, Any], where: str) -> float:
@@ -226,7 +226,7 @@ def behavior_of(
         mask: as ``mask_of``. Entries under 0 are not read, and are 0 in the result.
 
     Raises:
-        TypeError: if it is no flat sequence of numbers.
+        TypeError: if it is not a flat sequence of numbers.
         ValueError: if it is not as long as the completion, or an entry is NaN, infinite or positive.
     """
     values = plain(record.get("behavior_log_prob"))
@@ -245,12 +245,12 @@ def behavior_of(
         )
     if mask is not None:
         values = [x if written else 0.0 for x, written in zip(values, mask, strict=True)]
-    # Nearly all records: a sum is not finite if a part of it is not.
+    # Most records take this short way: a sum is finite only if all of its parts are.
     plainly = set(map(type, values)) <= {float} and math.isfinite(sum(values))
     if plainly and max(values, default=0.0) <= 0:
         return list(values)
-    found = [plain(x) for x in values]
-    for k, x in enumerate(found):
+    entries = [plain(x) for x in values]
+    for k, x in enumerate(entries):
         if isinstance(x, bool) or not isinstance(x, Real):
             raise TypeError(
                 f"{where}, field 'behavior_log_prob': got {x!r:.40} of type {type(x).__name__} at "
@@ -263,12 +263,12 @@ def behavior_of(
                 "log-probability <= 0 (the logarithm of a probability, with its sign); score the "
                 "record, or leave it out"
             )
-    return [float(x) for x in found]
+    return [float(x) for x in entries]
 
 
 def reads_behavior(reward: float, limits: Any, baseline: float) -> bool:
     """Whether a record's weight depends on log mu: not where the limits of its sign are equal."""
-    # Of a taper of one's own nothing is known.
+    # What a custom taper reads is not known.
     if not isinstance(limits, Limits):
         return True
     if reward - baseline < 0:
@@ -286,7 +286,7 @@ def was_cut(record: Mapping[str, Any], where: str) -> bool | None:
     """Whether a completion was cut off, by ``finish_reason`` and the like; None if nothing tells.
 
     Raises:
-        TypeError: if ``truncated`` is no bool.
+        TypeError: if ``truncated`` is not a bool.
         ValueError: if ``finish_reason`` is not known, or two fields contradict each other.
     """
     reason = record.get("finish_reason")

@@ -15,7 +15,7 @@ from typing import Any
 _LEFT_OUT = re.compile(
     r"^(is_)?masked(_out)?$|^(loss_)?ignore(d|_mask)$|^(remove|drop|exclude)_sample$"
 )
-#: False or 0 says so.
+#: False or 0 says the same.
 _TRAINED = re.compile(r"^(is_)?train(able|_on)?$")
 _SCALE = re.compile(
     r"^(loss|sample|token)_scales?$|^(importance_sampling|is)_ratios?$|^loss_coefs?$"

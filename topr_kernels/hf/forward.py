@@ -145,18 +145,18 @@ def arranged(
     """
     mask, given = batch.get("attention_mask"), batch.get(POSITIONS)
     unwrapped = model if signature_of is None else signature_of
-    # Of what CompletionCollator adds for images only kinds of tokens have columns, and they move too.
+    # Of what CompletionCollator adds for images only the kinds of tokens have columns; they are moved.
     further = COUNTS not in batch and set(batch) - _NOT_MODEL_INPUTS - _NO_POSITIONS
     countable = isinstance(mask, Tensor) and mask.dim() == 2
-    # Positions of other shapes, and beside other inputs, are the batch's own affair.
+    # Positions of another shape, or further inputs, come from a collator that arranged the batch itself.
     if not check or is_packed(batch) or not countable or further or _is_own(given, mask):
         return Moved(batch, None)
     check_tokens_once(model, batch, signature_of=signature_of)
-    found = check_padding_once(model, batch, signature_of=signature_of)
-    if found.exact_as_it_is:
+    padding = check_padding_once(model, batch, signature_of=signature_of)
+    if padding.exact_as_it_is:
         return Moved(batch, None)
-    if not found.exact_behind:
-        check_unpadded(unwrapped, batch, found)
+    if not padding.exact_behind:
+        check_unpadded(unwrapped, batch, padding)
     return moved_behind(batch)
 
 
@@ -186,7 +186,7 @@ def laid_out(
 def check_tokens_once(
     model: nn.Module, batch: Mapping[str, Any], *, signature_of: nn.Module | None = None
 ) -> None:
-    """Refuses a model that is none of tokens, or sees later ones (``check_causal_once``)."""
+    """Refuses a model whose tokens see later ones, or that runs no tokens (``check_causal_once``)."""
     further = set(batch) - _NOT_MODEL_INPUTS
     check_causal_once(model, batch, further=further, signature_of=signature_of)
 

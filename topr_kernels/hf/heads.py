@@ -15,7 +15,7 @@ from torch import Tensor, nn
 REMEDY = "use the logits: completion_logits and topr_loss, in TOPRTrainer fused_head=False"
 #: Config attributes that multiply the logits: Cohere's, Falcon-H1's, Muse's.
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-#: Kinds whose own forward leaves out the scale of the text model that they are configured with.
+#: Model types that do not apply the scale that the config of their text model has.
 _UNSCALED = ("aya_vision", "cohere2_vision")
 #: Where models for images keep their language model.
 _LANGUAGE_MODELS = ("language_model", "text_decoder")
@@ -161,18 +161,18 @@ def head_of(model: Any, layer: HeadLayer) -> Head:
 
 def _transforms(config: Any) -> tuple[float, float | None]:
     """(logit_scale, softcap) of a model's config."""
-    kinds = [config.model_type]
+    types = [config.model_type]
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-        kinds.append(config.model_type)
+        types.append(config.model_type)
     scale = 1.0
     for name in _SCALES:
-        scale *= 1.0 if kinds[0] in _UNSCALED else _number(config, name) or 1.0
+        scale *= 1.0 if types[0] in _UNSCALED else _number(config, name) or 1.0
     # MiniCPM3 uses the same name for a scale of the hidden states.
     scaling = _number(config, "logits_scaling") or 1.0
-    if any(kind.startswith("granite") for kind in kinds):
+    if any(x.startswith("granite") for x in types):
         scale /= scaling
-    elif any(kind.startswith("hyperclovax") for kind in kinds):
+    elif any(x.startswith("hyperclovax") for x in types):
         scale *= scaling
     caps = (_number(config, name) for name in _SOFTCAPS)
     return scale, next((cap for cap in caps if cap), None)
@@ -192,10 +192,10 @@ def head_layer(model: Any) -> HeadLayer:
         active = [] if module.disable_adapters else module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module
     linear, adapters = module, tuple[_Adapter, ...]()
-    if _name(_kind(module)) == "peft.tuners.lora.layer.Linear":
+    if _name(_class_of(module)) == "peft.tuners.lora.layer.Linear":
         linear, adapters = module.base_layer, _active_adapters(module)
     # Subclasses and other wrappers (quantised weights, other adapters) compute something else.
-    if _kind(linear) is not nn.Linear:
+    if _class_of(linear) is not nn.Linear:
         got = "no output embeddings" if linear is None else f"a head of type {_name(type(linear))}"
         raise ValueError(
             f"{type(base).__name__} has {got}; expected a plain torch.nn.Linear, with or without "
@@ -245,16 +245,16 @@ def _active_adapters(module: Any) -> tuple[_Adapter, ...]:
     )
 
 
-def _kind(module: Any) -> type:
+def _class_of(module: Any) -> type:
     """The class of a module; the original one if ``fully_shard`` has made a subclass of it."""
-    kind = type(module)
+    cls = type(module)
     # Without torch.distributed there is no FSDP2 either.
     fsdp = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)
-    return kind.__bases__[-1] if fsdp is not None and issubclass(kind, fsdp) else kind
+    return cls.__bases__[-1] if fsdp is not None and issubclass(cls, fsdp) else cls
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _number(config: Any, name: str) -> float | None:

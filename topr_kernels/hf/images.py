@@ -24,10 +24,10 @@ from topr_kernels.hf.fields import IMAGES, plain
 #: Entry of a batch with images: the number of images of each record, [B] int64. Such a batch has no
 #: positions of its own.
 COUNTS = "image_counts"
-#: What a processor returns beside the tensors of images. Kinds of tokens are made anew, from token ids.
+#: What a processor returns beside tensors of images. Kinds of tokens are computed here, from token ids.
 _OF_TEXT = ("input_ids", "attention_mask")
 KINDS = ("mm_token_type_ids", "token_type_ids")
-#: Tensors of images, to which nothing in the sequence of tokens belongs.
+#: Tensors of images, without a dimension of tokens.
 TENSORS = frozenset(
     {
         "pixel_values",
@@ -59,7 +59,7 @@ def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
     """The images of a record as they were given, [] if it has none.
 
     Raises:
-        TypeError: if the field is no list, or holds something else than images.
+        TypeError: if the field is not a list, or holds something else than images.
     """
     images = plain(record.get(IMAGES))
     if images is None:
@@ -111,8 +111,8 @@ def opened(image: Any, k: int, where: str) -> Any:
     """
     pil, ops = _pil()
     with _naming(k, where):
-        found = image if isinstance(image, pil.Image) else pil.open(_source(image))
-        return ops.exif_transpose(found).convert("RGB")
+        picture = image if isinstance(image, pil.Image) else pil.open(_source(image))
+        return ops.exif_transpose(picture).convert("RGB")
 
 
 def check_readable(image: Any, k: int, where: str) -> None:
@@ -129,7 +129,7 @@ def _naming(k: int, where: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError:
         raise
-    # Decoders raise what they like.
+    # Decoders raise errors of any type.
     except Exception as error:
         raise ValueError(
             f"{where}, {_named(k)}: cannot be read ({type(error).__name__}: {error}); {_ACCEPTED} that "
@@ -155,7 +155,7 @@ def take_images(
         TypeError: if a part holds something else than an image.
         ValueError: if a message of the assistant holds an image.
     """
-    bare, found = [], []
+    bare, images = [], []
     for message in messages:
         parts = message.get("content")
         if not isinstance(parts, (list, tuple)):
@@ -177,10 +177,10 @@ def take_images(
                     f"{where}, field {name!r}: got an image part with a {type(image).__name__}; "
                     f"{_ACCEPTED}"
                 )
-            found.append(image)
+            images.append(image)
             content.append({"type": "image"})
         bare.append({**message, "content": _said(message["role"], content)})
-    return bare, found
+    return bare, images
 
 
 def _said(role: str, parts: list[Any]) -> Any:
@@ -264,8 +264,8 @@ class ImageInputs:
         """
         if not images:
             return []
-        found = self._processed([images], [where], return_text_replacement_offsets=True)
-        replaced = found.get("text_replacement_offsets")
+        inputs = self._processed([images], [where], return_text_replacement_offsets=True)
+        replaced = inputs.get("text_replacement_offsets")
         if replaced is None:
             raise ValueError(
                 f"{where}: {type(self.processor).__name__} does not tell what it writes in the place of "
@@ -338,12 +338,12 @@ class ImageInputs:
         Raises:
             ValueError: if an image cannot be read or processed, or the processor returns something else.
         """
-        found = self._processed(images, wheres, return_tensors="pt", padding=True)
+        inputs = self._processed(images, wheres, return_tensors="pt", padding=True)
         rows = [
             ids[mask.bool()].tolist()
-            for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
-        tensors = {n: x for n, x in found.items() if n not in (*_OF_TEXT, *KINDS)}
+        tensors = {n: x for n, x in inputs.items() if n not in (*_OF_TEXT, *KINDS)}
         unknown = sorted(set(tensors) - TENSORS)
         if unknown:
             raise ValueError(
@@ -365,15 +365,15 @@ class ImageInputs:
 
     @cached_property
     def _kinds(self) -> dict[str, dict[int, int]]:
-        """For each name of kinds of tokens: the kind of each id that is no text."""
+        """For each name of kinds of tokens: the kind of each id that is not text."""
         blank = _pil()[0].new("RGB", (64, 64))
-        found = self._processed([[blank]], ["a blank image"])
-        ids = found["input_ids"][0]
+        inputs = self._processed([[blank]], ["a blank image"])
+        ids = inputs["input_ids"][0]
         kinds = {}
         for name in KINDS:
-            pairs = set(zip(ids, found.get(name, [[0] * len(ids)])[0], strict=True))
+            pairs = set(zip(ids, inputs.get(name, [[0] * len(ids)])[0], strict=True))
             other = {token: kind for token, kind in pairs if kind}
-            # All zero: the tokenizer's own, of which such models know nothing.
+            # All zeros: the tokenizer's own default, which these models do not take.
             if other:
                 if any((token, 0) in pairs for token in other):
                     raise ValueError(
@@ -437,10 +437,10 @@ def _source(image: Any) -> Any:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if isinstance(image, str) and image.startswith("data:"):
-        head, _, data = image.partition(",")
+        head, _, payload = image.partition(",")
         if not head.endswith(";base64"):
             raise ValueError(f"a data URL of {head[5:60]!r}; expected base64")
-        return io.BytesIO(base64.b64decode(data, validate=True))
+        return io.BytesIO(base64.b64decode(payload, validate=True))
     return image
 
 

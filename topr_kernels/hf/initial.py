@@ -24,7 +24,7 @@ _REMEDY = (
     "score the records beforehand (topr score, or score_behavior with the whole model in one process) "
     "and use behavior='recorded'"
 )
-#: Nats by which processes may differ on a token: unlike devices round apart. Other weights differ more.
+#: Nats by which processes may differ on a token: devices round differently, other weights differ more.
 _ALLOWED = 0.1
 #: Share of the free memory that weights may take; the rest is for activations and a tile of logits.
 _MOST_MEMORY = 0.8
@@ -126,7 +126,7 @@ def _written(record: Mapping[str, Any]) -> int:
 
 
 class ScoredBy(TrainerCallback):
-    """Keeps in every checkpoint what tells the model that log mu was scored under.
+    """Keeps the first log-probs in every checkpoint, to recognise the model that scored log mu.
 
     A script that loads the model of the checkpoint it resumes from would score that one instead.
 
@@ -159,7 +159,7 @@ class ScoredBy(TrainerCallback):
 
         Warns:
             UserWarning: if they differ by more than rounding in another batch explains (1e-4 nats in
-                fp32), but so little that another device may have rounded apart.
+                fp32), but so little that another device may explain it.
         """
         path = checkpoint / self.NAME
         if not path.is_file():

@@ -32,7 +32,7 @@ def check_loading(args: Any, collator: Any, *datasets: Any) -> None:
                 "packed or shared batch; launch one process per GPU (torchrun, accelerate launch)"
             )
     dispatched = any(is_dispatched(args, data) for data in datasets)
-    # In one process, too, when it is asked for.
+    # One process dispatches too, where it was asked to.
     asked = cast(Any, args.accelerator_config).dispatch_batches
     if dispatched and (asked or args.world_size > 1):
         _check_not_dispatched(collator, args.world_size)

@@ -111,10 +111,9 @@ def packed_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"packing=True, but {problem}; {_REMEDY}")
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if CELLS in batch:
-        rows = {name: x.new_zeros(batch["row_shape"]) for name, x in inputs.items()}
         for name, x in inputs.items():
-            rows[name].view(-1)[batch[CELLS]] = x[0]
-        inputs = rows
+            inputs[name] = x.new_zeros(batch["row_shape"])
+            inputs[name].view(-1)[batch[CELLS]] = x[0]
     else:
         inputs |= {name: batch[name] for name in VARLEN if accepts(model, name)}
     # With a cache, transformers does not look for packed sequences.
@@ -163,24 +162,23 @@ def packing_problem(model: nn.Module) -> str | None:
     What it says follows from the config and the signature of the forward pass; only ``check_packing``
     measures.
     """
-    base = base_model(model)
-    kind = type(base).__name__
+    model_name = type(base_model(model)).__name__
     # By name: Bloom's **kwargs take position_ids and ignore them.
     if not takes(model, POSITIONS):
-        return f"{kind}.forward names no position_ids, by which packed sequences are told apart"
-    layers = getattr(text_config(base), "layer_types", None)
-    problem = state_problem(model)
-    if problem:
+        return (
+            f"{model_name}.forward names no position_ids, by which packed sequences are told apart"
+        )
+    if problem := state_problem(model):
         return problem
     attention = attention_of(model)
     if attention.startswith("paged"):
         return f"attn_implementation={attention!r} is for generation"
-    if "chunked_attention" in (layers or ()):
+    if "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ()):
         # Chunks must be counted from the start of each sequence.
         exact = hasattr(masking_utils, "remap_positions_for_packed_sequence")
         if not exact or attention not in _MASKED:
             return (
-                f"with attn_implementation={attention!r} the chunks of {kind}'s chunked attention "
+                f"with attn_implementation={attention!r} the chunks of {model_name}'s chunked attention "
                 "would be counted from the start of the batch in this version of transformers"
             )
     return None
@@ -296,36 +294,37 @@ def attention_of(model: nn.Module) -> str:
 
 
 def other_layers(model: nn.Module) -> list[str]:
-    """Kinds of a model's layers, as its config names them, that are no attention."""
+    """Kinds of a model's layers, as its config names them, that are not attention."""
     return sorted(set(getattr(text_config(model), "layer_types", None) or ()) - ATTENTION)
 
 
 def state_problem(model: nn.Module) -> str | None:
     """Says what of a model carries one sequence of a row into the next, or None if nothing is known."""
     base = base_model(model)
-    kind, others = type(base).__name__, other_layers(model)
+    model_name, others = type(base).__name__, other_layers(model)
     if others:
         return (
-            f"{kind} has layers of type {', '.join(others)}, which carry one sequence into the next"
+            f"{model_name} has layers of type {', '.join(others)}, which carry one sequence into the "
+            "next"
         )
-    # A config that names its layers has said it all.
+    # A config that lists its layers has named those with a state.
     if not getattr(text_config(model), "layer_types", None) and getattr(
         base, "_is_stateful", False
     ):
-        return f"{kind} carries a state from one sequence into the next"
+        return f"{model_name} carries a state from one sequence into the next"
     return None
 
 
-def median_difference(found: Tensor, alone: Tensor) -> float:
+def median_difference(hidden: Tensor, alone: Tensor) -> float:
     """Median over the tokens of ``token_differences``."""
-    return float(token_differences(found, alone).median())
+    return float(token_differences(hidden, alone).median())
 
 
-def token_differences(found: Tensor, alone: Tensor) -> Tensor:
+def token_differences(hidden: Tensor, alone: Tensor) -> Tensor:
     """[T] norm of each token's difference relative to the norm; both [T, D] fp32."""
     # The embedding of a padding id may be 0, and then all that comes of it.
     norms = alone.norm(dim=-1).clamp(min=torch.finfo(alone.dtype).tiny)
-    differences: Tensor = (found - alone).norm(dim=-1) / norms
+    differences: Tensor = (hidden - alone).norm(dim=-1) / norms
     return differences
 
 
@@ -355,15 +354,21 @@ def head_input(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Tens
 
 def computing_eps(hidden: Tensor) -> float:
     """Eps of the dtype that a matmul computes in, which autocast and TF32 change from the operands'."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.finfo(torch.get_autocast_dtype(kind)).eps
-    if hidden.dtype == torch.float32 and kind == "cuda":
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.finfo(torch.get_autocast_dtype(device)).eps
+    if hidden.dtype == torch.float32 and device == "cuda":
         # TF32 has the digits of fp16; "medium" may use bf16.
-        reads = {"high": torch.float16, "medium": torch.bfloat16}
-        dtype = reads.get(torch.get_float32_matmul_precision(), torch.float32)
+        rounded = {"high": torch.float16, "medium": torch.bfloat16}
+        dtype = rounded.get(torch.get_float32_matmul_precision(), torch.float32)
         return torch.finfo(dtype).eps
     return torch.finfo(hidden.dtype).eps
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating weight of a model."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
 
 
 @contextmanager

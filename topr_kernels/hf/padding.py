@@ -75,7 +75,11 @@ class PaddingCheck(NamedTuple):
 
     @property
     def exact_as_it_is(self) -> bool:
-        """Whether padding in front is harmless; not on measure alone where a state may fade away."""
+        """Whether padding in front is harmless.
+
+        A state may fade within the few tokens that are run: a model known to have one gets its padding
+        behind, if that is exact.
+        """
         harmless = self.as_it_is <= self.allowed
         return harmless and (self.state is None or not self.exact_behind)
 
@@ -138,7 +142,7 @@ def check_padding(
 
 #: Unwrapped model -> what ``check_padding`` found, by attention implementation and number of virtual
 #: tokens, which adapters change.
-_found: WeakKeyDictionary[nn.Module, dict[tuple[str, int], PaddingCheck]] = WeakKeyDictionary()
+_checks: WeakKeyDictionary[nn.Module, dict[tuple[str, int], PaddingCheck]] = WeakKeyDictionary()
 
 
 def check_padding_once(
@@ -147,13 +151,13 @@ def check_padding_once(
     """``check_padding``, or what it found when this model was first asked for."""
     unwrapped = model if signature_of is None else signature_of
     key = (attention_of(unwrapped), virtual_tokens(unwrapped))
-    found = _found.setdefault(unwrapped, {})
-    if key not in found:
-        found[key] = check_padding(model, batch, signature_of=signature_of)
-    return found[key]
+    checks = _checks.setdefault(unwrapped, {})
+    if key not in checks:
+        checks[key] = check_padding(model, batch, signature_of=signature_of)
+    return checks[key]
 
 
-def check_unpadded(model: nn.Module, batch: Mapping[str, Any], found: PaddingCheck) -> None:
+def check_unpadded(model: nn.Module, batch: Mapping[str, Any], check: PaddingCheck) -> None:
     """Refuses a padded batch for a model whose tokens see padding on both sides.
 
     Raises:
@@ -162,9 +166,9 @@ def check_unpadded(model: nn.Module, batch: Mapping[str, Any], found: PaddingChe
     if bool((batch["attention_mask"] == 0).any()):
         raise ValueError(
             f"the batch is padded, but {type(base_model(model)).__name__} gives a token other hidden "
-            f"states beside padding: in front of it they differ by {found.as_it_is:.1e} of their norm "
-            f"(median) from those of the row alone, behind it by {found.behind:.1e}; expected at most "
-            f"{found.allowed:.1e}, from rounding; use batches without padding: of one record each "
+            f"states beside padding: in front of it they differ by {check.as_it_is:.1e} of their norm "
+            f"(median) from those of the row alone, behind it by {check.behind:.1e}; expected at most "
+            f"{check.allowed:.1e}, from rounding; use batches without padding: of one record each "
             "(per_device_train_batch_size=1, batch_size=1), or packing=True where the model can"
         )
 
@@ -183,7 +187,7 @@ class Moved(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Whether its positions are to be counted for the model, which would count the padding."""
+        """Whether positions must be counted here, since the model would count the padding in front."""
         return self.column is None
 
     def restored(self, values: Tensor) -> Tensor:

@@ -44,19 +44,19 @@ def check_sampling(record: Mapping[str, Any], temperature: float, where: str) ->
     for prefix, settings in (("", record), *((name, plain(x)) for name, x in together)):
         if not isinstance(settings, Mapping):
             continue
-        found = _number(settings.get("temperature"))
+        value = _number(settings.get("temperature"))
         # A column of fp32 holds 0.7 as 0.699999988.
-        if found is not None and not math.isclose(found, temperature, rel_tol=1e-6):
+        if value is not None and not math.isclose(value, temperature, rel_tol=1e-6):
             raise ValueError(
-                f"{where}, field '{prefix}temperature': got {found:g}, but the loss (or the scoring of "
+                f"{where}, field '{prefix}temperature': got {value:g}, but the loss (or the scoring of "
                 f"log mu) has temperature={temperature:g}, and pi/mu of two temperatures is not 1 where "
                 "the policies are equal; give all of them the sampler's (TOPRConfig, prepare_records, "
                 "CompletionCollator, score_behavior), or drop the field if log mu is meant so"
             )
         for name, harmless in _HARMLESS.items():
-            found = _number(settings.get(name))
-            if found is not None and found not in harmless:
-                raise _refused(where, f"{prefix}{name}", f"{found:g}", f"{harmless[0]:g}")
+            value = _number(settings.get(name))
+            if value is not None and value not in harmless:
+                raise _refused(where, f"{prefix}{name}", f"{value:g}", f"{harmless[0]:g}")
         for name in _CONSTRAINTS:
             held = plain(settings.get(name))
             # Arrow gives every mapping the keys of all, as None.
@@ -75,6 +75,6 @@ def _refused(where: str, field: str, got: str, expected: str) -> ValueError:
 
 
 def _number(value: Any) -> float | None:
-    """A setting as a number; None if it is none."""
+    """A setting as a number; None if it is something else."""
     value = plain(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -41,6 +41,7 @@ from topr_kernels.hf.packing import (
     median_difference,
     state_problem,
     text_config,
+    weights_dtype,
 )
 from topr_kernels.hf.signature import POSITIONS, counts_positions, takes
 from topr_kernels.hf.tree import Tree, plant
@@ -168,7 +169,7 @@ def tree_masks(model: nn.Module, ends: Tensor, depths: Tensor) -> Any:
     config = text_config(model)
     rows, width = ends.shape
     masks: dict[str, Any] = {}
-    for kind in _kinds(config):
+    for kind in _layer_kinds(config):
         visible = _visible(config, kind, ends, depths)
         if attention_of(model) == _FLEX:
             masks[kind] = create_block_mask(visible, rows, None, width, width, str(ends.device))
@@ -189,32 +190,28 @@ def sharing_problem(model: nn.Module) -> str | None:
     What it says follows from the config and the signature of the forward pass; only ``prove_sharing``
     measures.
     """
-    base = base_model(model)
-    kind = type(base).__name__
+    model_name = type(base_model(model)).__name__
     config = text_config(model)
     if config is None:
-        return f"{kind} has no config, which would tell its attention and windows"
+        return f"{model_name} has no config, which would tell its attention and windows"
     attention = attention_of(model)
     if attention not in DENSE | {_FLEX}:
         return (
-            f"attn_implementation={attention!r} of {kind} takes no mask that is not causal; sdpa, "
+            f"attn_implementation={attention!r} of {model_name} takes no mask that is not causal; sdpa, "
             "eager and flex_attention (the fastest on a GPU) do"
         )
     if not takes(model, POSITIONS):
-        return (
-            f"{kind}.forward names no position_ids, which say how deep a token stands in the tree"
-        )
+        return f"{model_name}.forward names no position_ids, by which a tree tells depths"
     if counts_positions(model):
-        return f"{kind} has positions of several dimensions, which it counts from its other inputs"
-    problem = state_problem(model)
-    if problem:
+        return f"{model_name} has positions of several dimensions, which it counts from its other inputs"
+    if problem := state_problem(model):
         return problem
     if "local" in (getattr(config, "attention_layers", None) or ()):
-        return f"{kind} has layers that see a window of columns, not of positions"
+        return f"{model_name} has layers that see a window of columns, not of positions"
     if getattr(config, "output_router_logits", False):
         return (
-            f"the balancing loss of {kind}'s routers (output_router_logits=True) would count the tokens "
-            "of a prompt once instead of once for every completion"
+            f"the balancing loss of {model_name}'s routers (output_router_logits=True) would count the "
+            "tokens of a prompt once instead of once for every completion"
         )
     return None
 
@@ -309,18 +306,18 @@ def _measured(model: nn.Module, unwrapped: nn.Module, tokens: Tensor) -> str | N
     model = getattr(model, "_orig_mod", model)
     alone = tokens[:_PROOF_TOKENS]
     fork = len(alone) // 2
-    tree, own = _forked(alone.tolist(), fork)
+    tree, begin = _forked(alone.tolist(), fork)
     batch = {name: x.to(tokens.device) for name, x in _cells(tree, 0).items()}
-    kind = type(base_model(unwrapped)).__name__
+    model_name = type(base_model(unwrapped)).__name__
     with eval_mode(unwrapped):
-        # Whatever a model does with a mask it was not written for, it still serves without.
+        # A model that such a mask breaks still works without sharing.
         try:
-            found, _ = head_input(model, unwrapped, tree_inputs(unwrapped, batch))
+            in_tree, _ = head_input(model, unwrapped, tree_inputs(unwrapped, batch))
         except Exception as error:
-            return f"{kind} given the mask of a tree raises {type(error).__name__}: {error}"
+            return f"{model_name} given the mask of a tree raises {type(error).__name__}: {error}"
         expected, eps = head_input(model, unwrapped, {"input_ids": alone[None], "use_cache": False})
     parts = zip(
-        found[own:].tensor_split(_PROOF_PARTS),
+        in_tree[begin:].tensor_split(_PROOF_PARTS),
         expected[fork:].tensor_split(_PROOF_PARTS),
         strict=True,
     )
@@ -330,8 +327,8 @@ def _measured(model: nn.Module, unwrapped: nn.Module, tokens: Tensor) -> str | N
     if all(x <= allowed for x in differences):
         return None
     return (
-        f"{kind} with attn_implementation={attention_of(unwrapped)!r} does not keep the branches of a "
-        "tree apart: beside another branch the hidden states of a token differ by "
+        f"{model_name} with attn_implementation={attention_of(unwrapped)!r} does not keep the branches "
+        "of a tree apart: beside another branch the hidden states of a token differ by "
         f"{max(differences):.1e} of their norm (median) from those of the sequence alone; expected at "
         f"most {allowed:.1e}, from rounding"
     )
@@ -347,8 +344,8 @@ def _completion_places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tens
     columns = [row.nonzero()[:, 0] for row in mask]
     return torch.cat(
         [
-            i * mask.shape[1] + own[len(own) - n :]
-            for i, (own, n) in enumerate(zip(columns, lengths, strict=True))
+            i * mask.shape[1] + places[len(places) - n :]
+            for i, (places, n) in enumerate(zip(columns, lengths, strict=True))
         ]
     )
 
@@ -398,7 +395,7 @@ def _visible(
     return {"sliding_attention": window, "chunked_attention": chunk}.get(kind, ancestor)
 
 
-def _kinds(config: Any) -> list[str]:
+def _layer_kinds(config: Any) -> list[str]:
     """Kinds of a model's attention layers, as transformers names them."""
     layers = getattr(config, "layer_types", None)
     if layers:
@@ -415,6 +412,4 @@ def _dtype(model: nn.Module, device: str) -> torch.dtype:
     """The dtype that attention computes in."""
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return next(
-        (p.dtype for p in base_model(model).parameters() if p.is_floating_point()), torch.float32
-    )
+    return weights_dtype(base_model(model))

@@ -50,7 +50,7 @@ def takes(model: Any, name: str) -> bool:
 
 
 def counts_positions(model: Any) -> bool:
-    """Whether a model has a method of its own for positions that are no numbers of tokens."""
+    """Whether a model has its own method of counting positions, of several dimensions."""
     base = base_model(model)
     parts = (base, getattr(base, "model", None))
     return any(callable(getattr(part, OWN_POSITIONS, None)) for part in parts)
@@ -109,11 +109,12 @@ def positions(model: Any) -> int | None:
     scaling = (
         getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     )
-    kinds = [scaling, *scaling.values()] if isinstance(scaling, dict) else []
-    for kind in kinds:
-        if isinstance(kind, dict) and isinstance(kind.get("factor"), (int, float)):
-            original = kind.get("original_max_position_embeddings") or most
-            most = max(most, int(original * kind["factor"]))
+    # Of models with several kinds of layers each has its own.
+    scalings = [scaling, *scaling.values()] if isinstance(scaling, dict) else []
+    for x in scalings:
+        if isinstance(x, dict) and isinstance(x.get("factor"), (int, float)):
+            original = x.get("original_max_position_embeddings") or most
+            most = max(most, int(original * x["factor"]))
     padding = counts_from_padding_id(model)
     return most - virtual_tokens(model) - (0 if padding is None else padding + 1)
 

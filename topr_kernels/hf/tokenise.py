@@ -116,16 +116,16 @@ class Reader:
         else:
             start = self._render(prompt, extra, where, add_generation_prompt=True)
             probe = [*prompt, {**answer, "content": _ANSWER}]
-            head, found, end = "", "", ""
+            head, mark, end = "", "", ""
             if spoken:
-                head, found, end = self._render(probe, extra, where).rpartition(_ANSWER)
-            if not found or not (head.startswith(start) or start.startswith(head)):
+                head, mark, end = self._render(probe, extra, where).rpartition(_ANSWER)
+            if not mark or not (head.startswith(start) or start.startswith(head)):
                 return self._as_rendered(prompt, answer, start, extra, cut, where)
             if begun := start[len(head) :].strip():
                 answer = _inside(answer, begun, start, where)
             between = head[len(start) :]
-            # A template without a generation prompt writes here what the policy had to write. What one
-            # with it adds (an empty thinking block) nobody sampled.
+            # A template without a generation prompt writes here what the policy had to write. What a
+            # template with one adds (an empty thinking block) was not sampled.
             if between and (not between.strip() or start == self._render(prompt, extra, where)):
                 answer = {**answer, "content": between + answer["content"]}
         content: str = answer["content"]
@@ -158,8 +158,8 @@ class Reader:
                 f"continues; expected text in both and nothing else; {REMEDY}"
             )
         probe = [*prompt[:-1], {**begun, "content": begun["content"] + _ANSWER}]
-        start, found, end = self._render(probe, extra, where).rpartition(_ANSWER)
-        if not found or not start.endswith(begun["content"]):
+        start, mark, end = self._render(probe, extra, where).rpartition(_ANSWER)
+        if not mark or not start.endswith(begun["content"]):
             raise ValueError(
                 f"{where}, field 'prompt': ends with a message of the assistant, which the completion "
                 f"continues, but the chat template does not write it as it is; {REMEDY}"
@@ -217,7 +217,7 @@ class Reader:
                 options.get("chat_template"), tools=options.get("tools")
             )
         except ValueError:
-            # There is none, as rendering will say.
+            # There is no template, which rendering reports.
             return None
         if not _MARKS.search(template):
             return None
@@ -227,8 +227,8 @@ class Reader:
                 f"completion of several messages beside images; {REMEDY}, with completion_mask"
             )
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        found = self._applied(messages, {**options, "add_generation_prompt": False}, where)
-        return list(found["input_ids"]), list(found["assistant_masks"])
+        rendered = self._applied(messages, {**options, "add_generation_prompt": False}, where)
+        return list(rendered["input_ids"]), list(rendered["assistant_masks"])
 
     def shown(self, ids: Sequence[int]) -> str:
         """The text of some ids, for messages."""
@@ -251,7 +251,7 @@ class Reader:
         messages = [_in_parts(m) if _speaker(m) in lost else m for m in messages]
         try:
             return self._tokenizer.apply_chat_template(messages, **options)
-        # A template raises what it likes.
+        # Templates raise errors of any type.
         except Exception as error:
             raise ValueError(
                 f"{where}: the chat template failed: {type(error).__name__}: {error}; write the "
@@ -260,7 +260,7 @@ class Reader:
 
     @cached_property
     def _lost_as_text(self) -> set[str]:
-        """Whose text the template of a processor reads from a list of parts alone."""
+        """Roles whose text a processor's template writes only if it is given as a list of parts."""
         template = self._options.get("chat_template")
         if self.vision is None or template is None:
             return set()
@@ -272,7 +272,7 @@ class Reader:
                 text: str = self._tokenizer.apply_chat_template(
                     [*talk, message], chat_template=template, tokenize=False
                 )
-            # A template raises what it likes.
+            # Templates raise errors of any type.
             except Exception:
                 return False
             return _ANSWER in text
@@ -347,7 +347,7 @@ class Reader:
         try:
             end = self._render(talk, {}, "").rpartition(_ANSWER)[2]
         except ValueError:
-            # It wants other messages.
+            # The template refuses these messages.
             return None
         return next((x for x in self._bare(end) if x in self.eos), None)
 
@@ -365,7 +365,7 @@ def check_messages(
         images: whether images are given to the model.
 
     Raises:
-        TypeError: if they are no mappings with a role.
+        TypeError: if they are not mappings with a role.
         ValueError: if there are none, or one holds an image, video or sound.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
@@ -448,17 +448,17 @@ def _after(start: list[int], whole: list[int], makes: str, where: str) -> list[i
 def _texts(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What a message says and the tools it calls, each in the forms that count as written."""
     texts = (x for key, x in message.items() if key != "role" and isinstance(x, str))
-    found: list[tuple[str, ...]] = [(x.strip(),) for x in texts]
+    forms: list[tuple[str, ...]] = [(x.strip(),) for x in texts]
     content = message.get("content")
     for part in content if isinstance(content, list) else []:
-        found += [(x.strip(),) for key, x in part.items() if key != "type" and isinstance(x, str)]
+        forms += [(x.strip(),) for key, x in part.items() if key != "type" and isinstance(x, str)]
     for call in message.get("tool_calls") or []:
         called = (call.get("function") or call) if isinstance(call, Mapping) else {}
-        found += [(called["name"],)] if isinstance(called.get("name"), str) else []
+        forms += [(called["name"],)] if isinstance(called.get("name"), str) else []
         # JSON in a string is the policy's own text.
         given = called.get("arguments")
-        found += [(given.strip(),)] if isinstance(given, str) else list(_leaves(given))
-    return found
+        forms += [(given.strip(),)] if isinstance(given, str) else list(_leaves(given))
+    return forms
 
 
 def _leaves(arguments: Any) -> Iterator[tuple[str, ...]]:

@@ -33,7 +33,7 @@ from topr_kernels.hf.loading import (
     parts_of,
     without_repeats,
 )
-from topr_kernels.hf.packing import computing_eps
+from topr_kernels.hf.packing import computing_eps, weights_dtype
 from topr_kernels.hf.sharing import (
     BESIDE_IMAGES,
     REMEDY,
@@ -152,7 +152,7 @@ class TOPRTrainer(Trainer):
         eos = _eos_token_id(self.model, processing_class)
         #: Whether what cannot share prompts is refused.
         self._must_share = bool(args.share_prefix or getattr(data_collator, "share_prefix", False))
-        #: What the model is known to lack for it.
+        #: Why the model is known not to share prompts, if so.
         self._known_problem: str | None = None
         #: Whether the model shares prompts; None before the first batch.
         self._shares: bool | None = None
@@ -292,7 +292,7 @@ class TOPRTrainer(Trainer):
         )
         if self._scored_by is None:
             with self.accelerator.autocast():
-                sample = torch.empty(0, dtype=_dtype(model), device=self.args.device)
+                sample = torch.empty(0, dtype=weights_dtype(model), device=self.args.device)
                 self._scored_by = ScoredBy(log_probs, computing_eps(sample))
             self.add_callback(self._scored_by)
         if hasattr(dataset, "add_column"):
@@ -352,7 +352,7 @@ class TOPRTrainer(Trainer):
         self.data_collator = without_sharing(cast(CompletionCollator, self.data_collator))
 
     def _as_shared(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch, without sharing if the first one shows that the model gives others results so.
+        """The batch, unshared if the first one shows that the model is not exact with sharing.
 
         Raises:
             ValueError: on all processes, if sharing was asked for and is not exact.
@@ -375,7 +375,7 @@ class TOPRTrainer(Trainer):
         with self.accelerator.autocast():
             problem = prove_sharing(model, longest_sequence(inputs), signature_of=unwrapped)
             if self.args.world_size > 1:
-                # Only some may have batches without sharing, but all must run the checks of these.
+                # Some may have an unshared batch: all must run the checks of those.
                 arranged(model, plain, signature_of=unwrapped)
                 check_apart_once(model, plain, unwrapped)
         if self._gather(torch.tensor([problem is not None])).any():
@@ -453,9 +453,10 @@ class TOPRTrainer(Trainer):
         if model.training and self._shares:
             self._saved.append(saved_share(inputs))
         # A batch of which nothing is scored shows nothing.
-        if model.training and not self._noise_checked and _any_scored(inputs):
-            self._noise_checked = True
-            self._warn_of_noise(model, inputs)
+        if model.training and not self._noise_checked:
+            self._noise_checked = bool((inputs["labels"] != IGNORE_INDEX).any())
+            if self._noise_checked:
+                self._warn_of_noise(model, inputs)
         output = self._topr(model, inputs, num_items_in_batch)
         if model.training:
             self._train_metrics.add(output)
@@ -565,7 +566,7 @@ class TOPRTrainer(Trainer):
 
     @contextlib.contextmanager
     def _unsliced(self, dataset: Any) -> Iterator[None]:
-        """Has a loader made now share no prompts if accelerate slices its batches."""
+        """A loader that is made inside shares no prompts if accelerate slices its batches."""
         collator = self.data_collator
         if self._groups_siblings() and is_dispatched(self.args, dataset):
             self.data_collator = without_sharing(cast(CompletionCollator, collator))
@@ -637,14 +638,6 @@ def _count(batch: Mapping[str, Any], reduction: str) -> Tensor:
         return scored.any(dim=1).sum()
     before = nn.functional.pad(scored.view(-1).cumsum(0), (1, 0))[offsets.long()]
     return before.diff().gt(0).sum()
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _any_scored(inputs: Mapping[str, Any]) -> bool:
-    return bool((inputs["labels"] != IGNORE_INDEX).any())
 
 
 def _rewards(dataset: Any) -> Iterator[float]:

@@ -14,9 +14,9 @@ from topr_kernels.hf.fields import TOKENS
 class SiblingSampler(Sampler[int]):
     """A permutation of the records for each epoch: groups shuffled, each whole, its records shuffled.
 
-    It follows from the seed and the number of the epoch alone: every process has the same one, of which
-    accelerate gives each its batches, and a resumed run goes on in it. A group that is larger than a
-    batch, or lies across its end, is parted there.
+    It depends on the seed and the number of the epoch alone. So every process has the same order, of
+    which accelerate gives each its batches, and a resumed run continues it. A group that crosses the end
+    of a batch is split there.
 
     Args:
         groups: for each group the indices of its records.
@@ -42,15 +42,14 @@ def siblings(dataset: Any) -> list[list[int]] | None:
     """Indices of the records that have a prompt in common, for each prompt; None if none have.
 
     Args:
-        dataset: records with a length. Of others than token records (``prepare_records``) nothing is
-            known.
+        dataset: token records (``prepare_records``) with a length; None for any other.
     """
     name = TOKENS[0]
     if name not in dataset[0]:
         return None
     columns = hasattr(dataset, "column_names")
     prompts = dataset[name] if columns else (dataset[i][name] for i in range(len(dataset)))
-    # By hash: the prompts themselves would take 40 bytes a token. A clash would cost an order alone.
+    # By hash: the prompts would take 40 bytes a token, and a collision only changes the order.
     groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(hash(tuple(map(int, prompt))), []).append(i)

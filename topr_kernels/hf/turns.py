@@ -50,7 +50,7 @@ def read_turns(
         where: names the record in messages.
 
     Raises:
-        ValueError: if the messages are no turns of the assistant, or cannot be rendered as the policy
+        ValueError: if the messages are not turns of the assistant, or cannot be rendered as the policy
             saw and wrote them.
     """
     turns = _turns(completion, where)

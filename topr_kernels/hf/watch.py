@@ -56,7 +56,7 @@ class SequenceMetrics:
     """Metrics of the sequences of several batches, as if they had been one batch.
 
     The sequences' results are kept, six numbers each, since a standard deviation or an effective
-    sample size is no mean of those of the batches. Nothing is copied to the host before ``result``.
+    sample size is not the mean of those of the batches. Nothing is copied to the host before ``result``.
     """
 
     #: Tensors that are kept before they are joined.
@@ -72,9 +72,10 @@ class SequenceMetrics:
             self._sequences, self._sums = [self._joined()], [torch.stack(self._sums).sum(0)]
         results = output.sequences()
         self._sequences.append(torch.stack([x.double() for x in results[:6]]))
-        known = torch.zeros_like(results.entropy) if items is None else items
-        loss = torch.where(known == 0, 0.0, output.loss.detach() * known)
-        sums = (results.entropy, results.kl_k3, loss, known)
+        if items is None:
+            items = torch.zeros_like(results.entropy)
+        loss = torch.where(items == 0, 0.0, output.loss.detach() * items)
+        sums = (results.entropy, results.kl_k3, loss, items)
         self._sums.append(torch.stack([x.double() for x in sums]))
 
     def result(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -119,12 +120,12 @@ def warn_if_never_negative(rewards: Iterable[float], baseline: float, limits: Li
     """
     if limits.neg_max == 0:
         return False
-    known = False
+    empty = True
     for reward in rewards:
         if float(reward) - baseline < 0:
             return False
-        known = True
-    if not known:
+        empty = False
+    if empty:
         return False
     warnings.warn(
         f"No reward of this data set is below the baseline of {baseline:g}: TOPR degenerates to "
@@ -184,7 +185,7 @@ def warn_of_noise(
         in_training = score()
         with eval_mode(model):
             quiet = score()
-    # NaN in one mode alone is a difference; -inf in both is none.
+    # NaN in one mode alone is a difference; -inf in both is not.
     one_sided = bool((in_training.isnan() != quiet.isnan()).any())
     differences = (in_training - quiet).nan_to_num(0.0).abs()
     difference = math.inf if one_sided else float(differences.max())

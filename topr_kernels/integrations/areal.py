@@ -1,7 +1,7 @@
 """TOPR in AReaL: its FSDP actor with another loss.
 
     from topr_kernels.integrations.areal import TOPRActor
-    actor = TOPRActor(config.actor)    # where FSDPPPOActor stood: a script of one's own, or an
+    actor = TOPRActor(config.actor)    # where FSDPPPOActor stood: in your own script, or in an
                                        # override of PPOTrainer._create_train_engine
 
 Advantages, mini-batches, micro-batches, optimizer and logs stay AReaL's; where the actor trains a batch,

@@ -108,10 +108,10 @@ class AxolotlTOPRTrainer(TOPRTrainer):
 
     def __init__(self, *, args: Any, data_collator: Any = None, **kwargs: Any) -> None:
         for field in dataclasses.fields(AxolotlTrainingMixins):
-            found, unset = getattr(args, field.name), (field.default, None, False)
-            if field.name not in _HARMLESS | _INHERITED and found not in unset:
+            value, unset = getattr(args, field.name), (field.default, None, False)
+            if field.name not in _HARMLESS | _INHERITED and value not in unset:
                 raise ValueError(
-                    f"{field.name}: got {found!r}, which Axolotl's own trainers do and TOPRTrainer does "
+                    f"{field.name}: got {value!r}, which Axolotl's own trainers do and TOPRTrainer does "
                     "not; leave it out"
                 )
         given = {name: getattr(args, name) for name in _INHERITED}

@@ -128,7 +128,7 @@ def _refuse_settings(config: Any) -> None:
 
 
 def register(name: str = "topr", *, limits: str | Limits = TOPR, ratio: str = "sequence") -> None:
-    """Registers :func:`topr_policy_loss` with SkyRL as ``name``; again does no harm.
+    """Registers :func:`topr_policy_loss` with SkyRL as ``name``; calling it again is harmless.
 
     Raises:
         ImportError: SkyRL cannot be imported.

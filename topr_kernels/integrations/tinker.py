@@ -1,4 +1,4 @@
-"""TOPR as a custom loss of Tinker, for both of its doors.
+"""TOPR as a custom loss of Tinker, computed here or on its server.
 
     from topr_kernels.integrations.tinker import topr_loss
     training_client.forward_backward_custom(data, topr_loss)    # functools.partial for options
@@ -7,7 +7,7 @@
     training_client.forward_backward_custom(data, loss)
 
 Both read ``loss_fn_inputs`` of each Datum, as Tinker's cookbook fills it; only ``target_tokens`` and
-``weights`` are sent to the server by the first door.
+``weights`` are sent to the server by the first.
 
 - **mu** is ``logprobs``, the sampler's. The traced form calls it ``behavior_logprobs``, since Tinker
   gives ``logprobs`` to the policy's.

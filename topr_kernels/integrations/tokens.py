@@ -101,7 +101,7 @@ def check_ratio(ratio: str) -> None:
     """Refuses an unknown ratio before anything is trained.
 
     Raises:
-        ValueError: a ratio that is none of ``choices.RATIOS``.
+        ValueError: a ratio that is not in ``choices.RATIOS``.
     """
     validation.check_choice("ratio", ratio, choices.RATIOS)
 
@@ -148,7 +148,7 @@ def figures(out: TOPROutput) -> dict[str, float]:
         ``kl`` (log mu - log pi per token), ``objective`` (R * O / |y|), ``positive_share``,
         ``negative_share``, ``negative_weight`` and ``dead_share`` (negatives of weight < 1e-6).
     """
-    found = out.metrics()
+    metrics = out.metrics()
     counted = out.length > 0
     negative = counted & (out.reward < 0)
     share = negative.sum() / counted.sum().clamp(min=1)
@@ -157,12 +157,12 @@ def figures(out: TOPROutput) -> dict[str, float]:
         return torch.where(present.any(), figure, 0.0)
 
     values = {
-        "kl": where(counted, found["kl_k1"]),
-        "objective": where(counted, found["objective"]),
-        "positive_share": where(counted, found["positive_share"]),
+        "kl": where(counted, metrics["kl_k1"]),
+        "objective": where(counted, metrics["objective"]),
+        "positive_share": where(counted, metrics["positive_share"]),
         "negative_share": share,
-        "negative_weight": where(negative, found["weight_negative_mean"] * share),
-        "dead_share": where(negative, found["dead_share"] * share),
+        "negative_weight": where(negative, metrics["weight_negative_mean"] * share),
+        "dead_share": where(negative, metrics["dead_share"] * share),
     }
     on_host = torch.stack([v.double() for v in values.values()]).tolist()
     return dict(zip(values, on_host, strict=True))

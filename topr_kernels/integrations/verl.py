@@ -94,7 +94,7 @@ def topr_policy_loss(
             ``policy_loss.rollout_correction.rollout_rs``. If it is None, or lacks the
             counts on one rank, means are over this micro-batch alone.
         rollout_is_weights: None; see Raises.
-        limits: clip limits per sign of the reward, or a taper of one's own, as in :func:`topr_loss`.
+        limits: clip limits per sign of the reward, or a custom taper, as in :func:`topr_loss`.
         ratio: "sequence" (the paper), "geometric" (as GSPO and verl's PR 6986), "token", or per turn
             of the policy (``response_mask`` is 0 between them) "segment" or "segment_geometric".
 
@@ -103,7 +103,7 @@ def topr_policy_loss(
         of :func:`topr_kernels.integrations.tokens.figures`, as ``actor/ppo_kl`` and ``actor/topr_...``.
 
     Raises:
-        TypeError: half-precision log-probs, or a ``global_batch_info`` that is no mapping, as in verl.
+        TypeError: half-precision log-probs, or a ``global_batch_info`` that is not a mapping.
         ValueError: advantages that differ within a sequence, an aggregation that TOPR has no reduction
             for, ``dp_size`` > 1 without the count of the whole batch, rejection of single tokens, or
             ``rollout_is_weights``, which would weigh every token a second time, positives too.

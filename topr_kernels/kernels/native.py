@@ -50,10 +50,10 @@ def log_prob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = tokens.labels.contiguous()
     offsets, _ = sequence_offsets(labels, tokens.cu_seqlens)
-    return _rows(logits, labels, offsets, transforms, entropy, tokens.shift)
+    return _log_probs(logits, labels, offsets, transforms, entropy, tokens.shift)
 
 
-def _rows(
+def _log_probs(
     logits: Tensor,
     labels: Tensor,
     offsets: Tensor,
@@ -84,8 +84,8 @@ def topr_fwd(
 ) -> tuple[Tensor, ...]:
     labels = tokens.labels.contiguous()
     offsets, sound = sequence_offsets(labels, tokens.cu_seqlens)
-    rows = _rows(logits, labels, offsets, transforms, entropy, tokens.shift)
-    log_prob = rows[0]
+    per_token = _log_probs(logits, labels, offsets, transforms, entropy, tokens.shift)
+    log_prob = per_token[0]
     dtype = log_prob.dtype
     behavior, normalizer = objective.behavior_log_prob.contiguous(), objective.normalizer
     reward = effective_reward(objective).to(dtype).contiguous()
@@ -128,7 +128,7 @@ def topr_fwd(
         for poisoned in (loss, denominator, token_log_ratio):
             poisoned.fill_(torch.nan)
     sequences = log_ratio, weight, tapered, reward, length
-    return (loss, denominator, *rows, token_log_ratio, *sequences, d_log_prob)
+    return (loss, denominator, *per_token, token_log_ratio, *sequences, d_log_prob)
 
 
 def _write_gradient(

@@ -113,7 +113,7 @@ def call(function: str, **fields: Tensor | float | None) -> None:
     """Calls a function of the library with torch's threads and instructions; tensors go as pointers.
 
     Raises:
-        AttributeError: for a field that is none of ``Params``.
+        AttributeError: for a field that ``Params`` does not have.
         RuntimeError: if the library refuses its params, with its reason, or a tensor that has no strides
             among the fields is not contiguous.
     """

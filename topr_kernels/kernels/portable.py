@@ -25,14 +25,14 @@ from topr_kernels.sequence import sequence_stage
 BLOCK = 1 << 19
 
 
-def _row_blocks(wanted: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Splits the wanted rows [O, T] into blocks of (o, t) indices."""
-    o, t = wanted.shape
-    if wanted.device.type == "cpu":
-        index = wanted.reshape(-1).nonzero().squeeze(-1)
+def _row_blocks(chosen: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Splits the chosen rows, [O, T] bool, into blocks of (o, t) indices."""
+    o, t = chosen.shape
+    if chosen.device.type == "cpu":
+        index = chosen.reshape(-1).nonzero().squeeze(-1)
     else:
-        # Listing the wanted rows would copy their number to the host; take all of them instead.
-        index = torch.arange(o * t, device=wanted.device)
+        # Listing the chosen rows would copy their number to the host; take all of them instead.
+        index = torch.arange(o * t, device=chosen.device)
     for block in torch.split(index, max(1, BLOCK // vocab)):
         if block.numel():
             yield block // t, block % t
@@ -57,11 +57,11 @@ def log_prob_fwd(
     row_lse, row_low, row_entropy = (torch.zeros_like(row_log_prob) for _ in range(3))
     for block in _row_blocks(scored, vocab):
         z = transform_(_read(logits, block), transforms)
-        rows = softmax_rows_(z, target[block], entropy)
-        row_log_prob[block] = rows.log_prob
-        row_lse[block] = rows.lse
-        row_low[block] = rows.lse_low
-        row_entropy[block] = rows.entropy
+        softmax = softmax_rows_(z, target[block], entropy)
+        row_log_prob[block] = softmax.log_prob
+        row_lse[block] = softmax.lse
+        row_low[block] = softmax.lse_low
+        row_entropy[block] = softmax.entropy
     out = tuple(
         to_labels(torch.where(scored, x, 0.0), shift)
         for x in (row_log_prob, row_lse, row_low, row_entropy)

@@ -25,16 +25,16 @@ def rows(
 ) -> RowStats:
     vocab = z.shape[-1]
     parts = []
-    # A power of two, as are the units of rows: blocks of one shape. A block of a single row would have
+    # A power of two, as are the steps of rows: blocks of one shape. A block of a single row would have
     # its sum split over the threads, to another last bit.
     step = 1 << max(0, (BLOCK // vocab).bit_length() - 1)
     for block, y in zip(torch.split(z, step), torch.split(label, step), strict=True):
         transform_(block, transforms)
         slope = softcap_slope(block, transforms) if gradient else None
-        r = softmax_rows_(block, y, entropy)
-        factor, j_sum = -1 / r.sum_exp, torch.zeros_like(r.sum_exp)
+        softmax = softmax_rows_(block, y, entropy)
+        factor, j_sum = -1 / softmax.sum_exp, torch.zeros_like(softmax.sum_exp)
         if gradient:
-            exp_to_gradient_(block, r, slope, y.clamp(0, vocab - 1))
+            exp_to_gradient_(block, softmax, slope, y.clamp(0, vocab - 1))
             if slope is not None:
                 j_sum = block.sum(-1)
             if z.is_cuda:
@@ -42,7 +42,7 @@ def rows(
                 block.mul_(factor.unsqueeze(-1))
                 factor, j_sum = torch.ones_like(factor), j_sum * factor
         factor = factor * (transforms.logit_scale / transforms.temperature)
-        parts.append(RowStats(*r[:4], factor, j_sum))
+        parts.append(RowStats(*softmax[:4], factor, j_sum))
     if not parts:
         return RowStats(*(z.new_empty(0) for _ in RowStats._fields))
     return RowStats(*(torch.cat(x) for x in zip(*parts, strict=True)))
@@ -65,12 +65,12 @@ def columns(
     n, vocab = z.shape
     energy, sums = z.new_empty(vocab), z.new_empty((groups.shape[0], vocab))
     square = (coefficient * stats.factor).square()
-    weights = groups * stats.factor
+    scaled = groups * stats.factor
     step = max(1, BLOCK // n)
     scratch = z.new_empty((n, min(step, vocab)))
     for a in range(0, vocab, step):
         part = z[:, a : a + step]
-        torch.mm(weights, part, out=sums[:, a : a + step])
+        torch.mm(scaled, part, out=sums[:, a : a + step])
         squares = torch.mul(part, part, out=scratch[:, : part.shape[1]])
         torch.mv(squares.t(), square, out=energy[a : a + step])
     return energy, sums

@@ -64,7 +64,7 @@ def select_columns(
     whole = energy.double().sum()
     if shard is not None:
         shard.sum_(whole)
-    unit = whole / (1 << 52)
+    quantum = whole / (1 << 52)
     kept = torch.zeros(vocab, dtype=torch.bool, device=energy.device)
     if shard is None:
         kept[label.clamp(0, vocab - 1)] = True
@@ -73,7 +73,7 @@ def select_columns(
         kept[index[here]] = True
     free = torch.where(kept, 0.0, energy.double())
     # Rounded up: what is counted as left out is never less than what is.
-    count = torch.where(free > 0, (free / unit).ceil(), 0.0).nan_to_num(0, 0, 0).to(torch.int64)
+    count = torch.where(free > 0, (free / quantum).ceil(), 0.0).nan_to_num(0, 0, 0).to(torch.int64)
     histogram = torch.zeros(1 << 14, dtype=torch.int64, device=energy.device)
     histogram.scatter_add_(0, bins.clamp(0, (1 << 14) - 1).to(torch.int64), count)
     if shard is not None:

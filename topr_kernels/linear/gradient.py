@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels.linear import active, matmul
-from topr_kernels.linear.head import Head
+from topr_kernels.linear.head import HeadProducts
 from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.ops.options import Transforms, Wanted
 
@@ -61,7 +61,7 @@ class Gradient:
     def __init__(
         self,
         kernels: TileKernels,
-        head: Head,
+        head: HeadProducts,
         hidden: Tensor,
         transforms: Transforms,
         wanted: Wanted,
@@ -71,17 +71,17 @@ class Gradient:
         self.shard = kernels.shard
         self.vocab = head.vocab if self.shard is None else self.shard.vocab
         self.wanted, self.scaled = wanted, scaled
-        rows = hidden.shape[:-1].numel()
-        self.d_hidden = hidden.new_zeros((rows, head.dim) if self.wanted.hidden else 0)
+        positions = hidden.shape[:-1].numel()
+        self.d_hidden = hidden.new_zeros((positions, head.dim) if self.wanted.hidden else 0)
         wide = hidden.new_zeros(0, dtype=head.arithmetic)
-        self.row_scale = wide.new_ones(rows)
+        self.row_scale = wide.new_ones(positions)
         self.d_weight = wide.new_empty((head.vocab, head.dim) if self.wanted.weight else 0)
         self.d_bias = wide.new_zeros(head.vocab if self.wanted.bias else 0)
         #: d_weight holds nothing yet: the first dense product overwrites it.
         self.empty = True
         # fp16 operands: d_weight and d_bias in units of a power of two near the largest coefficient so
         # far, so that c * H neither underflows nor overflows.
-        self.unit = 0.0 if head.operand == torch.float16 else None
+        self.fp16_unit = 0.0 if head.operand == torch.float16 else None
         self.tails: list[Tail] = []
         self.tiles, self.active = 0, 0.0
         self.left = wide.new_zeros((), dtype=torch.float64)
@@ -97,9 +97,9 @@ class Gradient:
             return
         self.tiles += 1
         factor = c * stats.factor
-        if self.unit is not None:
-            self._raise_unit(float(factor.abs().amax()))
-            factor = factor / self.unit
+        if self.fp16_unit is not None:
+            self._raise_fp16_unit(float(factor.abs().amax()))
+            factor = factor / self.fp16_unit
         if self.wanted.grad_tolerance == 0:
             return self._dense(rows, factor)
         cluster, member = active.cluster_rows(rows.hidden.to(c.dtype), CLUSTERS)
@@ -112,7 +112,7 @@ class Gradient:
         columns, left, whole = active.select_columns(
             energy, label, self.wanted.grad_tolerance, self.shard
         )
-        # Tiles in one unit again.
+        # In units that all tiles share.
         self.energy += whole * top.double().square()
         self.left += left * top.double().square()
         if columns is None:
@@ -120,7 +120,7 @@ class Gradient:
         product, kept = self._active(rows, factor, columns)
         if self.wanted.bias:
             signed = sums[-1]
-            self.d_bias += signed if self.unit is None else signed / self.unit
+            self.d_bias += signed if self.fp16_unit is None else signed / self.fp16_unit
         # Rows of J sum to 0 (but for a softcap), so the tail has what the kept columns lack.
         mass = stats.factor * (stats.j_sum - kept)
         profile = sums[: len(member)].index_fill(1, columns, 0.0)
@@ -129,18 +129,18 @@ class Gradient:
         if sum(len(t.profile) for t in self.tails) >= PENDING_PROFILES:
             self._flush()
 
-    def _raise_unit(self, largest: float) -> None:
+    def _raise_fp16_unit(self, largest: float) -> None:
         """Makes the unit of d_weight and d_bias fit a tile; a copy to the host, for fp16 alone."""
         exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
         unit = 2.0**exponent
-        if self.unit and unit <= self.unit:
+        if self.fp16_unit and unit <= self.fp16_unit:
             return
-        if self.unit:
+        if self.fp16_unit:
             self._flush()
-            self.d_bias.mul_(self.unit / unit)
+            self.d_bias.mul_(self.fp16_unit / unit)
             if not self.empty:
-                self.d_weight.mul_(self.unit / unit)
-        self.unit = unit
+                self.d_weight.mul_(self.fp16_unit / unit)
+        self.fp16_unit = unit
 
     def _dense(self, rows: GradedRows, factor: Tensor) -> None:
         """Both products over all columns."""
@@ -200,9 +200,9 @@ class Gradient:
                 self._store(t.row, t.product.addcmul_(t.mass.unsqueeze(-1), mu[t.cluster]), t.c)
         if self.wanted.weight:
             direction = torch.cat([t.direction for t in self.tails]) / weight_sum.unsqueeze(-1)
-            if self.unit is not None:
+            if self.fp16_unit is not None:
                 # The range of fp16 is too small for a product of two means; bf16 has that of fp32.
-                direction, operand = direction / self.unit, operand.to(torch.bfloat16)
+                direction, operand = direction / self.fp16_unit, operand.to(torch.bfloat16)
             self.head.transposed(
                 operand, direction.to(operand.dtype), self.d_weight, accumulate=True
             )
@@ -228,9 +228,9 @@ class Gradient:
         self._flush()
         if self.wanted.weight and self.empty:
             self.d_weight.zero_()
-        if self.unit:
-            self.d_weight.mul_(self.unit)
-            self.d_bias.mul_(self.unit)
+        if self.fp16_unit:
+            self.d_weight.mul_(self.fp16_unit)
+            self.d_bias.mul_(self.fp16_unit)
 
     def report(self) -> tuple[Tensor, Tensor]:
         """-> (active_share, left_out): mean |A| / V over the tiles, root of the energy left out."""

@@ -16,7 +16,7 @@ CPU_BLOCK, GPU_BLOCK = 1 << 21, 1 << 25
 LEAST_BLOCK_ROWS = 128
 
 
-class Head:
+class HeadProducts:
     """The head's matrix in blocks of its rows, as operand of the three products.
 
     On a GPU half-precision operands stay so and the products accumulate and write fp32; anywhere else

@@ -47,15 +47,15 @@ def _served_by_onednn(a: Tensor, b: Tensor) -> bool:
 
 def _onednn_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     for r in range(0, len(a), BLOCK_ROWS):
-        rows = a[r : r + BLOCK_ROWS]
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        product = torch.ops.mkldnn._linear_pointwise(rows, b.t(), None, "none", [], "")
-        part = out[r : r + BLOCK_ROWS]
+        block = a[r : r + BLOCK_ROWS]
+        if block.stride(1) != 1:
+            block = block.contiguous()
+        product = torch.ops.mkldnn._linear_pointwise(block, b.t(), None, "none", [], "")
+        target = out[r : r + BLOCK_ROWS]
         if accumulate:
-            part.add_(product)
+            target.add_(product)
         else:
-            part.copy_(product)
+            target.copy_(product)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topr_kernels.layout import to_rows
 from topr_kernels.linear.gradient import GradedRows, Gradient
-from topr_kernels.linear.head import Head
+from topr_kernels.linear.head import HeadProducts
 from topr_kernels.linear.plan import ScoredRows, Tile, plan_tiles, scored_rows
 from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.linear.workspace import Workspace
@@ -59,7 +59,7 @@ def _log_prob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         rows, _ = scored_rows(tokens)
-        head = Head(weights)
+        head = HeadProducts(weights)
         space = Workspace(kernels, head, hidden, transforms, len(rows.row), workspace_bytes)
         out = _TokenResults(tokens.labels, head.arithmetic)
         for start in range(0, len(rows.row), space.capacity):
@@ -81,7 +81,7 @@ def _log_prob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         rows, _ = scored_rows(tokens)
-        head = Head(weights)
+        head = HeadProducts(weights)
         c = d_log_prob.reshape(-1)[rows.position].to(head.arithmetic)
         gradient = Gradient(kernels, head, hidden, transforms, wanted, scaled=True)
         # Rows without an upstream gradient are not multiplied again.
@@ -112,9 +112,8 @@ def _topr_fwd(
     wanted: Wanted,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):
-        branch = _branches(objective)
         # Per sequence, or per unit where units have the ratios; tiles are planned by these.
-        rows, (lengths, branches) = scored_rows(tokens, branch, units=objective.units)
+        rows, (lengths, branches) = scored_rows(tokens, _branches(objective), units=objective.units)
         if objective.units is not None and kernels.sum_pieces is None:
             # Units are padded with empty ones.
             while lengths and not lengths[-1]:
@@ -124,7 +123,7 @@ def _topr_fwd(
             counts = torch.cat([rows.length, (~rows.sound).to(torch.int64)[None]])
             counts = kernels.sum_pieces(counts)
             rows = rows._replace(length=counts[:-1], sound=counts[-1] == 0)
-        head = Head(weights)
+        head = HeadProducts(weights)
         work = _Work(
             rows,
             objective,
@@ -140,7 +139,7 @@ def _topr_fwd(
         order, tiles = plan_tiles(lengths, graded, whole, work.space.capacity, unneeded)
         order = order.to(hidden.device)
         for tile in tiles:
-            work.run_tile(order[tile.start : tile.start + tile.rows], tile)
+            work.run_tile(order[tile.start : tile.start + tile.size], tile)
         return work.results(hidden, tokens.shift, wanted)
 
 
@@ -178,8 +177,8 @@ class _Work:
         self.sum_pieces = space.kernels.sum_pieces
         self.denominator = loss_denominator(rows.length, rows.sound, objective)
         #: Coefficients of the rows that were scored first, and which rows they are.
-        self.known = torch.zeros_like(rows.label, dtype=out.log_prob.dtype)
-        self.is_known = torch.zeros_like(rows.label, dtype=torch.bool)
+        self.early_c = torch.zeros_like(rows.label, dtype=out.log_prob.dtype)
+        self.is_early = torch.zeros_like(rows.label, dtype=torch.bool)
 
     def forward(self, index: Tensor, gradient: bool) -> tuple[Tensor, Tensor, RowStats]:
         """The forward of some rows, at most a tile of them."""
@@ -215,7 +214,7 @@ class _Work:
                 self.score(index)
                 stage = self.stage()
                 d_log_prob = stage.d_log_prob.view(-1)[self.rows.position[index]]
-                self._learn(index, d_log_prob / stage.denominator)
+                self._keep_early(index, d_log_prob / stage.denominator)
                 whole[:] = [False] * len(whole)
             return set()
         weightless = set()
@@ -224,29 +223,29 @@ class _Work:
                 index = torch.arange(first[s], first[s] + lengths[s], device=device)
                 self.score(index)
                 c = self.coefficients(index, [(s, lengths[s])])
-                self._learn(index, c)
+                self._keep_early(index, c)
                 whole[s] = False
                 if not bool((c != 0).any()):
                     weightless.add(s)
         return weightless
 
-    def _learn(self, index: Tensor, c: Tensor) -> None:
-        self.known[index], self.is_known[index] = c, True
+    def _keep_early(self, index: Tensor, c: Tensor) -> None:
+        self.early_c[index], self.is_early[index] = c, True
 
-    def coefficients(self, index: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    def coefficients(self, index: Tensor, parts: list[tuple[int, int]]) -> Tensor:
         """Gradient of the loss by the log-probs of some rows, which are known by now; [n].
 
         Args:
             index: [n] which rows.
-            segments: their (sequence or unit, rows); one whose weight depends on its ratio is whole.
+            parts: as those of ``Tile``; a sequence whose weight depends on its ratio is whole.
         """
         rows, mu, device = self.rows, self.objective.behavior_log_prob, index.device
-        sequence = torch.tensor([s for s, _ in segments]).to(device)
-        offsets = torch.tensor([0, *(n for _, n in segments)]).cumsum(0).to(device)
+        sequence = torch.tensor([s for s, _ in parts]).to(device)
+        offsets = torch.tensor([0, *(n for _, n in parts)]).cumsum(0).to(device)
         units = self.objective.units
         if units is not None:
             sequence = units.owner[sequence]
-            units = Units(offsets, torch.arange(len(segments), device=device))
+            units = Units(offsets, torch.arange(len(parts), device=device))
         position = rows.position[index]
         log_prob = self.out.log_prob.view(-1)[position].unsqueeze(0)
         mu = mu.reshape(-1)[position].unsqueeze(0) if mu.dim() == 2 else mu[sequence]
@@ -262,29 +261,22 @@ class _Work:
 
     def stage(self) -> SequenceStage:
         """The sequence stage of the whole batch."""
-        rows, length = self.rows, self.rows.length
-        return sequence_stage(
-            self.out.log_prob,
-            rows.scored,
-            rows.offsets,
-            rows.sound,
-            self.objective,
-            length,
-            self.sum_pieces,
-        )
+        rows = self.rows
+        token = self.out.log_prob, rows.scored, rows.offsets, rows.sound
+        return sequence_stage(*token, self.objective, rows.length, self.sum_pieces)
 
     def run_tile(self, index: Tensor, tile: Tile) -> None:
         """Forward and backward of one tile, whose rows ``index`` lists."""
-        h, z, stats = self.forward(index, tile.graded > 0)
-        if not tile.graded:
+        h, z, stats = self.forward(index, tile.graded_size > 0)
+        if not tile.graded_size:
             return
-        index = index[: tile.graded]
-        c = self.coefficients(index, tile.segments)
-        c = torch.where(self.is_known[index], self.known[index], c)
+        index = index[: tile.graded_size]
+        c = self.coefficients(index, tile.parts)
+        c = torch.where(self.is_early[index], self.early_c[index], c)
         live = (c != 0).nonzero().squeeze(-1)
         if not len(live):
             return
-        live = _compact_(z, live) if len(live) < tile.graded else live
+        live = _compact_(z, live) if len(live) < tile.graded_size else live
         kept = RowStats(*(x[live] for x in stats))
         row, label = self.rows.row[index][live], self.rows.label[index][live]
         self.gradient.add(GradedRows(z[: len(live)], label, kept, row, h[live], c[live]))
@@ -296,7 +288,7 @@ class _Work:
         stage = self.stage()
         coefficient = to_rows(stage.d_log_prob, shift, 0.0) / stage.denominator
         coefficient = coefficient * gradient.row_scale.view(coefficient.shape)
-        # A NaN of a sequence that left the backward, by its reward, is in no row of d_weight.
+        # Sequences of reward 0 leave the backward, so a NaN in one would be in no row of d_weight.
         sound = torch.where(self.rows.sound & ~stage.d_log_prob.isnan().any(), 1.0, torch.nan)
         return (
             stage.loss,

@@ -49,11 +49,11 @@ def scored_rows(
     offsets, sound = sequence_offsets(target, cu_seqlens)
     length = segment_sum(scored.reshape(-1), offsets).to(torch.int64)
     # The one copy to the host that every call makes.
-    known = [length, *(x.to(torch.int64) for x in per_sequence)]
+    counts = [length, *(x.to(torch.int64) for x in per_sequence)]
     if units is not None:
-        rows = segment_sum(scored.reshape(-1), units.offsets).to(torch.int64)
-        known = [rows, *(x[units.owner] for x in known[1:])]
-    host = torch.stack(known).cpu().tolist()
+        of_unit = segment_sum(scored.reshape(-1), units.offsets).to(torch.int64)
+        counts = [of_unit, *(x[units.owner] for x in counts[1:])]
+    host = torch.stack(counts).cpu().tolist()
     # Stable: the scored positions first and in order, without another copy of their number.
     position = torch.argsort((~scored.reshape(-1)).to(torch.int8), stable=True)[: sum(host[0])]
     row, label = position - int(shift), target.reshape(-1)[position]
@@ -61,13 +61,13 @@ def scored_rows(
 
 
 class Tile(NamedTuple):
-    """A slice [start, start + rows) of the row order; the first ``graded`` rows have a gradient."""
+    """A slice [start, start + size) of the row order; the first ``graded_size`` have a gradient."""
 
     start: int
-    rows: int
-    graded: int
-    #: (sequence, rows) of the graded part, in order.
-    segments: list[tuple[int, int]]
+    size: int
+    graded_size: int
+    #: (sequence or unit, number of its rows) of those with a gradient, in order.
+    parts: list[tuple[int, int]]
 
 
 def plan_tiles(
@@ -107,9 +107,11 @@ def plan_tiles(
             fits = (i for i, free in enumerate(room) if free >= lengths[s])
             put(next(fits, len(bins)), s, 0, lengths[s])
     # What may be cut fills the gaps, first what has a gradient: those rows come first in a tile.
-    for wanted in (True, False):
+    for with_gradient in (True, False):
         i_bin = 0
-        for s in (s for s in sequences if graded[s] is wanted and not (wanted and whole[s])):
+        for s in sequences:
+            if graded[s] is not with_gradient or (with_gradient and whole[s]):
+                continue
             done = 0
             while done < lengths[s]:
                 while i_bin < len(bins) and room[i_bin] == 0:
@@ -120,9 +122,9 @@ def plan_tiles(
                 done += count
     order, tiles, start = [], [], 0
     for contents in bins:
-        rows = sum(count for _, _, count in contents)
-        segments = [(s, count) for s, _, count in contents if graded[s]]
-        tiles.append(Tile(start, rows, sum(count for _, count in segments), segments))
+        size = sum(count for _, _, count in contents)
+        parts = [(s, count) for s, _, count in contents if graded[s]]
+        tiles.append(Tile(start, size, sum(count for _, count in parts), parts))
         order += [torch.arange(first[s] + a, first[s] + a + count) for s, a, count in contents]
-        start += rows
+        start += size
     return torch.cat(order) if order else torch.zeros(0, dtype=torch.int64), tiles

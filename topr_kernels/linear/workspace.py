@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topr_kernels.layout import IGNORE_INDEX
-from topr_kernels.linear.head import Head
+from topr_kernels.linear.head import HeadProducts
 from topr_kernels.linear.tile import RowStats, TileKernels
 from topr_kernels.ops.options import Transforms
 
@@ -42,25 +42,25 @@ class Workspace:
     def __init__(
         self,
         kernels: TileKernels,
-        head: Head,
+        head: HeadProducts,
         hidden: Tensor,
         transforms: Transforms,
-        rows: int,
+        row_count: int,
         workspace_bytes: int,
     ) -> None:
         self.kernels, self.head, self.transforms = kernels, head, transforms
         self.source = hidden.detach()
-        unit, most = (GPU_ROWS, GPU_TILE_ROWS) if hidden.is_cuda else (CPU_ROWS, CPU_TILE_ROWS)
+        step, most = (GPU_ROWS, GPU_TILE_ROWS) if hidden.is_cuda else (CPU_ROWS, CPU_TILE_ROWS)
         # Shards of the vocabulary may differ in size, the tiles of their processes must not.
         vocab = head.vocab if kernels.shard is None else kernels.shard.largest
         fits = workspace_bytes // (vocab * torch.finfo(head.arithmetic).bits // 8)
         #: Rows of one forward matmul, from the budget alone: a batch must not choose its own shapes.
-        self.unit = unit
-        while self.unit > 16 and self.unit > fits:
-            self.unit //= 2
+        while step > 16 and step > fits:
+            step //= 2
+        self.step = step
         #: Rows of a tile.
-        self.capacity = self.unit * max(1, min(fits, most) // self.unit)
-        n = min(self.capacity, -(-rows // self.unit) * self.unit)
+        self.capacity = step * max(1, min(fits, most) // step)
+        n = min(self.capacity, -(-row_count // step) * step)
         self.hidden = hidden.new_empty((n, head.dim), dtype=head.operand)
         self.logits = _buffer(hidden, n, head.vocab, head.arithmetic)
 
@@ -69,18 +69,18 @@ class Workspace:
     ) -> tuple[Tensor, Tensor, RowStats]:
         """-> (hidden states [n, D], logits [n, V], their statistics) of some rows.
 
-        The first two are views of the workspace. Both the matmul and the row kernel get whole units of
+        The first two are views of the workspace. Both the matmul and the row kernel get whole steps of
         rows, whatever n is, so that the results of a row do not depend on the batch size.
         """
         n = len(row)
-        padded = -(-n // self.unit) * self.unit
+        padded = -(-n // self.step) * self.step
         # By two indices: flattening a slice of the hidden states would copy all of them.
         t = self.source.shape[1]
         self.hidden[:n] = self.head.cast(self.source[row // t, row % t])
         # Rows of an earlier tile could hold NaN, which slows some CPUs; it cannot reach other rows.
         self.hidden[n:padded] = 0
-        for a in range(0, padded, self.unit):
-            self.head.logits(self.hidden[a : a + self.unit], self.logits[a : a + self.unit])
+        for a in range(0, padded, self.step):
+            self.head.logits(self.hidden[a : a + self.step], self.logits[a : a + self.step])
         label = torch.nn.functional.pad(label, (0, padded - n), value=IGNORE_INDEX)
         stats = self.kernels.rows(self.logits[:padded], label, self.transforms, entropy, gradient)
         return self.hidden[:n], self.logits[:n], RowStats(*(x[:n] for x in stats))

@@ -37,6 +37,8 @@ class Kernels(NamedTuple):
 
 
 _KERNELS: dict[str, Kernels] = {}
+#: Short, for the results of an operator that has many.
+_T = Tensor
 
 
 def register(impl: str, kernels: Kernels) -> None:
@@ -193,25 +195,7 @@ def linear_topr_fwd(
     grad_weight: bool,
     grad_bias: bool,
     impl: str,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
+) -> tuple[_T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T]:
     """Returns in this order.
 
     - ``loss``, ``sound``: 0-dim; sound is 1, or NaN for unsound offsets or a NaN anywhere.
@@ -276,15 +260,7 @@ def _log_prob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     hidden, head_weight, bias, labels, cu_seqlens, *rest = inputs
     compute_dtype, logit_scale, softcap, temperature, _, shift, tolerance, workspace, impl = rest
     ctx.save_for_backward(*map(savable, (hidden, head_weight, bias, labels, cu_seqlens)))
-    ctx.settings = (
-        compute_dtype,
-        logit_scale,
-        softcap,
-        temperature,
-        shift,
-        tolerance,
-        workspace,
-    )
+    ctx.settings = (compute_dtype, logit_scale, softcap, temperature, shift, tolerance, workspace)
     ctx.impl = impl
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -336,8 +312,8 @@ def _topr_backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     # The upstream gradient (loss scaling, accumulation) stays on the device: no test, no sync.
     scale = d_loss * sound
     # A coefficient of exactly 0 stays 0 by selection, also under an infinite loss scale, not a NaN one.
-    rows = torch.where((coefficient == 0) & ~d_loss.isnan(), 0.0, coefficient * d_loss)
-    factors = (rows.unsqueeze(-1), scale, scale)
+    row_factor = torch.where((coefficient == 0) & ~d_loss.isnan(), 0.0, coefficient * d_loss)
+    factors = (row_factor.unsqueeze(-1), scale, scale)
     # A plain loss.backward() on a CPU, where looking costs nothing: a pass over d_weight less.
     plain = not compiling and scale.device.type == "cpu" and scale.item() == 1
     result: list[Tensor | None] = []

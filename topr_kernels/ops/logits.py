@@ -47,6 +47,8 @@ class Kernels(NamedTuple):
 
 
 _KERNELS: dict[str, Kernels] = {}
+#: Short, for the results of an operator that has many.
+_T = Tensor
 
 
 def register(impl: str, kernels: Kernels) -> None:
@@ -103,21 +105,7 @@ def topr_fwd(
     shift: bool,
     inplace: bool,
     impl: str,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
+) -> tuple[_T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T, _T]:
     """-> (two of the batch, five of tokens, five of sequences, gradient of tokens).
 
     loss, denominator: 0-dim. log_prob, lse, lse_low, entropy, token_log_ratio: [O, T]. log_ratio,

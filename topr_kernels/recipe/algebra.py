@@ -10,7 +10,7 @@ from typing import Any
 
 from topr_kernels.recipe.quantities import ROUNDED_DIGITS
 
-# Macros that are quick to evaluate. Sums, limits and integrals are no final answers.
+# Macros that are quick to evaluate. Sums, limits and integrals are not final answers.
 _MACROS_READ = (
     "frac sqrt pi infty cdot times div pm le ge lt gt ne in cup cap setminus mathbb binom overline bar",
     "sin cos tan cot sec csc arcsin arccos arctan log ln exp lfloor rfloor lceil rceil vert lvert rvert",

@@ -54,9 +54,7 @@ from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
 from topr_kernels.recipe.train import TrainSettings, train
 from topr_kernels.recipe.trained_on import check_unseen, with_images, write_trained_on
-from topr_kernels.recipe.vllm_backend import (
-    engine_facts,
-)
+from topr_kernels.recipe.vllm_backend import engine_facts
 from topr_kernels.recipe.voting import sampled_accuracy
 
 
@@ -92,10 +90,10 @@ def run_generate(
         judged: list[Verdict] = []
         records = sample(partial, judged=judged)
         write_records(step.draft(out), records)
-        found = figures(records)
-        print(found)
+        sampled = figures(records)
+        print(sampled)
         warn_if_none_right(records, out.name)
-        return dataclasses.asdict(found) | said_problems(judged) | server_facts(partial)
+        return dataclasses.asdict(sampled) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
     return run_step(step, compute, share=share)
@@ -113,7 +111,7 @@ def generate_step(settings: GenerateSettings, out: Path) -> Step:
     """
     check_suffix(out, "out")
     inputs = model_input(settings.model) | task_inputs(settings)
-    plan = plain(settings) | scorer(settings)
+    plan = plain_settings(settings) | scorer(settings)
     return Step("generate", manifest_path(out), plan, inputs, [out])
 
 
@@ -140,7 +138,7 @@ def run_score(
         to_score = read_nonempty(records)
         loaded = kept.get(settings.model)
         weights = weights_fingerprint(loaded.model)
-        check_tokens(to_score, _vocabulary(loaded), tokenizer_fingerprint(loaded.tokenizer))
+        check_tokens(to_score, loaded.vocabulary, tokenizer_fingerprint(loaded.tokenizer))
         check_positions(to_score, positions(loaded.model))
         check_processor(to_score, loaded.processor, loaded.no_processor)
         for i, record in enumerate(to_score):
@@ -181,7 +179,7 @@ def score_step(settings: ScoreSettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    return records_step("score", plain(settings, "seed"), settings.model, records, out)
+    return records_step("score", plain_settings(settings, "seed"), settings.model, records, out)
 
 
 def run_curate(settings: CurateSettings, records: Path, out: Path) -> dict[str, Any]:
@@ -220,7 +218,7 @@ def curate_step(settings: CurateSettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    return records_step("curate", plain(settings), "", records, out)
+    return records_step("curate", plain_settings(settings), "", records, out)
 
 
 def run_train(
@@ -306,7 +304,7 @@ def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step
     """
     check_suffix(records, "records")
     inputs = {"records": records, **model_input(settings.model)}
-    return Step("train", manifest_path(out), plain(settings), inputs, [out])
+    return Step("train", manifest_path(out), plain_settings(settings), inputs, [out])
 
 
 def run_evaluate(
@@ -372,7 +370,7 @@ def evaluate_step(settings: EvaluateSettings, out: Path) -> Step:
     held_out = questions_of(settings, 0)[1]
     check_unseen(settings.model, [with_images(q.prompt, q.images) for q in held_out])
     inputs = model_input(settings.model) | task_inputs(settings)
-    plan = plain(settings, "questions") | scorer(settings)
+    plan = plain_settings(settings, "questions") | scorer(settings)
     return Step("evaluate", out, plan, inputs, [out.with_suffix(".parquet")])
 
 
@@ -436,7 +434,7 @@ def model_input(model: str) -> dict[str, Path]:
     return {"model": Path(model).resolve()} if model and Path(model).is_dir() else {}
 
 
-def plain(settings: Options, *without: str) -> dict[str, Any]:
+def plain_settings(settings: Options, *without: str) -> dict[str, Any]:
     """Settings as plain values for a manifest, without paths of this machine."""
     values = {n: v for n, v in dataclasses.asdict(settings).items() if n not in without}
     for name in ("trust_scorer", "reward"):
@@ -495,7 +493,3 @@ def check_training_processes(batch_size: int) -> None:
                 "does not save; launch without it, or train with topr_kernels.hf.TOPRTrainer in a "
                 "script of your own"
             )
-
-
-def _vocabulary(loaded: LoadedModel) -> int:
-    return int(loaded.model.get_input_embeddings().weight.shape[0])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,7 @@ def parse_json(text: str) -> Any:
     """A text as JSON.
 
     Raises:
-        json.JSONDecodeError: if it is none.
+        json.JSONDecodeError: if it is not JSON.
         ValueError: if an object holds a key twice, of which Python would keep the last; if a number has
             thousands of digits.
         RecursionError: if brackets are nested thousands deep.
@@ -99,13 +99,27 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_once)
 
 
+def parse_object(line: str, where: str, error: type[ValueError]) -> Mapping[str, Any]:
+    """A line of a JSONL file; raises ``error``, naming the line, if it is not a JSON object."""
+    try:
+        value = parse_json(line)
+    except json.JSONDecodeError as problem:
+        raise error(f"{where}: not a line of JSON ({problem}); half-written?") from problem
+    # A number of thousands of digits, or brackets as deep.
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where}: JSON that cannot be read ({problem})") from problem
+    if not isinstance(value, Mapping):
+        raise error(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in mapping:
             raise ValueError(f"the key {name!r} is there twice; leave one of the two out")
-        found[name] = value
-    return found
+        mapping[name] = value
+    return mapping
 
 
 @contextmanager

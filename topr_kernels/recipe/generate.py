@@ -106,13 +106,13 @@ def _token_ids_of_each(
     """As ``prompt_token_ids``, of prompts with their images; equal ones are read once."""
     keys = [(prompt, tuple(images)) for prompt, images in asked]
     reader = _image_reader(tokenizer) if chat or any(images for _, images in keys) else None
-    found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    ids: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for prompt, images in dict.fromkeys(keys):
         if images or (chat and reader is not None):
-            found[prompt, images] = _ids_with_images(reader, prompt, chat, images)
+            ids[prompt, images] = _ids_with_images(reader, prompt, chat, images)
         else:
-            found[prompt, images] = _ids_of_text(tokenizer, prompt, chat)
-    return [list(found[key]) for key in keys]
+            ids[prompt, images] = _ids_of_text(tokenizer, prompt, chat)
+    return [list(ids[key]) for key in keys]
 
 
 def _ids_of_text(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -206,8 +206,8 @@ def read_prompts(
     distinct = list(dict.fromkeys(map(tuple, token_ids)))
     row = {ids: i for i, ids in enumerate(distinct)}
     rows = torch.tensor([row[tuple(ids)] for ids in token_ids], device=model.device)
-    shared = caches_prefix(model)
-    prefix = common_prefix_length(distinct) if shared else 0
+    caches = caches_prefix(model)
+    prefix = common_prefix_length(distinct) if caches else 0
     once = {
         name: x.to(model.device)
         for name, x in pad_left(distinct, tokenizer.pad_token_id, prefix).items()
@@ -215,7 +215,7 @@ def read_prompts(
     _check_padding(model, once)
     cache: dict[str, Any] = {}
     # The last token is left for generate, which needs one to start from.
-    if shared and once["input_ids"].shape[1] > prefix + 1:
+    if caches and once["input_ids"].shape[1] > prefix + 1:
         cache = prefix_cache(model, once["input_ids"], prefix) if prefix else {}
         outputs = model(
             input_ids=once["input_ids"][:, prefix:-1],
@@ -259,12 +259,12 @@ def _check_padding(model: Any, inputs: dict[str, Tensor]) -> None:
     own = counts_from_padding_id(model) is not None
     if not own and bool(inputs["attention_mask"].all()):
         return
-    found = check_padding_once(model, inputs)
-    if not found.exact_as_it_is:
+    check = check_padding_once(model, inputs)
+    if not check.exact_as_it_is:
         remedy = "" if own else "batches of one prompt (--batch-size 1), or "
         raise ValueError(
             f"{type(base_model(model)).__name__} sees padding in front of its tokens "
-            f"({found.state or 'it counts its positions itself'}), so the prompts of a batch would get "
+            f"({check.state or 'it counts its positions itself'}), so the prompts of a batch would get "
             f"other answers than alone; expected {remedy}another sampler (--backend vllm, --server)"
         )
 
@@ -492,7 +492,7 @@ def generate(
             if judged is not None:
                 judged += part_verdicts
             records += batch
-            # Those of others in between are done, or being done.
+            # Batches in between belong to other processes.
             bar.update(start + len(batch) - bar.n)
     return records
 

@@ -11,7 +11,7 @@ from topr_kernels import __version__
 from topr_kernels.recipe.commands import (
     check_training_processes,
     model_input,
-    plain,
+    plain_settings,
     run_curate,
     run_evaluate,
     run_generate,
@@ -141,7 +141,7 @@ def _wanted(settings: IterateSettings) -> dict[str, Any]:
         "step": "iterate",
         "version": __version__,
         # An iteration does not depend on how many follow.
-        "settings": plain(settings, "iterations") | scorer(settings),
+        "settings": plain_settings(settings, "iterations") | scorer(settings),
         "inputs": {name: checksum(path) for name, path in inputs.items()},
     }
 

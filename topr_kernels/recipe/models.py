@@ -66,6 +66,11 @@ class LoadedModel:
         """What makes the model's inputs: its processor, else its tokenizer."""
         return self.tokenizer if self.processor is None else self.processor
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model embeds."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
 
 def load_model(source: str) -> LoadedModel:
     """Loads a model and its tokenizer.
@@ -84,13 +89,15 @@ def load_model(source: str) -> LoadedModel:
     tokenizer = AutoTokenizer.from_pretrained(**options)
     processor, problem = None, ""
     config = AutoConfig.from_pretrained(**options)
-    kind = _kind(config)
-    if kind is AutoModelForImageTextToText:
+    loader = _auto_class(config)
+    if loader is AutoModelForImageTextToText:
         processor, problem = _processor(options)
         tokenizer = tokenizer if processor is None else processor.tokenizer
     elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        problem = f"of a {config.model_type} its language model alone is loaded, which sees none"
-    ready = _ready(_load(options, kind), tokenizer, name, "")
+        problem = (
+            f"only the language model of a {config.model_type} is loaded, which sees no images"
+        )
+    ready = _ready(_load(options, loader), tokenizer, name, "")
     if processor is not None:
         # Checked now that the tokenizer has its padding.
         try:
@@ -101,7 +108,7 @@ def load_model(source: str) -> LoadedModel:
     return replace(ready, processor=processor, no_processor=problem)
 
 
-def _kind(config: Any) -> Any:
+def _auto_class(config: Any) -> Any:
     """The class that loads a model: of images and text, unless text has a model of its own (Llama 4)."""
     images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -138,7 +145,7 @@ def count_parameters(source: str) -> int:
     _, options = _find(source)
     config = AutoConfig.from_pretrained(**options)
     with torch.device("meta"):
-        model = _kind(config).from_config(config)
+        model = _auto_class(config).from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -228,11 +235,11 @@ def _smollm2_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _load(options: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
+def _load(options: dict[str, Any], loader: Any = AutoModelForCausalLM) -> Any:
     # Comes with transformers.
     safetensors: Any = importlib.import_module("safetensors")
     try:
-        loaded: Any = kind.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             **options,
             dtype=torch.float32,
             output_loading_info=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from topr_kernels.recipe.commands import (
     curate_step,
@@ -138,11 +137,11 @@ def plan_vote(settings: VoteSettings, records: Path, out: Path) -> list[str]:
     """What ``run_vote`` would do."""
     settings = with_backend(settings)
     state = _state(vote_step(settings, records, out))
-    answers, questions, judged, _ = read_answers(settings, records)
-    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
+    answers, questions, voting, _ = read_answers(settings, records)
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(voting)]
     return [
         state,
-        f"answers: {len(answers)} to {len(questions)} questions, {len(judged)} of them can be parsed",
+        f"answers: {len(answers)} to {len(questions)} questions, {len(voting)} of them can be parsed",
         *_sampling(settings, prompts, settings.judgements),
         f"writes: {out}, {out.with_suffix('.parquet')}",
     ]
@@ -180,7 +179,7 @@ def plan_iterate(settings: IterateSettings, out: Path) -> list[str]:
 
 def _sampling(settings: SamplerOptions, prompts: list[str], samples: int) -> list[str]:
     count = len(prompts) * samples
-    encode = _tokenizer(settings.model)
+    encode = named_model(settings.model, load_tokenizer)
     check_chat(settings, encode)
     tokens = sum(len(encode(prompt)["input_ids"]) for prompt in prompts) * samples
     new = count * settings.max_new_tokens
@@ -213,10 +212,6 @@ def _state(step: Step) -> str:
 def _tokens(records: list[Record]) -> tuple[int, int]:
     prompt = sum(len(record.prompt_token_ids) for record in records)
     return prompt, sum(len(record.completion_token_ids) for record in records)
-
-
-def _tokenizer(model: str) -> Any:
-    return named_model(model, load_tokenizer)
 
 
 def _parameters(model: str) -> int:

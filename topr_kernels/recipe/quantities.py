@@ -147,24 +147,24 @@ def quantity(text: str) -> Quantity | None:
     return Quantity(-value if negative else value, unit, len(decimal))
 
 
-def in_smallest(found: Quantity) -> Quantity:
+def in_smallest(given: Quantity) -> Quantity:
     """A quantity in the smallest unit of its kind: 2 km/h in mm/s."""
-    value, names = found.value, []
-    for i, part in enumerate(found.unit.split("/")):
+    value, names = given.value, []
+    for i, part in enumerate(given.unit.split("/")):
         name, _, power = part.partition("^")
         smallest, size = _SIZES.get(name, (name, 1))
         factor = Fraction(size ** int(power or 1))
         value = value / factor if i else value * factor
         names.append(f"{smallest}^{power}" if power else smallest)
-    return found._replace(value=value, unit="/".join(names))
+    return given._replace(value=value, unit="/".join(names))
 
 
 def _summed(text: str) -> str:
     """Numbers with units of one kind, from the largest to the smallest, as one in the last of them."""
-    found = [(m.group(1), m.group(2).lower()) for m in _SEVERAL.finditer(text)]
-    if len(found) < 2 or _SEVERAL.sub("", text).strip():
+    pairs = [(m.group(1), m.group(2).lower()) for m in _SEVERAL.finditer(text)]
+    if len(pairs) < 2 or _SEVERAL.sub("", text).strip():
         return text
-    names = [_UNITS.get(word) or _UNITS.get(word.rstrip("s"), "") for _, word in found]
+    names = [_UNITS.get(word) or _UNITS.get(word.rstrip("s"), "") for _, word in pairs]
     # "2h 30m"
     names = ["min" if n == "m" and names[0] == "h" else n for n in names]
     sizes = [_SIZES.get(name, ("", 0)) for name in names]
@@ -174,7 +174,7 @@ def _summed(text: str) -> str:
     # "2 m, 50 cm" may be two answers, "1 hour, 30 minutes" is one.
     if kinds != {_SIZES["s"][0]} and re.search(r",(?!\s*and\b)", text):
         return text
-    each = (Fraction(x) * size for (x, _), size in zip(found, sizes_of, strict=True))
+    each = (Fraction(x) * size for (x, _), size in zip(pairs, sizes_of, strict=True))
     total = sum(each, Fraction(0)) / sizes_of[-1]
     return f"{total.numerator}/{total.denominator} {names[-1]}"
 

@@ -69,7 +69,7 @@ def check_images(records: Sequence[Record], processor: Any) -> None:
     """Refuses records with images that the model cannot be given; opens each image.
 
     Raises:
-        RecordError: as ``check_processor``, or naming the record one of whose images is none.
+        RecordError: as ``check_processor``, or naming the record with an image that cannot be read.
     """
     check_processor(records, processor)
     for i, record in enumerate(records):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topr_kernels.hf.fields import IMAGES, MASK, SEGMENTS, mask_of, name_here, segments_of
-from topr_kernels.recipe.files import atomic_path, one_line, parse_json
+from topr_kernels.recipe.files import atomic_path, one_line, parse_object
 
 FinishReason = Literal["stop", "length"]
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -201,11 +201,14 @@ def read_records(path: Path) -> list[Record]:
                 f"{path.name}: not a Parquet file ({one_line(error)}); make it anew"
             ) from error
         return [Record.from_dict(row, f"{path.name}, record {i}") for i, row in enumerate(rows)]
+    records: list[Record] = []
     try:
         # utf-8-sig: some editors write a byte order mark, and blank lines at the end.
         with path.open(encoding="utf-8-sig") as lines:
-            filled = (line for line in lines if line.strip())
-            return [_from_json(line, f"{path.name}, record {i}") for i, line in enumerate(filled)]
+            for line in filter(str.strip, lines):
+                where = f"{path.name}, record {len(records)}"
+                records.append(Record.from_dict(parse_object(line, where, RecordError), where))
+        return records
     except UnicodeDecodeError as error:
         raise RecordError(f"{path.name}: not UTF-8 text ({error}); make it anew") from error
 
@@ -222,19 +225,6 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         if (name in told and name not in fields) or _PANDAS_INDEX.fullmatch(name):
             table = table.drop_columns([name])
     return list(table.to_pylist())
-
-
-def _from_json(line: str, where: str) -> Record:
-    try:
-        raw = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{where}: not a line of JSON ({error}); half-written?") from error
-    # A number of thousands of digits, or brackets as deep.
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: JSON that cannot be read ({error})") from error
-    if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: expected a JSON object, got {type(raw).__name__}")
-    return Record.from_dict(raw, where)
 
 
 def check_suffix(path: Path, name: str = "path") -> None:

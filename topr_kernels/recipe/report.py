@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -91,18 +92,8 @@ def environment() -> dict[str, Any]:
 
 def accuracy_json(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """An evaluation as plain values, with the accuracies worked out."""
-    return {
-        name: {
-            "accuracy": outcome.accuracy,
-            "low": outcome.low,
-            "high": outcome.high,
-            "correct": outcome.correct,
-            "questions": outcome.questions,
-            "invalid_share": outcome.invalid_share,
-            "mean_length": outcome.mean_length,
-        }
-        for name, outcome in (("greedy", evaluation.greedy), ("sampled", evaluation.sampled))
-    }
+    outcomes = {"greedy": evaluation.greedy, "sampled": evaluation.sampled}
+    return {n: {"accuracy": x.accuracy, **dataclasses.asdict(x)} for n, x in outcomes.items()}
 
 
 def _percent(outcome: Accuracy) -> str:

@@ -104,7 +104,7 @@ def _find(function: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         imported = getattr(importlib.import_module(module), name)
-    # The user's module may raise what it likes, and end the process too.
+    # The user's module may raise anything, and may try to end the process.
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"reward: got {function!r}; expected module:function, importable from here "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ def with_backend(settings: AnySampler) -> AnySampler:
 
     Raises:
         SettingsError: as ``choose_backend`` and ``with_engine``; or if vLLM or a server is asked for by
-            several processes, or the URL of the server is none.
+            several processes, or the URL of the server is not valid.
     """
     backend = choose_backend(settings.backend, settings.model)
     if settings.server:
@@ -58,9 +58,7 @@ def sample_task(
     models: Models,
     partial: Path,
     label: str,
-    take: Callable[[int], Iterable[int]] = range,
-    progress: bool = True,
-    judged: list[Verdict] | None = None,
+    **share: Any,
 ) -> list[Record]:
     """Samples answers to questions of a task as the settings say, in parts under ``partial``.
 
@@ -72,9 +70,7 @@ def sample_task(
         models: loads the model.
         partial: folder of an unfinished step.
         label: named on the progress bar.
-        take: as in ``generate``.
-        progress: as in ``generate``.
-        judged: as in ``generate``.
+        **share: ``take``, ``progress`` and ``judged`` of ``generate``.
     """
     engine = engine_settings(settings.engine)
     what = f"--model {settings.model}, --backend {settings.backend}: sampling failed"
@@ -113,9 +109,7 @@ def sample_task(
             dtype=engine.get("dtype"),
             positions=positions,
             label=label,
-            take=take,
-            progress=progress,
-            judged=judged,
+            **share,
         )
 
 
@@ -144,9 +138,9 @@ def _check_shown(settings: SamplerOptions, loaded: LoadedModel) -> None:
 
 
 def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
-    """For the figures: how many answers have no verdict, by cause; says so, if there are any.
+    """Prints how many answers have no verdict, by cause, and returns that for the figures.
 
-    Also how many were judged without a filter of system calls, where any were.
+    The figures also say how many were judged without a filter of system calls, if any were.
     """
     problems = dict(sorted(count_problems(judged).items()))
     if problems:

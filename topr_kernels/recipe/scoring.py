@@ -125,7 +125,7 @@ def _here(task: Judge, completion: str, finish_reason: str, question: Question) 
     return Verdict(answer, form, task.reward(answer, question))
 
 
-class _Server:
+class _ServerProcess:
     """The server process, started at the first batch and kept: it ends with this process."""
 
     def __init__(self) -> None:
@@ -223,13 +223,13 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-_running: _Server | None = None
+_running: _ServerProcess | None = None
 
 
-def _server() -> _Server:
+def _server() -> _ServerProcess:
     global _running
     if _running is None or not _running.alive:
-        _running = _Server()
+        _running = _ServerProcess()
     return _running
 
 

@@ -162,7 +162,7 @@ def judge(task: Any, completion: str, finish_reason: str, question: Any) -> dict
         return {"answer": answer, "form": form, "reward": reward, "problem": ""}
     except MemoryError:
         return failed("memory")
-    # An executed answer may raise what it likes.
+    # An executed answer may raise anything.
     except BaseException:
         return failed("raised")
 
@@ -182,8 +182,8 @@ class _Server:
             order = pickle.loads(content)
             try:
                 self._take(order)
-                found = self._batch(order["items"], order["workers"], order["each"])
-                reply: dict[str, Any] = {"verdicts": found, "filtered": self._filtered}
+                verdicts = self._batch(order["items"], order["workers"], order["each"])
+                reply: dict[str, Any] = {"verdicts": verdicts, "filtered": self._filtered}
             except Exception:
                 reply = {"error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
             write_frame(self._replies, json.dumps(reply).encode())

@@ -2,7 +2,7 @@
 
 Prompts are sent as the token ids of our tokenizer, and the ids that come back are the completion. The
 server may be anybody's, so whatever it says is checked; what it says of log-probabilities is compared
-with the model, and is never mu.
+with the model, and never used as mu.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Server:
         url: as ``--server`` gives it, with or without its /v1.
 
     Raises:
-        SettingsError: naming the URL, from here if it is none, and from every method if the server
+        SettingsError: naming the URL: from here if it is not valid, from every method if the server
             cannot be reached, refuses, or says what cannot be.
     """
 
@@ -117,7 +117,7 @@ class Server:
             try:
                 until = time.monotonic() + patience
                 with self._open(request, timeout=patience) as answer:
-                    found = self._read(answer, most, until)
+                    content = self._read(answer, most, until)
                 break
             except urllib.error.HTTPError as error:
                 with error:
@@ -141,7 +141,7 @@ class Server:
                     f"cannot be reached ({_shown(reason)}); start the server, or correct the URL"
                 ) from error
         try:
-            return json.loads(found)
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise self.error(
                 f"{path} does not answer in JSON; give the URL of an OpenAI-compatible server, such as "
@@ -149,15 +149,15 @@ class Server:
             ) from error
 
     def _read(self, answer: Any, most: int, until: float) -> bytes:
-        found = bytearray()
+        content = bytearray()
         while part := answer.read1(1 << 16):
-            found += part
-            if len(found) > most:
+            content += part
+            if len(content) > most:
                 raise self.error(f"an answer of more than {most} bytes; expected less")
             # The socket's own limit is of each part.
             if time.monotonic() > until:
                 raise TimeoutError
-        return bytes(found)
+        return bytes(content)
 
     def _refusal(self, error: urllib.error.HTTPError) -> SettingsError:
         if 300 <= error.code < 400:
@@ -201,10 +201,10 @@ def served(server: Server, model: str) -> Served:
     """What a server serves in the place of ``model``, a folder or hub id.
 
     Raises:
-        SettingsError: if it does not tell, or several models and none of that name.
+        SettingsError: if it names no model, or several of which not one has that name.
     """
-    found = server.ask("/v1/models")
-    entries = found.get("data") if isinstance(found, Mapping) else None
+    listing = server.ask("/v1/models")
+    entries = listing.get("data") if isinstance(listing, Mapping) else None
     cards = [x for x in entries or () if isinstance(x, Mapping) and isinstance(x.get("id"), str)]
     if not cards:
         raise server.error(
@@ -274,11 +274,11 @@ class ServerSampler:
         chat: bool = False,
     ) -> list[Completion]:
         """Completes a batch; arguments as those of ``complete``."""
-        rows = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+        prompt_ids = [prompt_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
         if not self._facts:
-            some = [list(row) for row in dict.fromkeys(map(tuple, rows))][:_COMPARED]
+            some = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))][:_COMPARED]
             self._facts = self._compare(some, min(max_new_tokens, _COMPARED_TOKENS), stop_ids)
-        drawn = self._draw(rows, max_new_tokens, temperature, seed, stop_ids)
+        drawn = self._draw(prompt_ids, max_new_tokens, temperature, seed, stop_ids)
         if any(x.source != self._facts["token_ids"] for x in drawn):
             raise self._server.error("gives token ids for some completions and not for others")
         # Now there is something that others must agree with.
@@ -286,13 +286,13 @@ class ServerSampler:
             write_json(self._noted, self._facts)
         stops = set(stop_ids)
         return [
-            as_completion(tokenizer, row, x.token_ids, stops)
-            for row, x in zip(rows, drawn, strict=True)
+            as_completion(tokenizer, ids, x.token_ids, stops)
+            for ids, x in zip(prompt_ids, drawn, strict=True)
         ]
 
     def _draw(
         self,
-        rows: Sequence[list[int]],
+        prompt_ids: Sequence[list[int]],
         max_new_tokens: int,
         temperature: float,
         seed: int,
@@ -303,7 +303,7 @@ class ServerSampler:
         def draw(i: int) -> Drawn:
             body = {
                 "model": self._served.name,
-                "prompt": rows[i],
+                "prompt": prompt_ids[i],
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
                 "seed": answer_seed(seed, i),
@@ -313,25 +313,27 @@ class ServerSampler:
             }
             answer = self._server.ask("/v1/completions", body, max_new_tokens)
             try:
-                return drawn(answer, rows[i], self._loaded, max_new_tokens, set(stop_ids))
+                return read_drawn(
+                    answer, prompt_ids[i], self._loaded, max_new_tokens, set(stop_ids)
+                )
             except ValueError as error:
                 raise self._server.error(str(error)) from error
 
-        return in_parallel(draw, len(rows))
+        return in_parallel(draw, len(prompt_ids))
 
     def _compare(
-        self, rows: Sequence[list[int]], tokens: int, stop_ids: Sequence[int]
+        self, prompt_ids: Sequence[list[int]], tokens: int, stop_ids: Sequence[int]
     ) -> dict[str, Any]:
         """What the server is, once it is seen whether it serves the model.
 
         At temperature 1, where log-probabilities before and after the temperature are the same.
         """
-        found = self._draw(rows, tokens, 1.0, 0, stop_ids)
+        drawn = self._draw(prompt_ids, tokens, 1.0, 0, stop_ids)
         facts = {
             "model": _last(self._served.name),
             "software": self._served.software,
             "version": self._served.version,
-            "token_ids": found[0].source,
+            "token_ids": drawn[0].source,
         }
         before = read_mapping(self._noted) if self._noted.exists() else facts
         changed = [
@@ -342,14 +344,14 @@ class ServerSampler:
                 f"not the server of the batches that are done: {'; '.join(changed)}; start that one, or "
                 "choose another --out"
             )
-        if found[0].source == OF_TEXT:
+        if drawn[0].source == OF_TEXT:
             warnings.warn(
                 f"--server {self._server.url}: gives no token ids, so those of every record are of its "
                 "text, tokenised again: not always what it sampled. vLLM from 0.10.2, SGLang and "
                 "llama-server give them",
                 stacklevel=4,
             )
-        difference = log_prob_difference(self._loaded, rows, found)
+        difference = log_prob_difference(self._loaded, prompt_ids, drawn)
         if difference is None:
             warnings.warn(
                 f"--server {self._server.url}: gives no log-probabilities, so nothing shows that its "
@@ -383,7 +385,7 @@ class Drawn:
     source: str
 
 
-def drawn(
+def read_drawn(
     answer: Any, prompt: list[int], loaded: LoadedModel, max_new_tokens: int, stops: set[int]
 ) -> Drawn:
     """Reads what a server says that it sampled.
@@ -427,13 +429,13 @@ def drawn(
             ids.append(last)
         elif source == OF_TEXT:
             ids.append(loaded.tokenizer.eos_token_id)
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    if any(token >= vocabulary for token in ids):
+    if any(token >= loaded.vocabulary for token in ids):
         raise ValueError(
-            f"gives the token id {max(ids)}, but --model has {vocabulary} ids: it serves another model"
+            f"gives the token id {max(ids)}, but --model has {loaded.vocabulary} ids: it serves another "
+            "model"
         )
     whole = source == OF_TEXT or stops & set(ids) or len(ids) == max_new_tokens
-    # A text seldom has more tokens than were sampled, and never twice as many but from a liar.
+    # A text seldom has more tokens than were sampled, and twice as many only if the server lies.
     if not whole or len(ids) > max_new_tokens * (1 if source == OF_SERVER else 2):
         raise ValueError(
             f"ended a completion ({reason}) after {len(ids)} of {max_new_tokens} tokens, the last of "
@@ -444,14 +446,14 @@ def drawn(
 
 
 def log_prob_difference(
-    loaded: LoadedModel, rows: Sequence[list[int]], found: Sequence[Drawn]
+    loaded: LoadedModel, prompt_ids: Sequence[list[int]], drawn: Sequence[Drawn]
 ) -> float | None:
     """Mean difference of a token's log-probability, the server's to the model's, in nats.
 
     Args:
         loaded: the model.
-        rows: prompts.
-        found: a completion of each, at temperature 1.
+        prompt_ids: of each prompt.
+        drawn: a completion of each, at temperature 1.
 
     Returns:
         None if the server does not say any, or says none of these ids.
@@ -460,9 +462,9 @@ def log_prob_difference(
     said = [
         (
             x.log_probs,
-            Record(0, "", "", row, x.token_ids[: len(x.log_probs)], 0.0, "length", sampling),
+            Record(0, "", "", ids, x.token_ids[: len(x.log_probs)], 0.0, "length", sampling),
         )
-        for row, x in zip(rows, found, strict=True)
+        for ids, x in zip(prompt_ids, drawn, strict=True)
         if x.log_probs
     ]
     if not said:
@@ -537,7 +539,7 @@ def server_url(text: str) -> str:
     """The root of a server: its URL without a slash or /v1 at the end.
 
     Raises:
-        SettingsError: if it is none, or holds a password.
+        SettingsError: if it is not valid, or holds a password.
     """
     try:
         parts = urllib.parse.urlsplit(text)
@@ -588,7 +590,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _wait(asked: str | None, otherwise: float) -> float:
-    """Seconds to wait where the server may have asked for some."""
+    """Seconds to wait: those that the server asked for, if it did."""
     try:
         return min(max(0.0, float(asked or otherwise)), _MOST_WAIT)
     except ValueError:
@@ -599,24 +601,24 @@ def _wait(asked: str | None, otherwise: float) -> float:
 def _token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """The ids that a choice gives; None if it gives none."""
     # vLLM and SGLang; llama.cpp has them beside the log-probabilities.
-    found = choice.get("token_ids")
-    if found is None:
-        found = [entry.get("id") for entry in _entries(choice)] or None
-    if not isinstance(found, list) or not all(map(_is_whole, found)):
+    ids = choice.get("token_ids")
+    if ids is None:
+        ids = [entry.get("id") for entry in _entries(choice)] or None
+    if not isinstance(ids, list) or not all(map(_is_whole, ids)):
         return None
-    return list(found)
+    return list(ids)
 
 
 def _log_probs(choice: Mapping[str, Any], ids: list[int] | None) -> list[float] | None:
     """What a choice says of each of its ids; None if not of each."""
     known = choice.get("logprobs")
-    found = known.get("token_logprobs") if isinstance(known, Mapping) else None
-    if found is None:
-        found = [entry.get("logprob") for entry in _entries(choice)]
-    if ids is None or not isinstance(found, list) or len(found) != len(ids):
+    values = known.get("token_logprobs") if isinstance(known, Mapping) else None
+    if values is None:
+        values = [entry.get("logprob") for entry in _entries(choice)]
+    if ids is None or not isinstance(values, list) or len(values) != len(ids):
         return None
-    sound = all(isinstance(x, (int, float)) and math.isfinite(x) for x in found)
-    return [float(x) for x in found] if sound else None
+    sound = all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    return [float(x) for x in values] if sound else None
 
 
 def _entries(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:

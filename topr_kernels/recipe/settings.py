@@ -119,8 +119,8 @@ class SamplerOptions(ModelOptions):
         if self.server:
             object.__setattr__(self, "backend", "server")
         # One form of each, so that manifests agree whatever the order.
-        found = sorted(engine_settings(self.engine).items())
-        object.__setattr__(self, "engine", tuple(f"{name}={value}" for name, value in found))
+        pairs = sorted(engine_settings(self.engine).items())
+        object.__setattr__(self, "engine", tuple(f"{name}={value}" for name, value in pairs))
 
 
 def engine_settings(engine: Sequence[str]) -> dict[str, Any]:

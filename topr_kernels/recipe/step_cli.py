@@ -97,7 +97,7 @@ def config_flags(argv: Sequence[str]) -> list[str]:
     """The arguments, with the flags of ``--config`` in front, so that arguments override them.
 
     Raises:
-        SettingsError: if the file is no YAML mapping of names to plain values.
+        SettingsError: if the file is not a YAML mapping of names to plain values.
         FileNotFoundError: if there is no such file.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

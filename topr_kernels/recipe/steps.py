@@ -286,7 +286,7 @@ def _refuse_foreign(step: Step) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether the name is taken, be it by a broken link."""
+    """Whether the name is taken, also by a broken link."""
     return os.path.lexists(path)
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from topr_kernels.hf.fields import IMAGES, name_here
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
-from topr_kernels.recipe.files import FileError, parse_json
+from topr_kernels.recipe.files import FileError, parse_json, parse_object
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import is_unicode
 from topr_kernels.recipe.rewards import RewardTask, reward_key
@@ -310,14 +310,7 @@ def _warn_of_near_duplicates(train: Sequence[Question], held_out: Sequence[Quest
 
 
 def _entry(line: str, where: str, folder: Path) -> dict[str, Any]:
-    try:
-        raw = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise FileError(f"{where}: not a line of JSON ({error}); half-written?") from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{where}: JSON that cannot be read ({error})") from error
-    if not isinstance(raw, Mapping):
-        raise FileError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+    raw = parse_object(line, where, FileError)
     _, question = _text(raw, ("question", "problem"), where)
     field, answer = _text(raw, ("answer", "solution"), where)
     try:

@@ -173,7 +173,7 @@ class Task:
         """The answer that a completion gives, or None if it gives none.
 
         A completion that was cut at the length limit has not answered; where the right answer is a
-        number, anything but a number is no answer.
+        number, anything but a number is not an answer.
         """
         answer = completion.strip()
         if finish_reason != "stop" or not answer:
@@ -242,7 +242,7 @@ ARITHMETIC = Task(
 def canonical_number(text: str) -> str | None:
     """A number (commas, decimals, fractions a/b) in one form; None for anything else."""
     plain = text.strip()
-    # "1,2,3" is no 123.
+    # "1,2,3" is not 123.
     if "," in plain and not _GROUPED.fullmatch(plain[:_LONGEST_NUMBER]):
         return None
     plain = plain.replace(",", "")

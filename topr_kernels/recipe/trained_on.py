@@ -27,7 +27,7 @@ def read_trained_on(model: str) -> set[str]:
     """Digests of the prompts that a model, or the model it was trained from, was trained on.
 
     Args:
-        model: as in ``load_model``. An empty set for a model that is no folder or was not trained here.
+        model: as in ``load_model``. An empty set if it is not a folder, or was not trained here.
 
     Raises:
         FileError: if the file is not text.

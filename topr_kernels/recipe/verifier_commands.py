@@ -11,7 +11,7 @@ from typing import Any
 from topr_kernels.recipe.commands import (
     check_json,
     model_input,
-    plain,
+    plain_settings,
     read_nonempty,
     records_step,
 )
@@ -67,11 +67,11 @@ def run_verify(
     def compute(partial: Path) -> dict[str, Any]:
         judgements = sample(partial)
         write_records(step.draft(out), judgements)
-        found = verifier_figures(judgements)
-        print(found)
+        verifier = verifier_figures(judgements)
+        print(verifier)
         return {
             **dataclasses.asdict(figures(judgements)),
-            **dataclasses.asdict(found),
+            **dataclasses.asdict(verifier),
             **server_facts(partial),
         }
 
@@ -90,7 +90,7 @@ def verify_step(settings: VerifySettings, records: Path, out: Path) -> Step:
     Raises:
         RecordError: if a file has another suffix.
     """
-    return records_step("verify", plain(settings), settings.model, records, out)
+    return records_step("verify", plain_settings(settings), settings.model, records, out)
 
 
 def run_vote(
@@ -122,13 +122,13 @@ def run_vote(
     read = functools.cache(lambda: read_answers(settings, records))
 
     def sample(partial: Path, **share: Any) -> list[Record]:
-        judged = read()[2]
-        if not judged:
+        voting = read()[2]
+        if not voting:
             return []
-        return _judge(settings, judged, settings.judgements, kept, partial, "vote", **share)
+        return _judge(settings, voting, settings.judgements, kept, partial, "vote", **share)
 
     def compute(partial: Path) -> dict[str, Any]:
-        answers, questions, _, found = read()
+        answers, questions, _, verdicts = read()
         judgements = sample(partial)
         write_records(step.draft(written), judgements)
         accuracy = weighted_accuracy(
@@ -139,7 +139,7 @@ def run_vote(
             votes=settings.votes,
             draws=settings.draws,
             seed=settings.seed,
-            judged=found,
+            judged=verdicts,
         )
         print(accuracy)
         # Where no answer can be parsed there is nothing to judge.
@@ -149,7 +149,7 @@ def run_vote(
         return {
             **dataclasses.asdict(accuracy),
             "verifier": verifier and dataclasses.asdict(verifier),
-            **said_problems(found),
+            **said_problems(verdicts),
             **server_facts(partial),
         }
 
@@ -174,7 +174,7 @@ def vote_step(settings: VoteSettings, records: Path, out: Path) -> Step:
     held_out = questions_of(settings, 0)[1]
     check_unseen(settings.model, [with_images(q.prompt, q.images) for q in held_out])
     inputs = {"records": records, **model_input(settings.model), **task_inputs(settings)}
-    plan = plain(settings, "questions") | scorer(settings)
+    plan = plain_settings(settings, "questions") | scorer(settings)
     return Step("vote", out, plan, inputs, [out.with_suffix(".parquet")])
 
 
@@ -191,22 +191,22 @@ def read_answers(
     answers = read_nonempty(records)
     questions = questions_of(settings, 0)[1]
     task = find_tasks(settings)[1]
-    judged, found = answers_to_judge(answers, task, questions, records.name)
+    voting, verdicts = answers_to_judge(answers, task, questions, records.name)
     samples = len(answers) // len(questions)
     if settings.votes > samples:
         raise SettingsError(
             f"votes: got {settings.votes}; expected at most {samples}, the answers to a question in "
             f"{records.name}"
         )
-    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(judged)]
+    prompts = [Verification(settings.template).question(r, i).prompt for i, r in enumerate(voting)]
     seen = count_seen(settings.model, prompts)
     if seen:
         raise SettingsError(
-            f"records: {seen} of the {len(judged)} answers are among those that the model "
+            f"records: {seen} of the {len(voting)} answers are among those that the model "
             f"{model_key(settings.model)!r} was trained to judge; give answers to other questions than "
             "topr verify was given"
         )
-    return answers, questions, judged, found
+    return answers, questions, voting, verdicts
 
 
 def _judge(
@@ -220,7 +220,7 @@ def _judge(
 ) -> list[Record]:
     """Judgements of numbered solutions, ``samples`` of each, in their order."""
     task = Verification(settings.template, settings.one_line)
-    judged = {record.judged.record: record for record in solutions if record.judged is not None}
-    questions = [task.question(record, number) for number, record in judged.items()]
+    by_number = {record.judged.record: record for record in solutions if record.judged is not None}
+    questions = [task.question(record, number) for number, record in by_number.items()]
     records = sample_task(settings, task, questions, samples, models, partial, label, **share)
-    return [dataclasses.replace(r, judged=judged[r.group].judged) for r in records]
+    return [dataclasses.replace(r, judged=by_number[r.group].judged) for r in records]
