@@ -2,8 +2,8 @@
 
 Run by ``test_triton_aot.py`` in a process of its own, because the interpreter is chosen at import.
 Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942 ... [each]
-With ``each`` it takes every variant once, in one dtype or another, instead of in all of them, and does not
-look at the machine code.
+With ``each`` it takes every variant once, in one dtype or another, instead of in all of them, and does
+not look at the machine code.
 """
 
 from __future__ import annotations
