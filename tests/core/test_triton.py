@@ -34,6 +34,8 @@ SLACK = 3 if DEVICE == "cuda" or int(os.environ.get("PTX_ULPS", "0")) else 1
 VOCABS = [2, 11, 193, 1024, 4097, 50257]
 RATIOS = ["sequence", "geometric", "token"]
 LENGTHS = [(2, 4), (1, 6), (3, 0), (2, 1)]
+#: The same kinds in fewer rows, where a row or a call takes its time.
+SHORT = [(1, 2), (2, 0), (2, 1), (1, 1)]
 PLAIN = Transforms(1.0, None, 1.0)
 
 
@@ -96,7 +98,8 @@ def check_against_reference(batch: Batch, **kw: Any) -> None:
     ],
 )
 def test_equals_the_reference_at_every_vocabulary(vocab: int, ratio: str) -> None:
-    batch = make_batch(LENGTHS, vocab, dtype=torch.float32, seed=vocab)
+    lengths = LENGTHS if vocab <= 4096 else SHORT
+    batch = make_batch(lengths, vocab, dtype=torch.float32, seed=vocab)
     batch = batch._replace(reward=torch.tensor([1.0, -1.0, 0.5, -0.25]))
     check_against_reference(batch, ratio=ratio, baseline=0.1)
 
@@ -105,7 +108,7 @@ def test_equals_the_reference_at_every_vocabulary(vocab: int, ratio: str) -> Non
 @settings(max_examples=15)
 @given(
     lengths=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(0, 9)), min_size=1, max_size=4
+        st.tuples(st.integers(1, 3), st.integers(0, 6)), min_size=1, max_size=2
     ).filter(lambda ls: sum(c for _, c in ls) > 0),
     preset=st.sampled_from([*PRESETS.values(), Limits(0.2, 1.7, 0.05, 0.9)]),
     ratio=st.sampled_from(RATIOS),
@@ -231,7 +234,7 @@ SCALES = [(0.7, None), (1.3, None), (0.9, 30.0), (1.0, 30.0), (0.6, 200.0)]
 def test_log_prob_of_a_confident_row_is_not_positive(
     temperature: float, softcap: float | None
 ) -> None:
-    logits = confident_logits(20_000 if DEVICE == "cuda" else 64, 37).to(DEVICE)
+    logits = confident_logits(20_000 if DEVICE == "cuda" else 32, 37).to(DEVICE)
     labels = torch.zeros(1, len(logits), dtype=torch.int64, device=DEVICE)
     out = log_prob(
         logits[None],
@@ -372,7 +375,7 @@ def test_same_bits_on_every_run_and_for_any_order_of_sequences() -> None:
 
 @pytest.mark.slow
 def test_split_rows_equal_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch(LENGTHS, 4097, dtype=torch.float32)
+    batch = make_batch(SHORT, 4097, dtype=torch.float32)
     whole, whole_grad = run(batch, entropy=True)
     small = triton_logits.Settings(BV=128, U=2, tiles_per_program=3, split=8, num_warps=4)
     monkeypatch.setattr(triton_logits, "settings", lambda *_: small)
@@ -469,8 +472,8 @@ def test_long_sequence_sums_to_a_tenth_of_a_millinat() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_operators_keep_their_contract(layout: str) -> None:
-    batch: Any = to_device(make_batch(LENGTHS, 61, dtype=torch.float32))
-    data = batch if layout == "padded" else pack(batch, LENGTHS)
+    batch: Any = to_device(make_batch(SHORT, 61, dtype=torch.float32))
+    data = batch if layout == "padded" else pack(batch, SHORT)
     lift = (lambda x: x) if layout == "padded" else (lambda x: x[None])
     logits, labels, mu = (lift(x) for x in data[:3])
     cu = None if layout == "padded" else data.cu_seqlens.to(DEVICE)
@@ -498,7 +501,7 @@ def test_compiled_in_one_graph_for_every_length() -> None:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     first = 0
-    for i, lengths in enumerate(([3, 4], [2, 9], [5, 6], [7, 12], [8, 15])):
+    for i, lengths in enumerate(([2, 3], [1, 5], [4, 3], [6, 2])):
         batch = to_device(make_batch([(2, n) for n in lengths], 13, dtype=torch.float32, seed=i))
         z = batch.logits.requires_grad_()
         expected, actual = step(z, *batch[1:]), compiled(z, *batch[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -231,6 +232,8 @@ def _declare(match: re.Match[str], registers: dict[str, str]) -> None:
         registers[name] = kind
 
 
+# A mutant of a program differs from it in one statement.
+@functools.cache
 def _instruction(text: str, line: int, source: str) -> Instruction:
     text = re.sub(r"\s+", " ", text)
     rest, predicate = text, None
