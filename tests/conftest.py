@@ -84,7 +84,7 @@ def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_old_is_collected() -> None:
-    """Every training collects garbage; half a second each time, were all that is imported looked through."""
+    """Every training collects garbage; among all that is imported it would look for half a second."""
     gc.collect()
     gc.freeze()
 
