@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -79,6 +80,13 @@ def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         kernels.load(kernels.LOGITS[name])
         kernels.load(kernels.LINEAR[name])
     return name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected() -> None:
+    """Every training collects garbage; among all that is imported it would look for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

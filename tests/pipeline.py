@@ -11,12 +11,14 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from processes import named, prepare
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from topr_kernels.recipe import files
 from topr_kernels.recipe.cli import main
@@ -32,10 +34,11 @@ LATE = (
 )
 
 
-def import_all() -> None:
-    """Imports it now, in the process that others are forked from."""
-    for name in LATE:
-        importlib.import_module(name)
+def prepare_for_commands() -> None:
+    """Does now, in the process that others are forked from, what each would do before it computes."""
+    prepare(*LATE)
+    # 950 regular expressions, at the first model that is loaded.
+    get_checkpoint_conversion_mapping("llama")
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -99,23 +102,23 @@ def kill_at_move(count: int, after: bool) -> None:
     files.os.replace = replaced
 
 
-def kill_until_done(
-    case: str, run: Callable[[list[str]], int], argv: list[str], *, moves: int, seconds: float
-) -> None:
-    """Runs a command in one process after another, until one is not killed; prints how many were.
+def kill_until_done(case: str, function: str, argv: list[str], moves: int, seconds: float) -> int:
+    """Runs a command in one process after another, until one is not killed; returns how many were.
 
-    Forked, so that no run pays for the imports; this process itself computes nothing.
+    In the process that ``processes.started`` has started: no run pays for the imports.
 
     Args:
         case: "time-SEED", killed after random times, ten runs at most; "moves-SEED", killed before or
             after random files take their place; anything else, never.
-        run: returns the exit status of the command.
-        argv: of ``run``.
+        function: "module.name" of what runs the command; it returns the exit status.
+        argv: its argument.
         moves: the most files that a run puts in place before it is killed.
         seconds: the longest time before a run is killed.
     """
+    run = named(function)
+    prepare_for_commands()
     how, _, seed = case.partition("-")
-    draw, kills = random.Random(seed), 0
+    draw, kills, output = random.Random(seed), 0, tempfile.TemporaryFile()  # noqa: SIM115
     while True:
         at = (draw.randint(1, moves), draw.random() < 0.5) if how == "moves" else None
         end = draw.uniform(0.02, seconds) if how == "time" and kills < 10 else math.inf
@@ -123,6 +126,7 @@ def kill_until_done(
         if child == 0:
             status = 70
             try:
+                os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
                 if at:
                     kill_at_move(*at)
                 status = run(argv)
@@ -134,8 +138,9 @@ def kill_until_done(
             break
         kills += 1
         assert kills < 200
-    assert status == 0, (case, status)
-    print("kills", case, kills)
+    output.seek(0)
+    assert status == 0, (case, status, output.read().decode())
+    return kills
 
 
 def _awaited(child: int, seconds: float) -> int:
@@ -148,23 +153,3 @@ def _awaited(child: int, seconds: float) -> int:
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
-
-
-def killed_runs(driver: str, *args: str | Path) -> dict[str, int]:
-    """Runs a script that calls ``kill_until_done``; returns how often each case was killed.
-
-    Raises:
-        AssertionError: with what it printed, if a case failed.
-    """
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", driver, *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = [line.split() for line in done.stdout.splitlines() if line.startswith("kills ")]
-    return {case: int(count) for _, case, count in words}

@@ -1,5 +1,8 @@
 """Starts several processes of one torch.distributed group on this machine, by forking.
 
+They are forked from a process that has imported what they need, the same one for all tests of a session.
+``call`` runs other functions there that fork: ``recipe_server.run_job``, ``pipeline.kill_until_done``.
+
 A test adds a case by a function of its module that every rank runs, and ``launch(2, "test_it.worker")``.
 Where a worker has several cases, each stands in ``with case("its name"):``, so that one which fails does
 not hide the others. A case must make its collective calls before it asserts: a rank that leaves it
@@ -11,7 +14,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -60,10 +65,7 @@ def launch(
     env: dict[str, str] | None = None,
     imports: tuple[str, ...] = (),
 ) -> list[str]:
-    """Runs ``function``, "module.name", with ``args`` as ``world`` ranks.
-
-    The ranks are forked from one process for the whole session, which has imported ``module`` and
-    ``imports`` and computes nothing.
+    """Runs ``function``, "module.name", with ``args`` as ``world`` ranks, after ``imports``.
 
     Returns:
         What each rank has printed.
@@ -75,21 +77,40 @@ def launch(
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
     with tempfile.TemporaryDirectory() as folder:
         job = dict(world=world, function=function, args=args, timeout=timeout, env=common)
-        statuses = ask({**job, "imports": imports, "folder": folder})
+        statuses = call("processes.run", imports=imports, folder=folder, **job)
         outputs = [(Path(folder) / str(rank)).read_text() for rank in range(world)]
     for status, output in zip(statuses, outputs, strict=True):
         assert status == 0, f"status {status} (negative: killed by that signal)\n{output}"
     return outputs
 
 
-def ask(job: dict[str, Any]) -> list[int]:
+def call(function: str, /, **arguments: Any) -> Any:
+    """What ``function``, "module.name", returns in the process that forks; all of it as JSON.
+
+    Raises:
+        AssertionError: with the traceback of what it raised.
+    """
+    send(function, **arguments)
+    return receive()
+
+
+def send(function: str, /, **arguments: Any) -> None:
+    """The first half of ``call``."""
     server = started()
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(job) + "\n")
+    assert server.stdin is not None
+    server.stdin.write(json.dumps([function, arguments]) + "\n")
     server.stdin.flush()
-    answer = server.stdout.readline()
-    assert answer, f"the process that forks has ended: {job}"
-    return list(json.loads(answer))
+
+
+def receive() -> Any:
+    """The second half of ``call``."""
+    stream = started().stdout
+    assert stream is not None
+    answer = stream.readline()
+    assert answer, "the process that forks has ended"
+    value, error = json.loads(answer)
+    assert error is None, error
+    return value
 
 
 @functools.cache
@@ -101,7 +122,7 @@ def started() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": IMPORTED_FROM,
@@ -113,12 +134,33 @@ def started() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
-    """Runs jobs, one a line of stdin; answers with the exit status of each rank."""
+    """Makes the calls that arrive, one a line of stdin; answers with what each returned or raised."""
     answers = os.fdopen(os.dup(1), "w")
     # What an import prints is no answer.
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
+        function, arguments = json.loads(line)
+        try:
+            answer = named(function)(**arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def named(function: str) -> Any:
+    module, _, name = function.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def prepare(*modules: str) -> None:
+    """Imports what children would import each for itself."""
+    for module in modules:
+        importlib.import_module(module)
+    # accelerate imports it in the middle of a training.
+    if "accelerate" in sys.modules and importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")
+    # A collection in a child would copy every page that it shares with this process.
+    gc.freeze()
 
 
 def run(
@@ -131,9 +173,9 @@ def run(
     imports: list[str],
     folder: str,
 ) -> list[int]:
-    module, _, name = function.rpartition(".")
-    for needed in [*imports, module]:
-        importlib.import_module(needed)
+    """Runs ``launch``'s ranks; the exit status of each."""
+    prepare(*imports, function.rpartition(".")[0])
+    worker = named(function)
     children = {}
     for rank in range(world):
         child = os.fork()
@@ -143,7 +185,7 @@ def run(
                 output = os.open(Path(folder) / str(rank), os.O_WRONLY | os.O_CREAT)
                 os.dup2(output, 1), os.dup2(output, 2)
                 os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-                getattr(sys.modules[module], name)(*args)
+                worker(*args)
                 status = len(failed)
             except BaseException:
                 traceback.print_exc()

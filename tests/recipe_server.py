@@ -1,4 +1,4 @@
-"""A process that runs commands of the recipe as several processes, and what may befall them.
+"""Runs commands of the recipe as several processes, and what may befall those.
 
 A test adds a case by a call of a ``Server`` (the fixture ``server`` of ``test_recipe_processes.py``)::
 
@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -27,10 +25,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline import import_all
-from processes import IMPORTED_FROM, free_port
+from pipeline import prepare_for_commands
+from processes import free_port, receive, send
 
 from topr_kernels.recipe.cli import main
+from topr_kernels.recipe.tasks import Task
 
 TASK = [
     *("--task", "chain_sum", "--questions", "24", "--held-out", "5", "--max-new-tokens", "6"),
@@ -80,13 +79,6 @@ BUSY = {
 }
 
 
-def serve() -> None:
-    """Runs jobs of several processes, one a line of stdin, by forking: the imports are paid for once."""
-    import_all()
-    for line in sys.stdin:
-        print(json.dumps(run_job(**json.loads(line))), flush=True)
-
-
 def run_job(
     *,
     world: int,
@@ -97,13 +89,17 @@ def run_job(
     limit: float = 60,
     patience: float = 0,
     env: dict[str, str] | None = None,
+    judge_in_workers: bool = False,
 ) -> dict[str, Any]:
     """Runs commands in ``world`` processes, and kills them all when ``kill_when`` of them wait.
+
+    In the process that ``processes.started`` has started.
 
     Returns:
         "status" of each process (negative: the signal; None: it had to be killed at the limit), "output"
         of each, and the "seconds" it took.
     """
+    prepare_for_commands()
     start, port, children = time.monotonic(), free_port(), []
     notes = Path(folder)
     notes.mkdir(parents=True)
@@ -118,6 +114,8 @@ def run_job(
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
                     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 os.environ.update(env or {})
+                # Each would start workers of its own, which takes a second of the processor.
+                Task.in_process = not judge_in_workers  # type: ignore[attr-defined]
                 for event in events or []:
                     if event["rank"] in (rank, "all"):
                         befall(notes / f"waits-{rank}", **event)
@@ -202,22 +200,16 @@ def befall(
 
 
 class Server:
-    """Asks the process that runs ``serve``."""
+    """Asks for jobs of one model.
+
+    Args:
+        model: its folder.
+        folder: for what the processes of a job write about themselves.
+    """
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model = model
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "import recipe_server; recipe_server.serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": IMPORTED_FROM,
-            },
-        )
 
     def argv(self, command: str, out: Path, *more: str) -> list[str]:
         flags = [
@@ -233,13 +225,10 @@ class Server:
     def send(self, world: int, *commands: list[str], **options: Any) -> None:
         job = {"world": world, "commands": list(commands), "folder": str(self.folder), **options}
         shutil.rmtree(self.folder, ignore_errors=True)
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
+        send("recipe_server.run_job", **job)
 
     def receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return dict(json.loads(self.process.stdout.readline()))
+        return dict(receive())
 
     def succeed(self, world: int, *commands: list[str], **options: Any) -> dict[str, Any]:
         result = self(world, *commands, **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
+import runpy
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -103,10 +104,23 @@ def test_no_link_is_dead() -> None:
                 assert anchor in names, f"{page}: {target}"
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    command = [sys.executable, str(ROOT / "docs" / "draw_update.py"), str(tmp_path / "update.png")]
-    subprocess.run(command, check=True)
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs ``python FILE ARGUMENTS`` in this process."""
+
+    def run(file: str, *arguments: str) -> None:
+        monkeypatch.syspath_prepend(str(ROOT))
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [file, *arguments])
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+
+    return run
+
+
+def test_the_picture_is_drawn(tmp_path: Path, run_script: Callable[..., None]) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context():
+        run_script("docs/draw_update.py", str(tmp_path / "update.png"))
     drawn, shown = (p / "update.png" for p in (tmp_path, ROOT / "docs"))
     assert abs(drawn.stat().st_size - shown.stat().st_size) < 0.2 * shown.stat().st_size
 
@@ -360,21 +374,27 @@ def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert (folder / "run" / "vote.json").exists() and (folder / "run" / "report.json").exists()
 
 
-def test_the_table_of_seeds_is_the_one_that_was_measured() -> None:
-    script = ROOT / "benchmarks" / "demo_seeds.py"
-    command = [sys.executable, str(script), "--table-only"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in PAGES["docs/demo.md"]
+def test_the_table_of_seeds_is_the_one_that_was_measured(
+    run_script: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("benchmarks/demo_seeds.py", "--table-only")
+    table = capsys.readouterr().out.strip()
+    assert table and table in PAGES["docs/demo.md"]
 
 
 @pytest.mark.parametrize(
     ("folder", "page", "count"),
     [("results", "docs/performance.md", 5), ("results/bench", "benchmarks/README.md", 15)],
 )
-def test_the_tables_are_those_that_were_measured(folder: str, page: str, count: int) -> None:
-    command = [sys.executable, "-m", "benchmarks.report", f"benchmarks/{folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    tables = done.stdout.strip().split("\n\n")
+def test_the_tables_are_those_that_were_measured(
+    folder: str,
+    page: str,
+    count: int,
+    run_script: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_script("benchmarks/report.py", f"benchmarks/{folder}")
+    tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == count
     shown = (ROOT / page).read_text(encoding="utf-8")
     for table in tables:

@@ -20,7 +20,7 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
 from PIL import Image
-from pipeline import killed_runs
+from processes import call
 from tiny import save, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -43,21 +43,12 @@ from topr_kernels.hf import TOPRConfig  # noqa: E402
 from topr_kernels.recipe import files, read_records, verifier  # noqa: E402
 
 KILLED = ["moves-1", "time-1"]
-DRIVER = """
-import os, sys
-import accelerate, torch, transformers
-from benchmarks.learning.__main__ import main
-from pipeline import kill_until_done
-from topr_kernels.recipe import files
 
-model, folder = sys.argv[1:3]
-# A process that is killed needs no disk to hold what it wrote.
-files._sync = lambda path: None
-for case in sys.argv[3:]:
-    argv = ["--quick", "--model", model, "--seeds", "0", "--out", os.path.join(folder, case)]
-    argv += ["--grid", "naive-share"]
-    kill_until_done(case, main, argv, moves=5, seconds=1.0)
-"""
+
+def unsynced(argv: list[str]) -> int:
+    """``main`` in a process that may be killed: it needs no disk to hold what it wrote."""
+    files._sync = lambda path: None
+    return main(argv)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +71,12 @@ def quick(model: Path, out: Path, *more: str) -> int:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an unbroken run of every grid."""
     out = tmp_path_factory.mktemp("learning") / "whole"
-    assert quick(model, out) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        # After every cell, which takes less time than its pictures; smaller runs below draw them then.
+        patch.setattr(page, "draw_plot", lambda *_: False)
+        assert quick(model, out) == 0
+    assert quick(model, out, "--report") == 0
+    assert {path.name for path in out.glob("*.png")} == set(page.PLOTS)
     return out
 
 
@@ -176,7 +172,7 @@ def test_a_verifier_is_trained_and_judged_before_and_after(
 ):
     chosen = {**json.loads(QUICK.verifier), "template": "{prompt}{completion}\n1 + 1 ="}
     size = dataclasses.replace(
-        QUICK, model=str(model), questions=96, held_out=40, lr=3e-3, verifier=json.dumps(chosen)
+        QUICK, model=str(model), questions=48, held_out=24, lr=3e-3, verifier=json.dumps(chosen)
     )
     cell = Cell("topr", 0, verifier=True)
     runner = Runner(size, tmp_path / "results", tmp_path / "work")
@@ -193,7 +189,7 @@ def test_a_verifier_is_trained_and_judged_before_and_after(
     result = json.loads(runner.run(cell).read_text())
     folder = tmp_path / "work" / cell.name
     answers = read_records(folder / "answers.parquet")
-    assert len(answers) == 40 * chosen["answers"]
+    assert len(answers) == 24 * chosen["answers"]
     for name, judge in (("before", "tiny"), ("after", "model")):
         judgements, votes = (
             read_records(folder / f"{name}{part}.parquet") for part in ("", "-votes")
@@ -255,8 +251,13 @@ def test_a_finished_cell_is_left_alone_and_other_settings_are_refused(
 @pytest.fixture(scope="module")
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """Folder with one run per case, and how often each was killed."""
-    folder = tmp_path_factory.mktemp("killed")
-    return folder, killed_runs(DRIVER, model, folder, *KILLED)
+    folder, kills = tmp_path_factory.mktemp("killed"), {}
+    for case in KILLED:
+        argv = ["--quick", "--model", str(model), "--seeds", "0", "--out", str(folder / case)]
+        argv += ["--grid", "naive-share"]
+        job = {"function": "test_learning.unsynced", "argv": argv, "moves": 5, "seconds": 1.0}
+        kills[case] = call("pipeline.kill_until_done", case=case, **job)
+    return folder, kills
 
 
 @pytest.mark.parametrize("case", KILLED)

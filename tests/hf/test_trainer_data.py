@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from processes import IMPORTED_FROM, TESTS, launch
+from processes import call, launch
 from test_trainer import Row, config, plain_loss, rows, trainer
 from tiny import random_model, tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -374,7 +372,11 @@ def test_a_compiled_model_trains_as_the_model_in_it(tmp_path: Path):
     weights = []
     for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         torch._dynamo.reset()
-        run = trainer(tmp_path, rows(8), max_steps=2, per_device_train_batch_size=4, **changes)
+        torch.manual_seed(0)
+        # Each layer is traced anew.
+        model = LlamaForCausalLM(tiny_config(num_hidden_layers=1))
+        changes |= {"max_steps": 2, "per_device_train_batch_size": 4}
+        run = trainer(tmp_path, rows(8), model, **changes)
         run.train()
         weights.append([p.detach().clone() for p in run.model.parameters()])
     for p, q in zip(*weights, strict=True):
@@ -710,6 +712,8 @@ class Kill(TrainerCallback):
 
 
 def killed_worker(folder: str) -> None:
+    # It is of no group.
+    del os.environ["RANK"], os.environ["LOCAL_RANK"]
     torch.set_num_threads(1)
     run = trainer(Path(folder), TEXT, behavior="initial", packing=True, **UNBROKEN)
     run.add_callback(Kill())
@@ -718,17 +722,10 @@ def killed_worker(folder: str) -> None:
 
 def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path):
     """SIGKILL, not an exception: nothing gets to clean up."""
-    code = "import sys, test_trainer_data; test_trainer_data.killed_worker(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "killed")],
-        cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": IMPORTED_FROM},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    job = {"world": 1, "function": "test_trainer_data.killed_worker", "timeout": 150, "env": {}}
+    args, imports = [str(tmp_path / "killed")], ["topr_kernels.hf.trainer"]
+    status = call("processes.run", args=args, imports=imports, folder=str(tmp_path), **job)
+    assert status == [-signal.SIGKILL], (tmp_path / "0").read_text()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

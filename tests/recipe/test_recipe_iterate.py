@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from pipeline import killed_runs
+from processes import call
 from tiny import save, tiny_model
 
 from topr_kernels.recipe import read_records
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import checksum
+from topr_kernels.recipe.tasks import Task
 
 KILLED = ["time-1", "time-2", "time-3", "moves-1", "moves-2"]
 CONFIG = """\
@@ -30,6 +31,7 @@ samples: 4
 sample_batch: 16
 batch_size: 4
 save_steps: 1
+size: 16
 eval_samples: 4
 votes: 3
 lr: 1e-4
@@ -37,20 +39,13 @@ positive-share: 0.3
 dedupe: false
 iterations: 2
 """
-DRIVER = """
-import os, sys
-import accelerate, torch, transformers
-from pipeline import kill_until_done
-from topr_kernels.recipe.cli import main
-from topr_kernels.recipe.tasks import Task
 
-# Every killed run would start workers anew, which takes a second of the processor.
-Task.in_process = True
-config, folder = sys.argv[1:3]
-for case in sys.argv[3:]:
-    argv = ["iterate", "--config", config, "--out", os.path.join(folder, case)]
-    kill_until_done(case, main, argv, moves=4, seconds=0.5)
-"""
+
+def iterate(argv: list[str]) -> int:
+    """``main`` in a process that may be killed."""
+    # Each would start workers anew, which takes a second of the processor.
+    Task.in_process = True  # type: ignore[attr-defined]
+    return main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +63,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """Folder with one run per case, and how often each was killed."""
-    folder = tmp_path_factory.mktemp("runs")
-    return folder, killed_runs(DRIVER, config, folder, "whole", *KILLED)
+    folder, kills = tmp_path_factory.mktemp("runs"), {}
+    for case in ("whole", *KILLED):
+        argv = ["iterate", "--config", str(config), "--out", str(folder / case)]
+        job = {"function": "test_recipe_iterate.iterate", "argv": argv, "moves": 4, "seconds": 0.3}
+        kills[case] = call("pipeline.kill_until_done", case=case, **job)
+    return folder, kills
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = tmp_path_factory.mktemp("models") / "tiny"
-    save(tiny_model(), model)
-    found = Server(model, tmp_path_factory.mktemp("jobs") / "job")
-    yield found
-    found.process.kill()
-    found.process.communicate()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    model = save(tiny_model(), tmp_path_factory.mktemp("models") / "tiny")
+    return Server(model, tmp_path_factory.mktemp("jobs") / "job")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,8 @@ def readied(command: str, whole: Path, out: Path) -> Path:
 def test_several_processes_give_what_one_gives(
     world: int, server: Server, whole: Path, tmp_path: Path
 ):
-    done = server.succeed(world, *(server.argv(c, tmp_path) for c in COMMANDS if c != "train"))
+    commands = [server.argv(c, tmp_path) for c in COMMANDS if c != "train"]
+    done = server.succeed(world, *commands, judge_in_workers=world == 2)
     assert contents(tmp_path) == contents(whole)
     # Nothing is left over, and only the first speaks.
     assert not list(tmp_path.glob(".*"))

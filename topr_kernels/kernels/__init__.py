@@ -7,8 +7,9 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ LINEAR = {
     "native": "native_linear",
     "triton": "triton_linear",
 }
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _assume_constant_result(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, which imports the compiler: as long as torch takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def resolve(impl: str, x: Tensor, path: dict[str, str] = LOGITS) -> str:
@@ -70,7 +80,7 @@ def _automatic(x: Tensor) -> str:
     return "torch"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def native_serves() -> bool:
     """Whether the native library is there and loads; warns once where it was wanted and is not."""
     return _native_loads()
@@ -104,7 +114,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def load(module: str) -> bool:
     """Imports a module that registers implementations; runs once, also while compiling."""
     importlib.import_module(f"{__name__}.{module}")
