@@ -91,10 +91,20 @@ def assert_library(out: Path) -> None:
     assert not [n for n in names if n.startswith("csrc")]
 
 
-def test_wheel_holds_a_library_that_needs_neither_python_nor_torch(tmp_path: Path) -> None:
-    tree, out = copy_tree(tmp_path / "tree"), tmp_path / "out"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A tree from which a wheel was built, the folder of the wheel, and everything printed."""
+    folder = tmp_path_factory.mktemp("built")
+    tree, out = copy_tree(folder / "tree"), folder / "out"
     code, output = pip_wheel(tree, out, **FAST)
     assert code == 0, output
+    return tree, out, output
+
+
+def test_wheel_holds_a_library_that_needs_neither_python_nor_torch(
+    built: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    _, out, output = built
     assert_library(out)
     (said,) = re.findall(r"topr_kernels: built .*", output)
     assert Path(LIBRARY).name in said and "OpenMP" in said and "baseline" in said
@@ -159,15 +169,15 @@ def test_without_the_library_auto_warns_once_and_cpu_fails(
     assert re.search(cause, output)
 
 
-def test_stale_library_gets_into_no_wheel_that_should_have_none(tmp_path: Path) -> None:
-    tree, out = copy_tree(tmp_path / "tree"), tmp_path / "out"
-    code, output = pip_wheel(tree, out, TOPR_BUILD="cpu", **FAST)
-    assert code == 0, output
-    (built,) = tree.glob(f"build/lib*/{LIBRARY}")
-    for env in ({"TOPR_BUILD": "none"}, NO_COMPILER):
-        built.write_bytes(b"of an earlier build")
+def test_stale_library_gets_into_no_wheel_that_should_have_none(
+    built: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    tree, _, _ = built
+    (library,) = tree.glob(f"build/lib*/{LIBRARY}")
+    for i, env in enumerate(({"TOPR_BUILD": "none"}, NO_COMPILER)):
+        library.write_bytes(b"of an earlier build")
         (tree / LIBRARY).write_bytes(b"of an earlier editable install")
-        shutil.rmtree(out)
+        out = tmp_path / str(i)
         code, output = pip_wheel(tree, out, **env)
         assert code == 0, output
         assert_no_library(out, failed=env == NO_COMPILER)

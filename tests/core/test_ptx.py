@@ -19,7 +19,9 @@ pytest.importorskip("triton")
 @pytest.mark.timeout(900)
 def test_on_the_executor() -> None:
     folder = Path(__file__).parents[1] / "ptx"
-    files = [str(folder / f"check_{name}.py") for name in ("executor", "mutants", "package", "fuzz")]
+    files = [
+        str(folder / f"check_{name}.py") for name in ("executor", "mutants", "package", "fuzz")
+    ]
     env = os.environ | {
         "TRITON_INTERPRET": "0",
         "CUDA_VISIBLE_DEVICES": "",

@@ -230,6 +230,7 @@ def confident_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
 SCALES = [(0.7, None), (1.3, None), (0.9, 30.0), (1.0, 30.0), (0.6, 200.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "softcap"), SCALES)
 def test_log_prob_of_a_confident_row_is_not_positive(
     temperature: float, softcap: float | None
