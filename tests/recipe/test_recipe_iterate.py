@@ -15,7 +15,7 @@ pytest.importorskip("reasoning_gym")
 from processes import call
 from tiny import save, tiny_model
 
-from topr_kernels.recipe import read_records
+from topr_kernels.recipe import commands, read_records
 from topr_kernels.recipe.cli import main
 from topr_kernels.recipe.files import checksum
 from topr_kernels.recipe.tasks import Task
@@ -205,13 +205,24 @@ def test_unknown_keys_are_refused_as_unknown_flags_are(tmp_path: Path, capsys: A
     assert "--questionz=3" in capsys.readouterr().err
 
 
-def test_a_start_that_failed_binds_nobody(config: Path, tmp_path: Path, capsys: Any):
-    command = ["iterate", "--config", str(config), "--out", str(tmp_path / "run")]
+def test_a_start_that_failed_binds_nobody(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    command = ["iterate", "--config", str(config), "--out", str(out)]
     (tmp_path / "empty").mkdir()
     assert main([*command, "--model", str(tmp_path / "empty")]) == 2
     assert "has no config.json" in capsys.readouterr().err
-    # In the middle of the first step, as where memory does not suffice.
-    assert not (tmp_path / "run").exists()
+    assert not out.exists()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # In the middle of the first step, which leaves its settings.
+    with monkeypatch.context() as first:
+        first.setattr(commands, "sample_task", interrupted)
+        assert main(command) == 130
+    assert list(out.glob("iteration-0/.*.partial/settings.json"))
     assert main([*command, "--lr", "0.5", "--dry-run"]) == 0
     assert main([*command, "--iterations", "1", "--lr", "0.5"]) == 0
 
