@@ -46,25 +46,31 @@ def cases() -> list[Case]:
     for dtype, size in SIZES.items():
         s = tk.settings(128256, size, True, 1 << 20, 132)
         narrow = tk.settings(50257, size, False, 1 << 20, 132).lanes(False) | {"ALIGNED": False}
-        rows = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False, ENTROPY=False, **s.lanes(True))
+        rows = dict(
+            SHIFT=True, stride_v=None, ALIGNED=True, SOFTCAP=False, ENTROPY=False, **s.lanes(True)
+        )
         rows |= dict(RATIO=0, REDUCTION=0, SPLIT=1, BT=tk.BT)
         rows |= dict.fromkeys(("p_parts", "p_row_counter", "p_behavior_low", "p_normalizer"))
         split = {k: v for k, v in rows.items() if k not in ("p_parts", "p_row_counter")}
-        backward = dict(SHIFT=True, ALIGNED=True, SOFTCAP=False)
+        backward = dict(SHIFT=True, stride_v=None, out_v=None, ALIGNED=True, SOFTCAP=False)
         backward |= dict(TILES=s.tiles_per_program, U=2, BV=s.BV)
+        capped, loose = {"SOFTCAP": True}, {"ALIGNED": False}
+        every = rows | FULL | {"RATIO": 2}
         found += [
             ("forward", tk.rows_fwd_kernel, dtype, rows),
-            ("forward, all options", tk.rows_fwd_kernel, dtype, rows | FULL | {"RATIO": 2}),
             ("forward, narrow", tk.rows_fwd_kernel, dtype, rows | narrow),
+            ("forward, all options", tk.rows_fwd_kernel, dtype, every),
+            ("forward, all options, narrow", tk.rows_fwd_kernel, dtype, every | narrow),
             ("forward, split", tk.rows_fwd_kernel, dtype, split | {"SPLIT": tk.SPLIT}),
             ("log_prob", tk.rows_fwd_kernel, dtype, rows | absent),
             ("backward", tk.logits_bwd_kernel, dtype, backward),
-            ("backward, all options", tk.logits_bwd_kernel, dtype, backward | {"SOFTCAP": True}),
+            ("backward, narrow", tk.logits_bwd_kernel, dtype, backward | loose),
+            ("backward, all options", tk.logits_bwd_kernel, dtype, backward | capped),
             (
                 "backward, all options, narrow",
                 tk.logits_bwd_kernel,
                 dtype,
-                backward | {"ALIGNED": False, "SOFTCAP": True},
+                backward | capped | loose,
             ),
         ]
     stage = dict(SHIFT=True, RATIO=2, REDUCTION=0, BT=tk.BT, p_behavior_low=None)
@@ -80,15 +86,16 @@ def linear_cases() -> list[Case]:
     capped = dict(SOFTCAP=True)
     rows = dict(ENTROPY=False, TOTAL=False, **lin._row_constants(128256, True))
     gradient = dict(TILES=lin.GRADIENT_TILES, U=2, BV=lin.BV)
+    columns = lin._column_constants(128256, 8)
     gather = dict(TILES=lin.GATHER_TILES, U=lin.GATHER_U, BA=lin.GATHER_BA)
     more = {
         "linear rows": dict(ENTROPY=True, TOTAL=True),
-        "linear columns": lin._column_constants(9),
+        "linear columns": lin._column_constants(128256, 9),
     }
     found = []
     for name, kernel, constants, dtypes in (
         ("linear rows", lin.linear_rows_kernel, rows, ("fp32",)),
-        ("linear columns", lin.linear_columns_kernel, lin._column_constants(8), ("fp32",)),
+        ("linear columns", lin.linear_columns_kernel, columns, ("fp32",)),
         ("linear gradient", lin.linear_gradient_kernel, gradient, tuple(SIZES)),
         ("linear gather", lin.linear_gather_kernel, gather, tuple(SIZES)),
     ):
@@ -154,7 +161,7 @@ def exponentials(kernel: Any, constants: dict[str, Any]) -> float:
     if kernel in (tk.rows_fwd_kernel, lin.linear_rows_kernel):
         # The maximum moves once for all logits of a lane.
         return 1 + 1 / (constants["U"] * constants["W"])
-    return 2 if constants["SOFTCAP"] else 1
+    return 1
 
 
 def logits_of(loop: list[sass.Instruction], kernel: Any, constants: dict[str, Any]) -> float:

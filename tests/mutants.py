@@ -329,8 +329,8 @@ KERNELS = [
     Mutant(
         "no-wide-loads",
         "topr_kernels/kernels/triton_linear.py",
-        "        V = V // 16 * 16\n",
-        "        V = V + 0\n",
+        "        p_z = tl.multiple_of(p_z, 16)\n",
+        "        p_z = p_z + 0\n",
         ("tests/core/test_triton_aot.py::test_sm_90",),
     ),
     Mutant(

@@ -2,7 +2,8 @@
 
 No kernel is run. Instructions per logit are counted in the loop over whole tiles, as ptxas makes it for
 sm_90; a time is that of 8192 rows of 128256 logits if nothing else cost any, and a kernel takes at least
-the longest. Usage, without the interpreter: python tests/static_model.py [part of a kernel's name ...]
+the longest. Usage, without the interpreter: python tests/static_model.py [part of a kernel's name ...];
+all of it is benchmarks/results/static_model.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,35 @@ BANDWIDTH = {"H100": 0.9 * 3.35e12, "H200": 0.9 * 4.8e12}
 THREADS, MOST_THREADS, REGISTERS = 128, 2048, 65536
 #: Lanes that a multiprocessor issues, and that its special functions serve, per cycle.
 ISSUE, SPECIAL = 128, 16
+
+HEAD = """# Static model of the Triton kernels
+
+Printed by `python tests/static_model.py`; nothing was run on a GPU. Instructions per logit by the pipe
+that executes them and registers per thread, from the machine code for sm_90 (`ptxas` of Triton);
+programs of 128 threads per multiprocessor by registers; microseconds for 8192 x 128256 logits at the
+bound of issue, of special functions (132 multiprocessors, 1.755 GHz) and of memory (90 % of 3.35 and
+4.8 TB/s), in brackets the share of H200's memory time. "narrow" kernels serve rows that are not aligned
+to 16 elements. The columns kernel works on tiles of some 2048 rows, a quarter of this.
+
+The aim is 60 % at issue and special functions without options, 120 % with all. One kind of kernel
+misses it: the forward with softcap and entropy in half precision, for 2 bytes per logit leave time for
+16.5 instructions at 120 %. What each logit needs there, as the results are defined:
+
+| step | instructions |
+| --- | ---: |
+| its share of a 128-bit load, and fp32 from half precision | 1.1 |
+| tanh to 2e-7: bound, square, polynomial (6), argument of the root, root (MUFU), product | 11 |
+| running maximum | 1 |
+| difference from the maximum, scale, exponential (MUFU), sum | 4 |
+| entropy: product and sum, fused | 1 |
+| all | 18.1 (132 %) |
+
+The two MUFU alone are 117 %. No tanh that was tried is cheaper: an exponential and a quotient take one
+MUFU more (175 %), the same form with one operation less is 9e-7 off, three times what it may be,
+`tanh.approx` 5e-4. One fused operation for difference and scale makes log-probs of confident rows
+positive. Packed instructions for the bound and the maximum, which Triton does not take, would leave
+17.1 (125 %).
+"""
 
 
 class Profile(NamedTuple):
@@ -108,6 +138,7 @@ def main() -> None:
         cubin = aot.compile_case(kernel, dtype, constants, aot.TARGETS["sm_90"]).asm["cubin"]
         if found := profile(case, cubin):
             profiles.append(found)
+    print(HEAD)
     print(f"Triton {triton.__version__}; per logit and in microseconds, {LOGITS} logits\n")
     print("\n".join(table(profiles)))
 

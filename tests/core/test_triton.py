@@ -24,8 +24,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from topr_kernels.kernels import triton_logits, triton_taper
-from topr_kernels.kernels.triton_rows import is_aligned
+from topr_kernels.kernels import triton_logits, triton_rows, triton_taper
+from topr_kernels.kernels.triton_rows import NO_FUSION, is_aligned
 
 pytestmark = pytest.mark.usefixtures("in_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -539,6 +539,32 @@ def test_golden_table() -> None:
         torch.testing.assert_close(got.cpu(), want, rtol=SLACK * 5e-7, atol=0, equal_nan=True)
 
 
+@triton.jit
+def tanh_kernel(p_z, p_u, p_slope, inv_softcap, n, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    m = o < n
+    u, slope = triton_rows.softcap_tanh(tl.load(p_z + o, m), inv_softcap)
+    tl.store(p_u + o, u, m)
+    tl.store(p_slope + o, slope, m)
+
+
+@pytest.mark.parametrize("softcap", [1e-5, 0.3, 30.0, 1e4])
+def test_the_tanh_of_a_softcap(softcap: float) -> None:
+    x = torch.cat([torch.logspace(-6, 1.5, 500), torch.tensor([1e30, torch.inf])])
+    z = torch.cat([x, -x, torch.tensor([0.0, torch.nan])]) * softcap
+    u, slope = torch.empty(2, len(z), device=DEVICE)
+    inv_softcap = 1 / softcap
+    tanh_kernel[(1,)](z.to(DEVICE), u, slope, inv_softcap, len(z), BLOCK=1024, **NO_FUSION)
+    exact = (z.double() / softcap).tanh()
+    # Plain torch is not better: one rounding of the tanh, and 1 - tanh^2 from it.
+    torch.testing.assert_close(u.cpu().double(), exact, rtol=SLACK * 3e-7, atol=0, equal_nan=True)
+    exact = 1 - exact.square()
+    torch.testing.assert_close(
+        slope.cpu().double(), exact, rtol=0, atol=SLACK * 3e-7, equal_nan=True
+    )
+    assert (slope[z.abs() > 40 * softcap] < 1e-15).all()
+
+
 def test_offsets_pass_two_to_the_thirty_first() -> None:
     # Two sequences whose rows lie more than 2^31 elements apart in a buffer that is barely touched.
     batch = make_batch([(1, 2), (1, 2)], 48, dtype=torch.float16)
@@ -546,6 +572,13 @@ def test_offsets_pass_two_to_the_thirty_first() -> None:
     far = (1 << 31) + 48
     buffer = torch.empty(far + 3 * 48, dtype=torch.float16, device=DEVICE)
     logits = buffer.as_strided((2, 3, 48), (far, 48, 1))
+    logits.copy_(batch.logits)
+    out, grad = run(batch._replace(logits=logits))
+    assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)
+    # Tokens beside each other, columns far apart.
+    batch = make_batch([(1, 2)], 3, dtype=torch.float16)
+    expected, expected_grad = run(batch)
+    logits = buffer.as_strided((1, 3, 3), (3, 1, 1 << 30))
     logits.copy_(batch.logits)
     out, grad = run(batch._replace(logits=logits))
     assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)

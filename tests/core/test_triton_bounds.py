@@ -145,7 +145,8 @@ def test_unsound_offsets() -> None:
 
 @pytest.mark.parametrize("transforms", [Transforms(1.0, None, 1.0), Transforms(2.0, 5.0, 0.7)])
 def test_linear(transforms: Transforms, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BV": 16, "GRADIENT_TILES": 2, "COLUMN_ROWS": 8}.items():
+    sizes = {"BV": 16, "GRADIENT_TILES": 2, "COLUMN_ROWS": 8, "COLUMN_BV": 16}
+    for name, value in sizes.items():
         monkeypatch.setattr(triton_linear, name, value)
     g = torch.Generator().manual_seed(0)
     for n, vocab, poisoned in ((9, 32, None), (9, 37, "z"), (7, 50, "stats"), (11, 1, "rows")):

@@ -139,6 +139,13 @@ def test_a_pair_of_halves_is_negated(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(got, want)
 
 
+def test_a_root_flushes_denormals() -> None:
+    root = arithmetic.arithmetic("sqrt", ("approx", "ftz", "f32"), numeric.Approximate(0, 0))
+    x = np.array([4.0, 2.0, 1e-40, math.inf], np.float32)
+    got = root(x) if root else None
+    np.testing.assert_array_equal(got, np.array([2.0, math.sqrt(2.0), 0.0, math.inf], np.float32))
+
+
 @pytest.mark.parametrize(
     ("form", "want"),
     [

@@ -13,7 +13,14 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from topr_kernels.kernels.triton_rows import kernel, softmax, softmax_origin, transform
+from topr_kernels.kernels.triton_rows import (
+    column_stride,
+    kernel,
+    softmax,
+    softmax_origin,
+    transform,
+    widen,
+)
 
 
 @kernel
@@ -58,9 +65,8 @@ def logits_bwd_kernel(
     i_chunk = i_chunk.to(tl.int32)
     i_o = row // T
     i_t = row % T
-    if ALIGNED:
-        stride_v = 1
-        out_v = 1
+    stride_v = column_stride(stride_v)
+    out_v = column_stride(out_v)
     position = row
     c = 0.0
     if SHIFT:
@@ -113,14 +119,14 @@ def logits_bwd_kernel(
             tl.debug_barrier()
         for i in range(first, whole):
             o_v = i * TILE + o_tile
-            z = tl.load(p_row + o_v * stride_v).to(tl.float32)
+            z = widen(tl.load(p_row + o_v * stride_v))
             u, slope = transform(z, inv_softcap, SOFTCAP)
             d = -c * softmax(u, k, origin, rest) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty))
         for i in range(tl.maximum(whole, first), last):
             o_v = i * TILE + o_tile
             m_v = o_v < V
-            z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
+            z = widen(tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0))
             u, slope = transform(z, inv_softcap, SOFTCAP)
             d = -c * softmax(u, k, origin, rest) * slope
             tl.store(p_out_row + o_v * out_v, d.to(p_out.dtype.element_ty), mask=m_v)

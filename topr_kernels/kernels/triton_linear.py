@@ -257,6 +257,7 @@ def linear_columns_kernel(
     slope_factor,
     ALIGNED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     U: tl.constexpr,
@@ -274,14 +275,23 @@ def linear_columns_kernel(
         # In a form that shows it: a 128-bit load lies inside a row or outside.
         V = V // 16 * 16
     k, _, _ = in_base_2(factor)
-    start = (i_program % n_blocks).to(tl.int32) * BV
-    o_v = start + tl.arange(0, BV)
+    i_block = (i_program % n_blocks).to(tl.int32)
+    start = i_block * BV
+    if WHOLE:
+        # No mask in the loop: the last block ends with the row.
+        start = tl.minimum(start, V - BV)
+    # Two halves, added to a pointer apart from the rest: they are constants of the loads then.
+    o_half = tl.arange(0, 2)[:, None] * (BV // 2)
+    o_lane = tl.arange(0, BV // 2)[None, :]
+    o_v = start + o_half + o_lane
     m_v = o_v < V
-    b_energy = tl.zeros([BV], tl.float32)
-    b_sums = (tl.zeros([BV], tl.float32),) * K
+    b_energy = tl.zeros([2, BV // 2], tl.float32)
+    b_sums = (b_energy,) * K
     first = i_part * ROWS
     n_rows = tl.minimum(n - first, ROWS).to(tl.int32)
-    p_z += first * stride_t
+    p_z += first * stride_t + start
+    if ALIGNED:
+        p_z = tl.multiple_of(p_z, 16)
     p_label += first
     p_log_prob += first
     p_rows += first * (3 + K)
@@ -289,19 +299,22 @@ def linear_columns_kernel(
     for i in range(0, tl.cdiv(n_rows, U)):
         zs = (b_energy,) * U
         for i_u in tl.static_range(U):
-            t = i * U + i_u
-            p_row = p_z + t.to(tl.int64) * stride_t
+            if WHOLE:
+                z = tl.load(p_z + o_lane + o_half)
+            else:
+                z = tl.load(p_z + o_lane + o_half, mask=m_v, other=0.0)
+            zs = zs[1:] + (z,)  # noqa: RUF005
+            # Of a row that is not there the last is read.
+            step = tl.where(i * U + i_u + 1 < n_rows, stride_t, 0)
             if ALIGNED:
-                p_row = tl.multiple_of(p_row, 16)
-            # One comparison: the interpreter makes an integer of a block of booleans & a scalar one.
-            m = o_v < tl.where(t < n_rows, V, 0)
-            zs = zs[1:] + (tl.load(p_row + o_v, mask=m, other=0.0),)  # noqa: RUF005
+                step = tl.multiple_of(step, 16)
+            p_z += step
         for i_u in tl.static_range(U):
             p_row = p_rows + i_u * (3 + K)
             lse = tl.load(p_row)
             _, origin, rest = softmax_origin(lse, tl.load(p_row + 1), factor)
             u, slope = transform(zs[i_u], inv_softcap, SOFTCAP)
-            # -J; rows that are not there have 1, and weights of 0.
+            # -J; rows that are not there have 0, and weights of 0.
             p = softmax(u, k, origin, rest)
             # The block that holds the label is one of many.
             label = tl.load(p_label + i_u)
@@ -319,6 +332,9 @@ def linear_columns_kernel(
         p_rows += U * (3 + K)
     V = V.to(tl.int64)
     p_part = p_parts + i_part * (1 + n_groups) * V + o_v
+    if WHOLE:
+        # The columns that the last two blocks share are written once.
+        m_v = o_v >= i_block * BV
     tl.store(p_part, b_energy * (slope_factor * slope_factor), mask=m_v)
     for i_k in tl.static_range(K):
         if n_groups > i_k:
@@ -399,6 +415,8 @@ GRADIENT_TILES = 16
 #: Rows a columns program sums, and its columns: two 128-bit loads per thread and row.
 COLUMN_ROWS = 128
 COLUMN_BV = 1024
+#: The lse of a row that is not there.
+ABSENT = 1e20
 #: Rows of a gather program, columns in flight, and steps of so many columns.
 GATHER_U, GATHER_BA, GATHER_TILES = 4, 256, 8
 WARPS = 4
@@ -410,12 +428,11 @@ def _row_constants(vocab: int, aligned: bool) -> dict[str, int]:
     return {"U": per_lane // w, "L": LANES, "W": w}
 
 
-def _column_constants(k: int) -> dict[str, int]:
-    # Compiled for multiples of 4 groups, 8 at least: a tile of a few rows has fewer than others. Each
-    # takes a register per column of a thread.
-    groups = max(8, triton.cdiv(k, 4) * 4)
-    bv = COLUMN_BV if groups == 8 else COLUMN_BV // 2
-    return {"K": groups, "ROWS": COLUMN_ROWS, "U": 2, "BV": bv}
+def _column_constants(vocab: int, k: int) -> dict[str, Any]:
+    # Compiled for 8 groups at least: a tile of a few rows has fewer than others. Each takes a register
+    # per column of a thread.
+    bv = COLUMN_BV if k <= 9 else COLUMN_BV // 2
+    return {"WHOLE": vocab >= bv, "K": max(8, k), "ROWS": COLUMN_ROWS, "U": 2, "BV": bv}
 
 
 def _scalars(transforms: Transforms) -> tuple[float, float, float]:
@@ -494,12 +511,14 @@ def columns(
 ) -> tuple[Tensor, Tensor]:
     n, vocab = z.shape
     k = groups.shape[0]
-    constants = _column_constants(k)
+    constants = _column_constants(vocab, k)
     n_blocks, n_parts = triton.cdiv(vocab, constants["BV"]), triton.cdiv(n, COLUMN_ROWS)
     parts = z.new_empty((n_parts, 1 + k, vocab))
-    # What a row has beside each other, 0 after the last row and the last group.
+    # What a row has beside each other, 0 after the last group. After the last row nothing weighs: the
+    # softmax of any logit is 0 under so large an lse.
     padded = n_parts * COLUMN_ROWS
     rows = z.new_zeros((padded, 3 + constants["K"]))
+    rows[n:, 0] = ABSENT
     rows[:n, 0], rows[:n, 1], rows[:n, 2] = stats.lse, stats.lse_low, coefficient
     rows[:n, 3 : 3 + k] = groups.t()
     # The log-prob of a label outside the vocabulary is NaN: it must show in some column.

@@ -40,12 +40,14 @@ from topr_kernels.kernels.triton_rows import (
     IGNORE,
     NO_FUSION,
     Settings,
+    column_stride,
     finish_row,
     in_base_2,
     is_aligned,
     join,
     kernel,
     stream,
+    strides,
 )
 from topr_kernels.kernels.triton_sequences import (
     bounds,
@@ -140,8 +142,7 @@ def rows_fwd_kernel(
     """
     # 64 bits from the start: B * T * V passes 2^31 at 16 x 1024 x 151936.
     i_program = tl.program_id(0).to(tl.int64)
-    if ALIGNED:
-        stride_v = 1
+    stride_v = column_stride(stride_v)
     n_rows = n_positions.to(tl.int64) * SPLIT
     T = T.to(tl.int64)
     done = 0
@@ -301,8 +302,7 @@ def settings(
     if vocab <= 8192:
         return Settings(bv, 2, 8192 // bv, 1, 4)
     split = SPLIT if n_rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and vocab >= 32768 else 1
-    # Narrow loads of half precision: as many logits per thread as registers are spent on anyway.
-    return Settings(bv, 4 if aligned or itemsize == 4 else 2, 8192 // bv, split, 4)
+    return Settings(bv, 4, 8192 // bv, split, 4)
 
 
 def tune(vocab: int, dtype: torch.dtype, rows: int = 4096, repetitions: int = 20) -> Settings:
@@ -415,7 +415,7 @@ class _Rows:
             stages |= sequence.stage_arguments() | sequence.loss_arguments()
         rows_fwd_kernel[(grid,)](
             self.logits,
-            *self.logits.stride(),
+            *strides(self.logits),
             self.labels,
             self.cu_seqlens,
             self.n,
@@ -605,9 +605,9 @@ def _write_gradient(
     with torch.cuda.device_of(logits):
         logits_bwd_kernel[(o * t * n_chunks,)](
             logits,
-            *logits.stride(),
+            *strides(logits),
             out,
-            *out.stride(),
+            *strides(out),
             labels.contiguous(),
             lse,
             lse_low,

@@ -29,17 +29,44 @@ LN_2_LOW = tl.constexpr(-1.904654299957771e-9)
 
 
 @triton.jit
-def softcap_tanh(x):
-    # x N(x^2) / sqrt(D(x^2)), of its form the closest to tanh up to 8.2 (1e-7, relative); what comes
-    # after is the same but for an ulp. One approximate instruction; the bounds keep a NaN.
-    x = tl.clamp(x, -8.2, 8.2, propagate_nan=tl.PropagateNan.ALL)
-    q = x * x
-    n = tl.fma(tl.fma(q, 3.2369503751397133e-3, 0.13297995924949646), q, 1.0)
-    d = tl.fma(q, 1.047594105330063e-5, 8.613254758529365e-4)
-    d = tl.fma(d, q, 2.4116916581988335e-2)
-    d = tl.fma(d, q, 0.26812729239463806)
-    d = tl.fma(d, q, 0.9326282143592834)
-    return x * n * tl.rsqrt(tl.fma(d, q, 1.0))
+def column_stride(stride):
+    """Of an argument that is None for neighbours: 1, which spares every product with a column."""
+    if stride is None:
+        stride = 1
+    else:
+        # V of them pass 2^31 where tokens lie beside each other.
+        stride = stride.to(tl.int64)
+    return stride
+
+
+@triton.jit
+def widen(z):
+    """A logit in fp32."""
+    if z.dtype == tl.bfloat16:
+        # Its bits are the upper half. Said so, the compiler takes one instruction for each of a pair.
+        bits = z.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    return z.to(tl.float32)
+
+
+@triton.jit
+def softcap_tanh(z, inv_softcap):
+    """tanh(z inv_softcap), and its slope 1 - tanh^2."""
+    # s / sqrt(1 + s^2) with s = z P(z^2), near the hyperbolic sine: of this form the closest to tanh
+    # (1e-8, relative; 2e-7 after rounding). The slope is 1 / (1 + s^2): no difference loses its digits.
+    # The scale is in the coefficients, for softcaps from 1e-5 to 1e4. The bound, far behind where tanh
+    # is 1, keeps the square finite, and keeps a NaN.
+    a = inv_softcap
+    b = a * a
+    c = a * tl.sqrt(a)
+    most = tl.full(z.shape, 64.0 / a, tl.float32)
+    z = tl.clamp(z, -most, most, propagate_nan=tl.PropagateNan.ALL)
+    q = z * z
+    h = tl.fma(q, 7.514061202403725e-7 * c * b * b * b, 9.668274463263017e-5 * c * b * b)
+    h = tl.fma(tl.fma(h, q, 0.011271788166151863 * c * b), q, 0.3696446093654045 * c)
+    s = z * tl.fma(tl.fma(h, h, 0.030029633067240206 * a * b), q, a)
+    r = tl.rsqrt(tl.fma(s, s, 1.0))
+    return s * r, r * r
 
 
 @triton.jit
@@ -47,13 +74,7 @@ def transform(z, inv_softcap, SOFTCAP: tl.constexpr):
     """A logit in units of its factor: itself, or under a softcap its tanh. -> (u, slope of the tanh)."""
     slope = 1.0
     if SOFTCAP:
-        x = z * inv_softcap
-        z = softcap_tanh(x)
-        # 1 - tanh^2 = 4 a (1 - a), a = 1 / (e^(2 |x|) + 1): a difference from 1 would lose the digits
-        # of a slope near 0.
-        a = tl.rsqrt(tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
-        a = a * a
-        slope = 4.0 * tl.fma(-a, a, a)
+        z, slope = softcap_tanh(z, inv_softcap)
     return z, slope
 
 
@@ -117,8 +138,8 @@ def _sum(x):
 
 
 @triton.jit
-def fold(m, s, h, g, u, slope, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
-    """Adds a tile [U, L, W] to what each of L lanes holds of the row.
+def fold(m, s, h, g, u, slope, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr, FINITE: tl.constexpr):
+    """Adds a tile [U, L, W] to what each of L lanes holds of the row. FINITE: no u is -inf.
 
     A lane holds the max m, s = sum 2^t, h = sum 2^t t and g = sum 2^t slope, with t = k (u - m).
     """
@@ -128,7 +149,9 @@ def fold(m, s, h, g, u, slope, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
     if ENTROPY:
         # An empty lane has moved by -inf, a banned token has t = -inf: 0 times as little as that is 0.
         old = tl.where(s == 0, 0.0, rescale * tl.fma(s, moved, h))
-        h = old + _sum(p * tl.maximum(t, LOWEST))
+        if not FINITE:
+            t = tl.maximum(t, LOWEST)
+        h = old + _sum(p * t)
     if SLOPE:
         g = tl.fma(g, rescale, _sum(p * slope))
     s = tl.fma(s, rescale, _sum(p))
@@ -150,15 +173,6 @@ def join(m, s, h, g, k, ENTROPY: tl.constexpr, SLOPE: tl.constexpr):
     else:
         g_all = s_all * 0.0
     return top, s_all, h_all, g_all
-
-
-@triton.jit
-def _other_slopes(u, o_v, label, SLOPE: tl.constexpr):
-    """Slopes for a sum, where 1 - tanh^2 has digits enough; 0 at the label."""
-    slope = 0.0
-    if SLOPE:
-        slope = tl.where(o_v == label, 0.0, tl.fma(-u, u, 1.0))
-    return slope
 
 
 @triton.jit
@@ -186,7 +200,10 @@ def stream(
     TILE: tl.constexpr = U * L * W
     # A lane is a thread: the maximum moves, and with it the sums, once for U W of its logits.
     o_w = tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
-    o_tile = tl.arange(0, U)[:, None, None] * (L * W) + o_w[None, :, :]
+    o_u = tl.arange(0, U)[:, None, None] * (L * W)
+    o_tile = o_u + o_w[None, :, :]
+    # Added to a pointer one after the other, the offsets within a tile are constants of the loads.
+    p_lanes = p_row + o_w[None, :, :] * stride_v
     # The floor is finite: -inf - (-inf) would make NaN of an empty lane.
     b_m = tl.full([L], LOWEST, tl.float32)
     b_s = tl.zeros([L], tl.float32)
@@ -200,21 +217,25 @@ def stream(
     # No mask in the main loop: this is where the 128-bit loads are.
     for i in range(first, whole):
         o_v = i * TILE + o_tile
-        z = tl.load(p_row + o_v * stride_v).to(tl.float32)
-        u, _ = transform(z, inv_softcap, SOFTCAP)
-        slope = _other_slopes(u, o_v, label, SLOPE)
-        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE)
+        p_tile = p_lanes + i * TILE * stride_v + o_u * stride_v
+        z = widen(tl.load(p_tile))
+        u, slope = transform(z, inv_softcap, SOFTCAP)
+        if SLOPE:
+            slope = tl.where(o_v == label, 0.0, slope)
+        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE, SOFTCAP)
     if ALIGNED:
         # In a form that shows it: a 128-bit load lies inside the row or outside.
         V = V // 16 * 16
     for i in range(tl.maximum(whole, first), last):
         o_v = i * TILE + o_tile
         m_v = o_v < V
-        z = tl.load(p_row + o_v * stride_v, mask=m_v, other=0.0).to(tl.float32)
-        u, _ = transform(z, inv_softcap, SOFTCAP)
-        slope = _other_slopes(u, o_v, label, SLOPE)
+        p_tile = p_lanes + i * TILE * stride_v + o_u * stride_v
+        z = widen(tl.load(p_tile, mask=m_v, other=0.0))
+        u, slope = transform(z, inv_softcap, SOFTCAP)
+        if SLOPE:
+            slope = tl.where(o_v == label, 0.0, slope)
         u = tl.where(m_v, u, -INFINITY)
-        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE)
+        b_m, b_s, b_h, b_g = fold(b_m, b_s, b_h, b_g, u, slope, k, ENTROPY, SLOPE, False)
     return join(b_m, b_s, b_h, b_g, k, ENTROPY, SLOPE)
 
 
@@ -307,12 +328,18 @@ def kernel(fn: Any) -> Any:
     return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(fn)
 
 
+def strides(x: Tensor) -> tuple[int | None, ...]:
+    """Strides as kernels take them: the last is None where neighbours lie side by side."""
+    *rows, last = x.stride()
+    return (*rows, None if last == 1 else last)
+
+
 def is_aligned(x: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 elements and is contiguous."""
-    strides = x.stride()[:-1]
+    *rows, last = x.stride()
     return (
-        x.stride(-1) == 1
+        last == 1
         and x.shape[-1] % 16 == 0
-        and all(s % 16 == 0 for s in strides)
+        and all(s % 16 == 0 for s in rows)
         and x.data_ptr() % 16 == 0
     )
