@@ -64,6 +64,10 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return float(value)
 
 
+#: Largest slope of ``tanh(logit_scale * z / softcap)``.
+MAX_SOFTCAP_GAIN = 1e5
+
+
 def check_transforms(
     temperature: float, softcap: float | None, logit_scale: float = 1.0
 ) -> Transforms:
@@ -72,6 +76,12 @@ def check_transforms(
     temperature = check_number("temperature", temperature, positive=True)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
+        # The Triton kernels have powers of the ratio in their coefficients.
+        if logit_scale > MAX_SOFTCAP_GAIN * softcap:
+            raise ValueError(
+                f"softcap: got {softcap} beside logit_scale={logit_scale}; expected at least "
+                f"{logit_scale / MAX_SOFTCAP_GAIN:g}, models have 10 to 100; None is no softcap"
+            )
     return Transforms(logit_scale, softcap, temperature)
 
 

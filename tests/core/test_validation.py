@@ -275,6 +275,12 @@ CASES: dict[str, Case] = {
     ),
     "normalizer string": (padded, {"normalizer": "4"}, TypeError, r"normalizer: .*str"),
     "temperature string": (padded, {"temperature": "1"}, TypeError, r"temperature: .*str"),
+    "softcap tiny": (
+        padded,
+        {"softcap": 1e-6},
+        ValueError,
+        r"softcap: got 1e-06 .* at least 1e-05",
+    ),
     "inplace expanded": (
         padded,
         {"logits": torch.zeros(1, 4, V).expand(2, 4, V), "inplace": True},
