@@ -458,7 +458,7 @@ def step(case: Case, impl: str, dtype: torch.dtype, **kw: Any) -> tuple[Any, lis
     [{}, {"logit_scale": 0.7, "softcap": 20.0, "temperature": 0.8, "limits": SFT}],
     ids=["plain", "capped"],
 )
-@pytest.mark.parametrize("rows", [4, 256])
+@pytest.mark.parametrize("rows", [4, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_loss_is_within_the_budget_of_plain_torch(
     tolerance: float, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
