@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
-# The demo needs less than the tests; where those have installed already, it has all.
+# The demo needs less than the tests; where the install of the tests exists, it serves the demo too.
 DEMO := $(or $(wildcard $(STAMP)),$(VENV)/installed-for-demo)
 
 PIP_OLDEST := $(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
 
+# Both installs write to one .venv.
+.NOTPARALLEL:
 .PHONY: demo test test-fast test-oldest test-vllm lint install hidden-states bench sanitize clean
 
 demo: $(DEMO)

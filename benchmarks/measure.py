@@ -194,6 +194,6 @@ def version(package: str) -> str:
 
 def processor() -> str:
     """The CPU and the threads torch uses of it, and the instructions if ATEN_CPU_CAPABILITY says."""
-    capability = os.environ.get("ATEN_CPU_CAPABILITY")
-    held_back = f" held to {capability}" if capability else ""
+    capability = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    held_back = f" held to {capability}" if capability in ("avx2", "default") else ""
     return f"cpu: {cpu_name() or 'unknown'}{held_back}, {torch.get_num_threads()} threads"

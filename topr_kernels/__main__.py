@@ -58,9 +58,9 @@ def native() -> str:
         library = native_library.library()
     except ImportError as error:
         return f"not used: {error}"
-    widest = INSTRUCTION_SETS[library.topr_isa_available()]
+    used = native_library.instruction_set() or library.topr_isa_available()
     threads = "with threads" if library.topr_parallel() else "serial"
-    return f"{native_library.PATH}, {widest}, {threads}"
+    return f"{native_library.PATH}, {INSTRUCTION_SETS[used]}, {threads}"
 
 
 def devices() -> str:

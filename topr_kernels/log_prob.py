@@ -40,7 +40,8 @@ def log_prob(
         labels: [B, T] / [N] int64, unshifted as in Hugging Face; -100 = not scored.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
         temperature: logits are divided by it, after ``softcap``.
-        softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
+        softcap: s of ``s * tanh(logits / s)``, 1e-5 to 1e5, for raw logits only: ``model(...).logits``
+            has it.
         entropy: also compute the entropy of every scored row.
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         process_group: of ``torch.distributed``, over whose processes the vocabulary is spread: the
@@ -110,7 +111,7 @@ def linear_log_prob(
         logit_scale: multiplies the logits, before ``softcap``.
         cu_seqlens: [B + 1] int32 offsets of packed sequences (FlashAttention's convention).
         temperature: logits are divided by it, after ``softcap``.
-        softcap: s of ``s * tanh(logits / s)``.
+        softcap: s of ``s * tanh(logits / s)``, 1e-5 to 1e5 times ``logit_scale``.
         entropy: also compute the entropy of every scored row.
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         grad_tolerance: as in :func:`topr_kernels.linear_topr_loss`; None is 0.

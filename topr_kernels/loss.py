@@ -87,7 +87,8 @@ def topr_loss(
             scored tokens of equal value. None: a token that is not scored ends a segment, nothing
             else does (the turns of a trajectory).
         temperature: logits are divided by it, after ``softcap``.
-        softcap: s of ``s * tanh(logits / s)``, for raw logits only: ``model(...).logits`` has it.
+        softcap: s of ``s * tanh(logits / s)``, 1e-5 to 1e5, for raw logits only: ``model(...).logits``
+            has it.
         entropy: also compute the entropy of every scored row.
         shift: row t predicts the label at t + 1; False when rows and labels are already aligned.
         inplace: the backward overwrites the logits with their gradient and allocates nothing. A second
@@ -194,7 +195,8 @@ def linear_topr_loss(
         behavior_known: as in :func:`topr_loss`.
         segments: as in :func:`topr_loss`.
         temperature: as in :func:`topr_loss`.
-        softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``).
+        softcap: s of ``s * tanh(logits / s)`` (Gemma's ``final_logit_softcapping``), 1e-5 to 1e5 times
+            ``logit_scale``.
         entropy: as in :func:`topr_loss`.
         shift: as in :func:`topr_loss`.
         grad_tolerance: 0 is exact. With tau > 0 the gradient of every tile leaves out columns of the

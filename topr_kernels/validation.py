@@ -64,23 +64,28 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return float(value)
 
 
-#: Largest slope of ``tanh(logit_scale * z / softcap)``.
-MAX_SOFTCAP_GAIN = 1e5
+#: How far a softcap may be from ``logit_scale``, as a factor.
+SOFTCAP_RANGE = 1e5
 
 
 def check_transforms(
     temperature: float, softcap: float | None, logit_scale: float = 1.0
 ) -> Transforms:
-    """Checks the transforms of the logits; returns them as floats."""
+    """Checks the transforms of the logits; returns them as floats.
+
+    Raises:
+        TypeError, ValueError: if one is not a positive finite number, or the softcap out of range.
+    """
     logit_scale = check_number("logit_scale", logit_scale, positive=True)
     temperature = check_number("temperature", temperature, positive=True)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
         # The Triton kernels have powers of the ratio in their coefficients.
-        if logit_scale > MAX_SOFTCAP_GAIN * softcap:
+        if not 1 / SOFTCAP_RANGE <= softcap / logit_scale <= SOFTCAP_RANGE:
             raise ValueError(
-                f"softcap: got {softcap} beside logit_scale={logit_scale}; expected at least "
-                f"{logit_scale / MAX_SOFTCAP_GAIN:g}, models have 10 to 100; None is no softcap"
+                f"softcap: got {softcap} beside logit_scale={logit_scale}; expected "
+                f"{logit_scale / SOFTCAP_RANGE:g} to {logit_scale * SOFTCAP_RANGE:g} (models have 10 to "
+                "100); None is no softcap"
             )
     return Transforms(logit_scale, softcap, temperature)
 

@@ -1,4 +1,4 @@
-"""A taper of one's own in the place of limits: three methods of the field against plain torch."""
+"""A custom taper in the place of limits: three methods of the field against plain torch."""
 
 from __future__ import annotations
 

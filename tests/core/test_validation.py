@@ -279,7 +279,13 @@ CASES: dict[str, Case] = {
         padded,
         {"softcap": 1e-6},
         ValueError,
-        r"softcap: got 1e-06 .* at least 1e-05",
+        r"softcap: got 1e-06 .*1e-05 to 100000",
+    ),
+    "softcap vast": (
+        padded,
+        {"softcap": 1e6},
+        ValueError,
+        r"softcap: got 1000000.0 .*None is no s",
     ),
     "inplace expanded": (
         padded,

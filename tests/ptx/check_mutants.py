@@ -193,8 +193,8 @@ def test_a_predicate_of_a_store_inverted_or_dropped(kernel: str, to: str) -> Non
 @pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
 def test_a_mask_off_by_one(kernel: str) -> None:
     results = (
-        outcome(edit(kernel, span, replaced(r"\.lt\.", ".le.")))
-        for span in spans(kernel, r"setp\.lt\.[su]64")
+        outcome(edit(kernel, span, replaced(r"\.(.)t\.", r".\1e.")))
+        for span in spans(kernel, r"setp\.[lg]t\.[su](32|64)")
     )
     # Most threads' masks do not meet the end of the row; the one that does is seen.
     seen = itertools.islice((r for r in results if r != "nothing"), 2)

@@ -328,7 +328,7 @@ def test_impossible_questions_do_not_claim_the_folder(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ):
     out = tmp_path / "out"
-    # Of two digits there are ten thousand, and it takes seconds to see that there are no more.
+    # The demo's own task has ten thousand questions; it takes seconds to see that there are no more.
     few = Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
     monkeypatch.setitem(demo.run_demo.__kwdefaults__, "task", few)
     assert main(["demo", "--model", str(model), "--out", str(out), "--questions", "300"]) == 2

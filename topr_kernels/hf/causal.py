@@ -137,9 +137,9 @@ def check_causal_once(
     """Runs ``causal_problem`` on a model's first batch, and raises ``ValueError`` with what it said.
 
     It always runs, since all processes of a sharded model must. Its result does not count where further
-    entries of the batch may change it: a model that sees later tokens is refused unless there are none
-    but images and kinds of tokens, and one that cannot run tokens alone only where there are none at
-    all. An encoder with a decoder is always refused.
+    entries of the batch may change it: a model that sees later tokens is refused only if all of them
+    are images or kinds of tokens, and one that cannot run tokens alone only if there are none. An
+    encoder with a decoder is always refused.
 
     Args:
         model: as in ``causal_problem``.

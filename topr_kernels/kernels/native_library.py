@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def instruction_set() -> int:
     """``topr_isa`` of a call: the best there is, or less where ATEN_CPU_CAPABILITY holds torch back."""
-    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "")
     return min({"default": 1, "avx2": 2}.get(wanted, 0), int(library().topr_isa_available()))
 
 

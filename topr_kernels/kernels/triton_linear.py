@@ -121,7 +121,7 @@ def linear_rows_kernel(
     label = tl.load(p_label + i_t)
     tl.store(p_factor + i_t, slope_factor)
     if label == IGNORE:
-        # A row that fills a unit up: nothing of it is read.
+        # A row that fills a step up: nothing of it is read.
         tl.store(p_log_prob + i_t, 0.0)
         tl.store(p_lse + i_t, 0.0)
         tl.store(p_lse_low + i_t, 0.0)
@@ -415,7 +415,7 @@ GRADIENT_TILES = 16
 #: Rows a columns program sums, and its columns: two 128-bit loads per thread and row.
 COLUMN_ROWS = 128
 COLUMN_BV = 1024
-#: The lse of a row that is not there.
+#: The lse of a row that is not there, above any logit over a temperature.
 ABSENT = 1e20
 #: Rows of a gather program, columns in flight, and steps of so many columns.
 GATHER_U, GATHER_BA, GATHER_TILES = 4, 256, 8

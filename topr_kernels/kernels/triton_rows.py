@@ -30,7 +30,7 @@ LN_2_LOW = tl.constexpr(-1.904654299957771e-9)
 
 @triton.jit
 def column_stride(stride):
-    """Of an argument that is None for neighbours: 1, which spares every product with a column."""
+    """A stride in 64 bits; None stands for 1, which spares every product with a column."""
     if stride is None:
         stride = 1
     else:
@@ -53,9 +53,10 @@ def widen(z):
 def softcap_tanh(z, inv_softcap):
     """tanh(z inv_softcap), and its slope 1 - tanh^2."""
     # s / sqrt(1 + s^2) with s = z P(z^2), near the hyperbolic sine: of this form the closest to tanh
-    # (1e-8, relative; 2e-7 after rounding). The slope is 1 / (1 + s^2): no difference loses its digits.
-    # The scale is in the coefficients, for softcaps from 1e-5 to 1e4. The bound, far behind where tanh
-    # is 1, keeps the square finite, and keeps a NaN.
+    # (1e-8, relative; 2e-7 after rounding). The slope is 1 / (1 + s^2), 2e-7 off at most: where it is
+    # near 0 its digits are those of s. The scale is in the coefficients, from 1e-5 to 1e5
+    # (`validation.check_transforms`). The bound, far behind where tanh is 1, keeps the square finite,
+    # and keeps a NaN.
     a = inv_softcap
     b = a * a
     c = a * tl.sqrt(a)
@@ -318,7 +319,7 @@ class Settings(NamedTuple):
 
 
 def kernel(fn: Any) -> Any:
-    """``triton.jit`` that compiles once per set of constants and dtypes.
+    """``triton.jit`` that compiles once per set of constants, dtypes and strides that are None.
 
     Triton would also compile anew for integers that are 1 or multiples of 16 and for pointers that are
     16-byte aligned: lengths, batch sizes, counters and sliced tensors are all of these by chance. Where

@@ -60,8 +60,8 @@ def canonical(answer: str) -> str:
 def same_answer(gold: str, answer: str) -> bool:
     """Whether an answer has the value of the right one.
 
-    A unit may be missing, but not another one. 50% equals both 50 and 0.5. Lists and sets have no
-    order, tuples and intervals do. Decimals must be exact, but for ``TOLERANCE``.
+    A missing unit makes no difference; a different one does. 50% equals both 50 and 0.5. Lists and sets
+    have no order, tuples and intervals do. Decimals must be exact, but for ``TOLERANCE``.
     """
     right, given = plain(gold), plain(answer)
     if not right or not given:

@@ -269,8 +269,8 @@ def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
     required = {f.name for f in fields if f.default is dataclasses.MISSING}
     missing = sorted(required - raw.keys())
     if missing:
-        text = kind is Record and not raw.keys() & {"prompt_token_ids", "completion_token_ids"}
-        remedy = _TEXT_ALONE if text else ""
+        text = kind is Record and {"prompt", "completion"} <= raw.keys()
+        remedy = _TEXT_ALONE if text and "completion_token_ids" in missing else ""
         raise RecordError(f"{where}, field {missing[0]!r}: missing{remedy}")
     unknown = sorted(raw.keys() - {f.name for f in fields})
     if unknown:

@@ -201,7 +201,7 @@ def served(server: Server, model: str) -> Served:
     """What a server serves in the place of ``model``, a folder or hub id.
 
     Raises:
-        SettingsError: if it names no model, or several of which not one has that name.
+        SettingsError: if it names no model, or several, unless exactly one has that name.
     """
     listing = server.ask("/v1/models")
     entries = listing.get("data") if isinstance(listing, Mapping) else None
