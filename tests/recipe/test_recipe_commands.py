@@ -385,11 +385,15 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path, model: Path, 
     assert "samples.parquet: no such file" in capsys.readouterr().err
 
 
-def test_unscored_records_do_not_train(copy: Path, model: Path, capsys: Any):
+def test_unscored_records_do_not_train(
+    copy: Path, model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # Before the model is loaded.
+    monkeypatch.setattr("topr_kernels.recipe.commands.Models", None)
     argv = ["train", "--model", str(model), "--records", str(copy / "samples.parquet")]
     assert main([*argv, "--out", str(copy / "never")]) == 2
     said = capsys.readouterr().err
-    assert "record 0, field 'behavior_log_prob': missing (a reward of -1" in said
+    assert "samples.parquet, record 0, field 'behavior_log_prob': missing (a reward of -1" in said
     assert "; run score first" in said
     assert not (copy / "never").exists()
 

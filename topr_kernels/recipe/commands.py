@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from topr_kernels.recipe.settings import (
 )
 from topr_kernels.recipe.steps import Step, run_step
 from topr_kernels.recipe.task_files import find_tasks, questions_of, scorer, task_inputs
-from topr_kernels.recipe.train import TrainSettings, train
+from topr_kernels.recipe.train import TrainSettings, train, trainable_fields
 from topr_kernels.recipe.trained_on import check_unseen, with_images, write_trained_on
 from topr_kernels.recipe.vllm_backend import engine_facts
 from topr_kernels.recipe.voting import sampled_accuracy
@@ -249,6 +249,8 @@ def run_train(
         if current().rank == 0:
             print(f"train on {len(trained_on)} records, baseline {settings.baseline:+.3f}")
             warn_if_none_right(trained_on, records.name)
+        # Before the model, which may take minutes to load.
+        check_trainable(trained_on, settings, records.name)
         loaded = (models or Models()).take(settings.model)
         check_processor(trained_on, loaded.processor, loaded.no_processor)
         # In several processes an error here may be a consequence of another's, which ``share`` reports.
@@ -289,6 +291,18 @@ def run_train(
         return train_figures | ({"processes": processes} if processes > 1 else {})
 
     return run_step(step, compute, share=trained, lockstep=True)
+
+
+def check_trainable(records: Sequence[Record], settings: TrainCommandSettings, name: str) -> None:
+    """Refuses records that cannot be trained on.
+
+    Raises:
+        RecordError: as ``trainable_fields``, with the name of their file.
+    """
+    try:
+        trainable_fields(records, settings.limits, settings.baseline or 0.0, settings.ratio)
+    except RecordError as error:
+        raise RecordError(f"{name}, {error}") from None
 
 
 def train_step(settings: TrainCommandSettings, records: Path, out: Path) -> Step:

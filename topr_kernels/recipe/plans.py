@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from topr_kernels.recipe.commands import (
+    check_trainable,
     curate_step,
     evaluate_step,
     find_baseline,
@@ -37,7 +38,6 @@ from topr_kernels.recipe.settings import (
 )
 from topr_kernels.recipe.steps import Step, state_of
 from topr_kernels.recipe.task_files import questions_of
-from topr_kernels.recipe.train import trainable_fields
 from topr_kernels.recipe.verifier import Verification, choose_solutions
 from topr_kernels.recipe.verifier_commands import read_answers, verify_step, vote_step
 from topr_kernels.recipe.vllm_backend import check_scorable
@@ -96,7 +96,7 @@ def plan_train(settings: TrainCommandSettings, records: Path, out: Path) -> list
     settings = dataclasses.replace(settings, baseline=find_baseline(settings, records))
     state = _state(train_step(settings, records, out))
     train_on = read_nonempty(records)
-    trainable_fields(train_on, settings.limits, settings.baseline or 0.0, settings.ratio)
+    check_trainable(train_on, settings, records.name)
     prompt, completion = _tokens(train_on)
     return [
         state,
