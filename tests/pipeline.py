@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def kill_at_move(count: int, after: bool) -> None:
     files.os.replace = replaced
 
 
-def kill_until_done(case: str, function: str, argv: list[str], moves: int, seconds: float) -> int:
+def kill_until_done(
+    case: str, function: str, argv: list[str], moves: int, seconds: float, limit: float = 120
+) -> int:
     """Runs a command in one process after another, until one is not killed; returns how many were.
 
     In the process that ``processes.started`` has started: no run pays for the imports.
@@ -114,6 +116,10 @@ def kill_until_done(case: str, function: str, argv: list[str], moves: int, secon
         argv: its argument.
         moves: the most files that a run puts in place before it is killed.
         seconds: the longest time before a run is killed.
+        limit: seconds after which one that is not to be killed by the clock hangs.
+
+    Raises:
+        AssertionError: a run failed, or hung; with what all have printed.
     """
     run = named(function)
     prepare_for_commands()
@@ -121,7 +127,7 @@ def kill_until_done(case: str, function: str, argv: list[str], moves: int, secon
     draw, kills, output = random.Random(seed), 0, tempfile.TemporaryFile()  # noqa: SIM115
     while True:
         at = (draw.randint(1, moves), draw.random() < 0.5) if how == "moves" else None
-        end = draw.uniform(0.02, seconds) if how == "time" and kills < 10 else math.inf
+        end = draw.uniform(0.02, seconds) if how == "time" and kills < 10 else limit
         child = os.fork()
         if child == 0:
             status = 70
@@ -130,21 +136,24 @@ def kill_until_done(case: str, function: str, argv: list[str], moves: int, secon
                 if at:
                     kill_at_move(*at)
                 status = run(argv)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         status = _awaited(child, end)
-        if status != signal.SIGKILL:
+        planned = status == signal.SIGKILL if at else status is None and end < limit
+        if not planned:
             break
         kills += 1
         assert kills < 200
     output.seek(0)
-    assert status == 0, (case, status, output.read().decode())
+    assert status == 0, f"{case}: status {status} (None: it hung)\n{output.read().decode()}"
     return kills
 
 
-def _awaited(child: int, seconds: float) -> int:
-    """How a process ended, by itself or killed."""
+def _awaited(child: int, seconds: float) -> int | None:
+    """How a process ended; None if it had to be killed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -152,4 +161,5 @@ def _awaited(child: int, seconds: float) -> int:
             return status
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    os.waitpid(child, 0)
+    return None

@@ -17,6 +17,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -36,6 +37,10 @@ _FOLDERS = sorted({str(path.parent) for path in TESTS.rglob("test_*.py")})
 IMPORTED_FROM = os.pathsep.join(
     dict.fromkeys([str(TESTS), *_FOLDERS, str(TESTS.parent), *sys.path])
 )
+#: As it is when this is imported, whatever the test that asks first has set.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+#: Of the calls, so that nobody takes the answer of a test that did not wait for it.
+NUMBERS = itertools.count()
 #: Names of the cases of this rank that have failed.
 failed: list[str] = []
 
@@ -90,25 +95,27 @@ def call(function: str, /, **arguments: Any) -> Any:
     Raises:
         AssertionError: with the traceback of what it raised.
     """
-    send(function, **arguments)
-    return receive()
+    return receive(send(function, **arguments))
 
 
-def send(function: str, /, **arguments: Any) -> None:
-    """The first half of ``call``."""
-    server = started()
+def send(function: str, /, **arguments: Any) -> int:
+    """The first half of ``call``; the number of the call."""
+    server, number = started(), next(NUMBERS)
     assert server.stdin is not None
-    server.stdin.write(json.dumps([function, arguments]) + "\n")
+    server.stdin.write(json.dumps([number, function, arguments]) + "\n")
     server.stdin.flush()
+    return number
 
 
-def receive() -> Any:
+def receive(number: int) -> Any:
     """The second half of ``call``."""
     stream = started().stdout
     assert stream is not None
-    answer = stream.readline()
-    assert answer, "the process that forks has ended"
-    value, error = json.loads(answer)
+    answered = None
+    while answered != number:
+        answer = stream.readline()
+        assert answer, "the process that forks has ended"
+        answered, value, error = json.loads(answer)
     assert error is None, error
     return value
 
@@ -121,16 +128,28 @@ def started() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # With its children a group, which can be killed.
+        start_new_session=True,
+        cwd=TESTS,
         env={
-            **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+            **ENVIRONMENT,
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": IMPORTED_FROM,
         },
     )
-    # The end of its input is the end of it; whoever measures this process is told its time as well.
-    atexit.register(server.communicate)
+    atexit.register(end, server)
     return server
+
+
+def end(server: subprocess.Popen[str], seconds: float = 10) -> None:
+    """Ends the process that forks, with its children if it does not end soon."""
+    try:
+        # The end of its input is the end of it; whoever measures this process is told its time as well.
+        server.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def serve() -> None:
@@ -139,11 +158,11 @@ def serve() -> None:
     # What an import prints is no answer.
     os.dup2(2, 1)
     for line in sys.stdin:
-        function, arguments = json.loads(line)
+        number, function, arguments = json.loads(line)
         try:
-            answer = named(function)(**arguments), None
+            answer = number, named(function)(**arguments), None
         except Exception:
-            answer = None, traceback.format_exc()
+            answer = number, None, traceback.format_exc()
         print(json.dumps(answer), file=answers, flush=True)
 
 

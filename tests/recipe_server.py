@@ -225,10 +225,10 @@ class Server:
     def send(self, world: int, *commands: list[str], **options: Any) -> None:
         job = {"world": world, "commands": list(commands), "folder": str(self.folder), **options}
         shutil.rmtree(self.folder, ignore_errors=True)
-        send("recipe_server.run_job", **job)
+        self.sent = send("recipe_server.run_job", **job)
 
     def receive(self) -> dict[str, Any]:
-        return dict(receive())
+        return dict(receive(self.sent))
 
     def succeed(self, world: int, *commands: list[str], **options: Any) -> dict[str, Any]:
         result = self(world, *commands, **options)

@@ -77,6 +77,17 @@ def whole(runs: tuple[Path, dict[str, int]]) -> Path:
     return runs[0] / "whole"
 
 
+@pytest.mark.parametrize("case", ["whole", "moves-1", "time-1"])
+@pytest.mark.parametrize(
+    ("argv", "limit", "message"), [("x", 60, "TypeError: 'str'"), (100, 0.1, "status None")]
+)
+def test_a_run_that_fails_or_hangs_says_so(case: str, argv: Any, limit: float, message: str):
+    """The helper of these tests, with ``time.sleep`` for the command."""
+    job = {"function": "time.sleep", "argv": argv, "moves": 4, "seconds": 0.02, "limit": limit}
+    with pytest.raises(AssertionError, match=message):
+        call("pipeline.kill_until_done", case=case, **job)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Every file, without the seconds that the manifests tell."""
     found: dict[str, Any] = {}

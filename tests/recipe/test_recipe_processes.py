@@ -202,9 +202,10 @@ def test_an_interrupted_process_does_not_wait_for_the_batch_of_another(
 ):
     events = [
         {"rank": 0, "function": "generate.complete", "call": 1, "what": "wait"},
-        {"rank": 1, "function": "generate.complete", "call": 1, "what": "interrupt", "after": 0},
+        {"rank": 1, "function": "generate.complete", "call": 2, "what": "interrupt", "after": 0},
     ]
-    done = server(2, server.argv("generate", tmp_path), events=events, limit=10)
+    argv = server.argv("generate", tmp_path)
+    done = server(2, argv, events=events, judge_in_workers=True, limit=10)
     assert done["status"] == [None, 130]
 
 
@@ -250,7 +251,7 @@ def test_a_process_that_outlives_its_first_one_keeps_the_folder(
         {"rank": 0, "function": "generate.complete", "call": 2, "what": "kill", "after": 1},
     ]
     argv = server.argv("generate", tmp_path)
-    server.send(2, argv, events=events, limit=15)
+    server.send(2, argv, events=events, judge_in_workers=True, limit=15)
     folder = partial(tmp_path, "generate")
     wait_for(lambda: (server.folder / "waits-1").exists())
     wait_for(lambda: len(list(folder.glob("parts/*.parquet"))) == 1)
