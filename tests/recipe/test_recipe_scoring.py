@@ -411,7 +411,7 @@ def test_what_a_function_raised_is_told_with_its_line():
     assert long.startswith("raised RuntimeError: ?[2J??") and long.isprintable()
     assert len(long) < 300
     # What an executed answer writes in the place of a verdict is no more than such a line.
-    assert forged.isprintable() and len(forged) <= 500
+    assert forged.startswith("?[2J?[2J") and forged.isprintable() and len(forged) <= 500
 
 
 def test_what_a_function_returned_in_place_of_a_number_is_told():

@@ -171,8 +171,8 @@ def refuse_broken_reward(
     if function and asked and all(verdict.problem == "raised" for verdict in asked):
         raise SettingsError(
             f"--reward {function}: failed on all {len(asked)} answers; the first time it "
-            f"{first_detail(asked) or 'raised'}. Mend it (topr reward --reward {function} --try FILE shows "
-            f"its verdicts), delete the folder {partial} and run again"
+            f"{first_detail(asked) or 'raised'}. Mend it (topr reward --reward {function} --try FILE "
+            f"shows its verdicts), delete the folder {partial} and run again"
         )
 
 
