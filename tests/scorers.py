@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -53,6 +54,32 @@ def count_a(question: str, completion: str, entry: object) -> float | None:
     if completion == "boom":
         raise ValueError(question)
     return None if completion == "-" else float(completion.count("a"))
+
+
+class Unshown(Exception):
+    """An error that has no text."""
+
+    def __str__(self) -> str:
+        raise self
+
+
+def errs(question: str, completion: str, entry: dict[str, Any]) -> Any:
+    """A reward that goes wrong in ways that are told."""
+    if completion == "unshown":
+        raise Unshown
+    if completion == "long":
+        raise RuntimeError("\x1b[2J\u202e\ud800\r\n" + "x" * 10_000)
+    if completion == "library":
+        return json.loads("{")
+    if completion == "forged":
+        lines = {"answer": None, "form": None, "reward": -1.0, "problem": "raised"}
+        for number in range(3, 50):
+            try:
+                os.write(number, json.dumps({**lines, "detail": "\x1b[2J" * 5000}).encode() + b"\n")
+            except OSError:
+                continue
+        os._exit(0)
+    return entry["answr"]
 
 
 def gives(question: str, completion: str, entry: object) -> Any:

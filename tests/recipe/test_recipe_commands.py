@@ -410,7 +410,13 @@ def test_two_processes_do_not_work_on_one_result(model: Path, tmp_path: Path, ca
     [
         (["--questions", "0"], "questions: got 0; expected at least 1"),
         (["--questions", "500"], "count: chain_sum gave only"),
-        (["--task", "no_such_task"], "--task no_such_task: task: reasoning-gym refused"),
+        (
+            ["--task", "aritmetic"],
+            "--task aritmetic: no task has this name; the nearest are arithmetic,",
+        ),
+        (["--task", "q q"], "has this name; expected arithmetic, gsm8k:FILE, math:FILE, or a data"),
+        (["--task", "no/q.jsonl"], "say gsm8k:no/q.jsonl or math:no/q.jsonl"),
+        (["--task", __file__], f"say gsm8k:{__file__} or math:{__file__}"),
         (["--task-config", "[1]"], "task_config: got [1]"),
         (["--task-config", "{min"], "task_config: got '{min'; not JSON"),
         (["--task", "arithmetic"], "'arithmetic', which has no settings; leave it out"),

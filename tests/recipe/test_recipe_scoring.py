@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scorers
 import torch
 from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
@@ -375,8 +376,9 @@ def test_a_function_of_ones_own_rewards_in_a_worker():
         Verdict("banana", "banana", 3.0),
         Verdict("none", "none", 0.0),
         Verdict(None, None, -1.0),
-        Verdict(None, None, -1.0, "raised"),
+        Verdict(None, None, -1.0, "raised", detail=found[3].detail),
     ]
+    assert found[3].detail.startswith("raised ValueError: ")
     assert verdicts(task, [("banana", "length", question)])[0].answer is None
 
 
@@ -388,6 +390,83 @@ def test_a_function_that_gives_no_number_costs_the_reward():
     causes = [*["raised"] * 5, "refused operation", "", "", ""]
     assert [v.problem for v in judged] == causes
     assert judged[6].answer is None
+
+
+def line_of(code: str) -> int:
+    lines = Path(scorers.__file__).read_text().splitlines()
+    return next(i for i, line in enumerate(lines, 1) if line.strip() == code)
+
+
+def test_what_a_function_raised_is_told_with_its_line():
+    asked = ("typo", "library", "unshown", "long", "forged")
+    task = RewardTask(ARITHMETIC, "scorers:errs")
+    found = verdicts(task, [(text, "stop", QUESTION) for text in asked])
+    typo, library, unshown, long, forged = (verdict.detail for verdict in found)
+    lines = [line_of(code) for code in ('return entry["answr"]', 'return json.loads("{")')]
+    assert typo == f"raised KeyError: 'answr' (scorers.py, line {lines[0]})"
+    # The user's line, not json's.
+    assert library.startswith("raised JSONDecodeError: Expecting ")
+    assert library.endswith(f"(scorers.py, line {lines[1]})")
+    assert unshown == "" and found[2].problem == "raised"
+    assert long.startswith("raised RuntimeError: ?[2J??") and long.isprintable()
+    assert len(long) < 300
+    # What an executed answer writes in the place of a verdict is no more than such a line.
+    assert forged.startswith("?[2J?[2J") and forged.isprintable() and len(forged) <= 500
+
+
+def test_what_a_function_returned_in_place_of_a_number_is_told():
+    task = RewardTask(ARITHMETIC, "scorers:gives")
+    found = verdicts(task, [(text, "stop", QUESTION) for text in ("text", "list", "nan", "huge")])
+    text, items, nan, huge = (verdict.detail for verdict in found)
+    assert text == "returned 'right', a str; expected a number or None"
+    assert items == "returned [1], a list; expected a number or None"
+    assert nan == "returned nan, a float; expected a finite number or None"
+    assert huge.endswith(", an int; expected a finite number or None") and len(huge) < 120
+    # Other tasks are not asked.
+    assert judged("1/0") == [Verdict(None, None, -1.0, "raised")]
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_function_that_always_fails_ends_the_run(
+    command: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    sampling = Sampling("m", 1.0, 0, 1.0, 6, 0, "", "")
+    texts: list[str] = []
+
+    def sample(_: Any, task: Any, *__: Any, judged: list[Verdict], **___: Any) -> list[Record]:
+        ends = ["length" if text == "cut" else "stop" for text in texts]
+        judged += verdicts(task, [(t, e, QUESTION) for t, e in zip(texts, ends, strict=True)])
+        return [
+            Record(0, "", t, [1], [2], -1.0, e, sampling, None, "", False)
+            for t, e in zip(texts, ends, strict=True)
+        ]
+
+    monkeypatch.setattr(commands, "sample_task", sample)
+    shared = {"model": "m", "backend": "hf", "held_out": 1, "reward": "scorers:count_a"}
+
+    def run(name: str) -> None:
+        if command == "generate":
+            commands.run_generate(
+                GenerateSettings(**shared, questions=1), tmp_path / f"{name}.jsonl"
+            )
+        else:
+            settings = EvaluateSettings(**shared, eval_samples=3, votes=1)
+            commands.run_evaluate(settings, tmp_path / f"{name}.json")
+
+    texts[:] = ["boom", "boom", "cut"]
+    with pytest.raises(
+        SettingsError,
+        match=r"(?s)^--reward scorers:count_a: failed on all 2 answers; the first time it raised "
+        r"ValueError \(scorers.py, line \d+\)\. Mend it .*delete the folder .*partial and run",
+    ):
+        run("all")
+    assert not list(tmp_path.glob("all*"))
+    texts[:] = ["boom", "-", "cut"]
+    with pytest.warns(UserWarning, match="is right") as warned:
+        run("some")
+    said = str(warned[0].message)
+    assert said.endswith("the scorer failed on 1 of them; mend that first")
+    assert "1 raised; the first raised ValueError (" in capsys.readouterr().out
 
 
 def test_a_manifest_names_the_function_and_its_file(tmp_path: Path, monkeypatch: Any):
@@ -424,13 +503,14 @@ def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
     texts = ("banana", "none", "-", "boom")
     pairs.write_text("".join(json.dumps({"question": "q", "completion": t}) + "\n" for t in texts))
     argv = ["reward", "--reward", "scorers:count_a", "--try", str(pairs)]
-    assert main(argv) == 0
+    # One of them failed.
+    assert main(argv) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[:4] == [
         "1: +3  'banana'",
         "2: +0  'none'",
         "3: no answer  '-'",
-        "4: raised  'boom'",
+        f"4: raised ValueError: q (scorers.py, line {line_of('raise ValueError(question)')})  'boom'",
     ]
     assert said[4] == "4 completions: 1 rewarded above 0, 1 no answer, 1 raised"
     for line in ('{"question": "q"}', "[1]", "{", '{"question": "q", "completion": 1}'):

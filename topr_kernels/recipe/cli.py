@@ -167,8 +167,9 @@ def _reward(args: argparse.Namespace) -> int:
     from topr_kernels.recipe.try_reward import try_reward
 
     try:
-        print("\n".join(try_reward(args.reward, args.file)))
-        return 0
+        said, failed = try_reward(args.reward, args.file)
+        print("\n".join(said))
+        return int(failed)
     except (SettingsError, FileError, OSError) as error:
         return _fail(error, args.debug)
 

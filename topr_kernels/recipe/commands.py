@@ -39,9 +39,15 @@ from topr_kernels.recipe.records import (
     read_records,
     write_records,
 )
-from topr_kernels.recipe.sampling import own_share, said_problems, sample_task, with_backend
+from topr_kernels.recipe.sampling import (
+    own_share,
+    refuse_broken_reward,
+    said_problems,
+    sample_task,
+    with_backend,
+)
 from topr_kernels.recipe.score import score
-from topr_kernels.recipe.scoring import Verdict
+from topr_kernels.recipe.scoring import Verdict, count_problems
 from topr_kernels.recipe.server import server_facts
 from topr_kernels.recipe.settings import (
     CurateSettings,
@@ -89,10 +95,11 @@ def run_generate(
     def compute(partial: Path) -> dict[str, Any]:
         judged: list[Verdict] = []
         records = sample(partial, judged=judged)
+        refuse_broken_reward(settings.reward, records, judged, partial)
         write_records(step.draft(out), records)
         sampled = figures(records)
         print(sampled)
-        warn_if_none_right(records, out.name)
+        warn_if_none_right(records, out.name, count_problems(judged).total())
         return dataclasses.asdict(sampled) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())
@@ -352,6 +359,7 @@ def run_evaluate(
         questions = questions_of(settings, 0)[1]
         judged: list[Verdict] = []
         records = sample(partial, judged=judged)
+        refuse_broken_reward(settings.reward, records, judged, partial)
         write_records(step.draft(answers), records)
         accuracy = sampled_accuracy(
             records,
@@ -363,7 +371,7 @@ def run_evaluate(
             judged=judged,
         )
         print(accuracy)
-        warn_if_none_right(records, answers.name)
+        warn_if_none_right(records, answers.name, count_problems(judged).total())
         return dataclasses.asdict(accuracy) | said_problems(judged) | server_facts(partial)
 
     share = functools.partial(sample, **own_share())

@@ -124,21 +124,27 @@ def figures(records: Sequence[Record], baseline: float = 0.0) -> DataFigures:
     )
 
 
-def warn_if_none_right(records: Sequence[Record], name: str) -> None:
+def warn_if_none_right(records: Sequence[Record], name: str, failed: int = 0) -> None:
     """Warns if all answers are wrong, which the settings cause more often than the model.
 
     Args:
         records: N records, at least one.
         name: of their file.
+        failed: of how many the scorer failed, where that is known.
     """
     data = figures(records)
     if data.positive_share:
         return
     unread = "" if data.invalid_share is None else f"{100 * data.invalid_share:.0f} % unreadable, "
+    remedy = (
+        "read a few; --max-new-tokens may be too short, --chat missing or out of place, or --task not "
+        "one for this model"
+    )
+    if failed:
+        remedy = f"the scorer failed on {failed} of them; mend that first"
     warnings.warn(
         f"none of the {data.records} answers in {name} is right ({unread}"
-        f"{100 * data.truncated_share:.0f} % cut off): read a few; --max-new-tokens may be too short, "
-        "--chat missing or out of place, or --task not one for this model",
+        f"{100 * data.truncated_share:.0f} % cut off): {remedy}",
         stacklevel=2,
     )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
+import reprlib
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +17,10 @@ from typing import Any
 
 from topr_kernels.recipe.files import checksum, one_line
 from topr_kernels.recipe.tasks import AnyTask, Question
+
+
+class NoReward(ValueError):
+    """A reward function returned what is no reward."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,52 @@ class RewardTask:
         value = None if answer is None else self._value(answer, question)
         return -1.0 if value is None else value
 
+    def explain(self, error: BaseException) -> str:
+        """What the function raised, and the line: the last one in its own file, if there is one."""
+        if isinstance(error, NoReward):
+            return str(error)
+        frames = [
+            (f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)
+        ]
+        own = [frame for frame in frames if frame[0] == str(reward_file(self.function))]
+        file, line = (own or frames)[-1]
+        said = " ".join(str(error)[:200].split())
+        kind = type(error).__name__
+        return f"raised {kind}{': ' if said else ''}{said} ({Path(file).name}, line {line})"
+
     def _value(self, answer: str, question: Question) -> float | None:
         # The last value is kept: parse and reward both need it, and the function may be slow.
         if self._known[:2] != [answer, question]:
             value = _find(self.function)(question.text, answer, dict(question.entry))
-            self._known[:] = [answer, question, None if value is None else float(value)]
+            self._known[:] = [answer, question, _number(value)]
         known: float | None = self._known[2]
         return known
 
     @cached_property
     def _known(self) -> list[Any]:
         return [None, None, None]
+
+
+def _number(value: Any) -> float | None:
+    """What a function returned, as a reward.
+
+    Raises:
+        NoReward: if it is neither a finite number nor None.
+    """
+    if value is None:
+        return None
+    expected = "a finite number or None"
+    try:
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    except OverflowError:
+        pass
+    except (TypeError, ValueError):
+        expected = "a number or None"
+    kind = type(value).__name__
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    raise NoReward(f"returned {reprlib.repr(value)}, {article} {kind}; expected {expected}")
 
 
 def reward_file(function: str) -> Path:

@@ -15,7 +15,7 @@ from topr_kernels.recipe.models import LoadedModel, Models, weights_fingerprint
 from topr_kernels.recipe.options import SettingsError, model_key, naming
 from topr_kernels.recipe.processes import current
 from topr_kernels.recipe.records import Record
-from topr_kernels.recipe.scoring import Verdict, count_problems
+from topr_kernels.recipe.scoring import Verdict, count_problems, first_detail
 from topr_kernels.recipe.server import ServerSampler, server_url
 from topr_kernels.recipe.settings import SamplerOptions, engine_settings
 from topr_kernels.recipe.vllm_backend import choose_backend, vllm_sampler, with_engine
@@ -145,9 +145,35 @@ def said_problems(judged: Sequence[Verdict]) -> dict[str, Any]:
     problems = dict(sorted(count_problems(judged).items()))
     if problems:
         causes = ", ".join(f"{count} {cause}" for cause, count in problems.items())
-        print(f"answers whose scorer failed, rewarded -1: {causes}")
+        first = first_detail(judged)
+        first = first and f"; the first {first}"
+        print(f"answers whose scorer failed, rewarded -1: {causes}{first}")
     unfiltered = sum(verdict.unfiltered for verdict in judged)
     return {"scorer_problems": problems} | ({"unfiltered": unfiltered} if unfiltered else {})
+
+
+def refuse_broken_reward(
+    function: str, records: Sequence[Record], judged: Sequence[Verdict], partial: Path
+) -> None:
+    """Refuses answers of which a custom reward could judge none.
+
+    Args:
+        function: the custom reward; "" for none.
+        records: N records.
+        judged: the verdict on each.
+        partial: folder of the unfinished step.
+
+    Raises:
+        SettingsError: if the function failed each time it was called; says how.
+    """
+    # It is not called for answers that were cut off.
+    asked = [v for r, v in zip(records, judged, strict=True) if r.finish_reason == "stop"]
+    if function and asked and all(verdict.problem == "raised" for verdict in asked):
+        raise SettingsError(
+            f"--reward {function}: failed on all {len(asked)} answers; the first time it "
+            f"{first_detail(asked) or 'raised'}. Mend it (topr reward --reward {function} --try FILE "
+            f"shows its verdicts), delete the folder {partial} and run again"
+        )
 
 
 def check_chat(settings: SamplerOptions, tokenizer: Any, *, parts: bool = False) -> None:

@@ -32,7 +32,7 @@ from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.scoring_server import CAUSES, read_frame, write_frame
 from topr_kernels.recipe.tasks import Judge, Question
 
-__all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "verdicts"]
+__all__ = ["CAUSES", "ScoringError", "Verdict", "count_problems", "first_detail", "verdicts"]
 
 #: Seconds of processor time for one answer; it may take four times as long on the clock.
 SECONDS = 5.0
@@ -58,6 +58,7 @@ class Verdict:
         problem: one of ``CAUSES``; "" for none.
         unfiltered: whether it comes from a worker whose system calls the kernel does not filter: where
             there is no seccomp, or the container refuses it.
+        detail: for a problem of a custom reward, what it raised and where; one line of capped length.
     """
 
     answer: str | None
@@ -65,6 +66,7 @@ class Verdict:
     reward: float
     problem: str = ""
     unfiltered: bool = False
+    detail: str = ""
 
 
 def verdicts(
@@ -106,6 +108,11 @@ def verdicts(
 def count_problems(judged: Sequence[Verdict]) -> Counter[str]:
     """How many answers have no verdict, by cause."""
     return Counter(verdict.problem for verdict in judged if verdict.problem)
+
+
+def first_detail(judged: Sequence[Verdict]) -> str:
+    """What the first custom reward that failed says of it; "" if none does."""
+    return next((verdict.detail for verdict in judged if verdict.detail), "")
 
 
 @functools.cache

@@ -31,14 +31,21 @@ CAUSES = ("raised", "timed out", "memory", "died", "refused operation")
 #: Answers after which a worker is replaced: caches of scorers (sympy's) must not fill its memory.
 _ANSWERS_EACH = 500
 _LONGEST_VERDICT = 2**26
+_LONGEST_DETAIL = 500
 _CLONE_NEWNET = 0x40000000
 #: Imported before the first fork if the task may need it: importing takes a worker half a second.
 _PRELOADED = "math_verify"
 
 
-def failed(cause: str) -> dict[str, Any]:
+def failed(cause: str, detail: str = "") -> dict[str, Any]:
     """The verdict on an answer whose scorer failed."""
-    return {"answer": None, "form": None, "reward": -1.0, "problem": cause}
+    return {"answer": None, "form": None, "reward": -1.0, "problem": cause, "detail": detail}
+
+
+def harmless(text: str) -> str:
+    """The text in one short line, without what could control a terminal."""
+    line = " ".join(text[: 2 * _LONGEST_DETAIL].split())[:_LONGEST_DETAIL]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def write_frame(stream: BinaryIO, content: bytes) -> None:
@@ -114,9 +121,14 @@ def _checked(line: bytes) -> dict[str, Any]:
     try:
         verdict = json.loads(line)
         texts = all(isinstance(verdict[name], (str, type(None))) for name in ("answer", "form"))
+        texts = texts and isinstance(verdict["detail"], str)
         reward = float(verdict["reward"])
         if texts and math.isfinite(reward) and verdict["problem"] in ("", *CAUSES):
-            return {**{n: verdict[n] for n in ("answer", "form", "problem")}, "reward": reward}
+            return {
+                **{n: verdict[n] for n in ("answer", "form", "problem")},
+                "reward": reward,
+                "detail": harmless(verdict["detail"]),
+            }
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return failed("died")
@@ -159,12 +171,21 @@ def judge(task: Any, completion: str, finish_reason: str, question: Any) -> dict
         reward = float(task.reward(answer, question))
         if not math.isfinite(reward):
             raise ValueError(f"reward: got {reward}; expected a finite number")
-        return {"answer": answer, "form": form, "reward": reward, "problem": ""}
+        return {"answer": answer, "form": form, "reward": reward, "problem": "", "detail": ""}
     except MemoryError:
         return failed("memory")
     # An executed answer may raise anything.
+    except BaseException as error:
+        return failed("raised", _explained(task, error))
+
+
+def _explained(task: Any, error: BaseException) -> str:
+    """What a task says of its scorer's error; "" if it says nothing, or the error cannot be shown."""
+    try:
+        return harmless(task.explain(error)) if hasattr(task, "explain") else ""
+    # The error is of a class of the scorer's, whose text may raise in turn.
     except BaseException:
-        return failed("raised")
+        return ""
 
 
 class _Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import random
@@ -13,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from reasoning_gym.factory import DATASETS
+
 from topr_kernels.hf.fields import IMAGES, name_here
 from topr_kernels.recipe.answers import final_answer, gold_answer
 from topr_kernels.recipe.equality import canonical, same_answer
-from topr_kernels.recipe.files import FileError, parse_json, parse_object
+from topr_kernels.recipe.files import FileError, parse_json, parse_object, user_path
 from topr_kernels.recipe.options import SettingsError
 from topr_kernels.recipe.records import is_unicode
 from topr_kernels.recipe.rewards import RewardTask, reward_key
@@ -168,9 +171,23 @@ def find_task(name: str, config: str, trust_scorer: str = "") -> AnyTask:
             return FileTask(name.partition(":")[0], file)
         if name == "arithmetic":
             return ARITHMETIC
+        if name not in DATASETS:
+            raise ValueError(_unknown(name))
         return Task(name, settings, trusted=tuple(filter(None, trust_scorer.split(","))))
     except ValueError as error:
         raise SettingsError(f"--task {name}: {error}") from error
+
+
+def _unknown(name: str) -> str:
+    """Says what a name that no task has may have been meant for."""
+    if name.endswith(".jsonl") or user_path(name).is_file():
+        return f"a file is named with the kind of its answers; say gsm8k:{name} or math:{name}"
+    near = difflib.get_close_matches(name, ["arithmetic", *DATASETS])
+    meant = f"; the nearest are {', '.join(near)}" if near else ""
+    return (
+        f"no task has this name{meant}; expected arithmetic, gsm8k:FILE, math:FILE, or a data set of "
+        "reasoning-gym"
+    )
 
 
 def task_file(name: str) -> Path | None:

@@ -12,13 +12,16 @@ from topr_kernels.recipe.task_files import naming_reward
 from topr_kernels.recipe.tasks import ARITHMETIC, Question
 
 
-def try_reward(function: str, path: Path) -> list[str]:
-    """Judges the completions of a file, in workers as in a run; returns lines of text.
+def try_reward(function: str, path: Path) -> tuple[list[str], bool]:
+    """Judges the completions of a file, in workers as in a run.
 
     Args:
         function: as in ``RewardTask``.
         path: JSONL file. Each line is an object with the texts ``question`` and ``completion``; the
             function gets the whole object as its ``entry``.
+
+    Returns:
+        Lines of text, and whether the function failed on any completion.
 
     Raises:
         SettingsError: if there is no such function.
@@ -32,12 +35,14 @@ def try_reward(function: str, path: Path) -> list[str]:
     said = []
     for (completion, _, question), verdict in zip(answers, judged, strict=True):
         what = f"{verdict.reward:+g}" if verdict.answer is not None else "no answer"
-        said.append(f"{question.group}: {verdict.problem or what}  {completion.strip()[:60]!r}")
+        what = verdict.detail or verdict.problem or what
+        said.append(f"{question.group}: {what}  {completion.strip()[:60]!r}")
     problems = count_problems(judged)
     causes = "".join(f", {count} {cause}" for cause, count in sorted(problems.items()))
     none = sum(v.answer is None for v in judged) - sum(problems.values())
     above = sum(v.reward > 0 for v in judged)
-    return [*said, f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}"]
+    said.append(f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}")
+    return said, bool(problems)
 
 
 def _answers(path: Path) -> list[tuple[str, str, Question]]:
