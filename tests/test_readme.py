@@ -384,7 +384,11 @@ def test_the_table_of_seeds_is_the_one_that_was_measured(
 
 @pytest.mark.parametrize(
     ("folder", "page", "count"),
-    [("results", "docs/performance.md", 5), ("results/bench", "benchmarks/README.md", 15)],
+    [
+        ("results", "docs/performance.md", 5),
+        ("results/bench", "benchmarks/README.md", 15),
+        ("results/prompts", "benchmarks/README.md", 3),
+    ],
 )
 def test_the_tables_are_those_that_were_measured(
     folder: str,
