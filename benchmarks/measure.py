@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from topr_kernels.__main__ import cpu_name
+from topr_kernels.kernels import native_library
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl", "liger_kernel", "cut_cross_entropy", "quack_kernels", "verl", "transformers")
@@ -195,5 +196,5 @@ def version(package: str) -> str:
 def processor() -> str:
     """The CPU and the threads torch uses of it, and the instructions if ATEN_CPU_CAPABILITY says."""
     capability = os.environ.get("ATEN_CPU_CAPABILITY", "")
-    held_back = f" held to {capability}" if capability in ("avx2", "default") else ""
+    held_back = f" held to {capability}" if capability in native_library.HELD_BACK else ""
     return f"cpu: {cpu_name() or 'unknown'}{held_back}, {torch.get_num_threads()} threads"

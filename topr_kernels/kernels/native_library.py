@@ -102,11 +102,15 @@ def library() -> ctypes.CDLL:
     return load(PATH)
 
 
+#: Values of ATEN_CPU_CAPABILITY that hold torch back -> ``topr_isa``.
+HELD_BACK = {"default": 1, "avx2": 2}
+
+
 @functools.cache
 def instruction_set() -> int:
     """``topr_isa`` of a call: the best there is, or less where ATEN_CPU_CAPABILITY holds torch back."""
-    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "")
-    return min({"default": 1, "avx2": 2}.get(wanted, 0), int(library().topr_isa_available()))
+    wanted = HELD_BACK.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), 0)
+    return min(wanted, int(library().topr_isa_available()))
 
 
 def call(function: str, **fields: Tensor | float | None) -> None:
