@@ -115,7 +115,7 @@ PTX := TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(if $(TRITON),$(CURD
 	$(BIN)/python -m pytest --numprocesses 2
 .PHONY: test-ptx
 test-ptx: $(STAMP) $(OTHER_TRITON:%=%/installed)
-	$(PTX) tests/core/test_triton_aot.py -k "sm_90 or static" $(TEST_ARGS)
+	AOT=each $(PTX) tests/core/test_triton_aot.py $(TEST_ARGS)
 	PTX_ULPS=2 $(PTX) -p ptx.plugin tests/core/test_triton.py tests/core/test_triton_linear.py $(TEST_ARGS)
 	PTX_CASES=$(PTX_CASES) PTX_SEEDS=20 $(PTX) $(wildcard tests/ptx/check_*.py) $(TEST_ARGS)
 

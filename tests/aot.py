@@ -1,9 +1,10 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what came of it as JSON lines.
 
 Run by ``test_triton_aot.py`` in a process of its own, because the interpreter is chosen at import.
-Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942 ... [each]
-With ``each`` it takes every variant once, in one dtype or another, instead of in all of them, and does
-not look at the machine code.
+Usage: python tests/aot.py sm_90 | sm_80 | sm_100 | gfx942 ... [each | turns]
+With ``each`` it takes every variant once, in one dtype or another, instead of in all of them; with
+``turns`` every target takes its share of a kernel's variants, and at least one. The machine code is that
+of sm_90.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import sass
@@ -31,6 +33,8 @@ TARGETS = {
 }
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Case = tuple[str, Any, str, dict[str, Any]]
+#: Kernels that have no loop over logits.
+LATER_STAGES = (tk.sequences_fwd_kernel, tk.loss_fwd_kernel)
 FULL = {"SOFTCAP": True, "ENTROPY": True}
 
 
@@ -121,6 +125,14 @@ def each(found: list[Case]) -> list[Case]:
     return [same[i % len(same)] for i, same in enumerate(dtypes.values())]
 
 
+def share(found: list[Case], turn: int, targets: int) -> list[Case]:
+    """Of every kernel the variants whose turn it is, or the first."""
+    kernels: dict[str, list[Case]] = {}
+    for case in found:
+        kernels.setdefault(case[1].__name__, []).append(case)
+    return [c for same in kernels.values() for c in same[turn::targets] or same[:1]]
+
+
 def argument_type(kernel: Any, name: str, dtype: str) -> str:
     if name in ("p_logits", "p_out"):
         return f"*{dtype}"
@@ -151,7 +163,7 @@ def compile_case(kernel: Any, dtype: str, constants: dict[str, Any], target: GPU
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    text = sass.cuobjdump(cubin, "-res-usage")
+    text = sass.run("cuobjdump", cubin, "-res-usage")
     keys = {"registers": "REG", "stack": "STACK", "local": "LOCAL", "shared": "SHARED"}
     return {k: int(re.findall(rf"{v}:(\d+)", text)[-1]) for k, v in keys.items()}
 
@@ -183,28 +195,41 @@ def text_report(ptx: str) -> dict[str, Any]:
     }
 
 
-def code_report(cubin: bytes, kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """Disassembling takes as long as compiling."""
-    report: dict[str, Any] = dict(resources(cubin))
-    if kernel not in (tk.sequences_fwd_kernel, tk.loss_fwd_kernel):
-        loop = sass.main_loop(cubin)
-        report["per_logit"] = round(len(loop) / logits_of(loop, kernel, constants), 2)
-        report["in_flight"] = sass.in_flight(loop)
-    return report
+def loop_report(code: list[sass.Instruction], case: Case) -> dict[str, Any]:
+    _, kernel, _, constants = case
+    if kernel in LATER_STAGES:
+        return {}
+    loop = sass.main_loop(code)
+    per_logit = round(len(loop) / logits_of(loop, kernel, constants), 2)
+    return {"per_logit": per_logit, "in_flight": sass.in_flight(loop)}
+
+
+def reports(arch: str, wanted: list[Case], code: bool) -> Iterator[dict[str, Any]]:
+    """What came of each case; with ``code`` what ptxas made of it, too."""
+    compiled = [
+        compile_case(k, dtype, constants, TARGETS[arch]).asm for _, k, dtype, constants in wanted
+    ]
+    codes = sass.instructions([asm["cubin"] for asm in compiled]) if code else []
+    for i, (case, asm) in enumerate(zip(wanted, compiled, strict=True)):
+        name, kernel, dtype, _ = case
+        report = {"arch": arch, "kernel": name, "dtype": dtype, "function": kernel.__name__}
+        if "ptx" in asm:
+            report |= text_report(asm["ptx"])
+        else:
+            spills = re.findall(r"_spill_count:\s*(\d+)", asm["amdgcn"])
+            report["spills"] = sum(map(int, spills))
+        if code:
+            report |= resources(asm["cubin"]) | loop_report(codes[i], case)
+        yield report
 
 
 def main() -> None:
-    once = "each" in sys.argv
-    for arch in (a for a in sys.argv[1:] if a != "each"):
-        for name, kernel, dtype, constants in each(cases()) if once else cases():
-            asm = compile_case(kernel, dtype, constants, TARGETS[arch]).asm
-            report: dict[str, Any] = {"arch": arch, "kernel": name, "dtype": dtype}
-            if "ptx" in asm:
-                report |= text_report(asm["ptx"])
-                report |= {} if once else code_report(asm["cubin"], kernel, constants)
-            else:
-                spills = re.findall(r"_spill_count:\s*(\d+)", asm["amdgcn"])
-                report["spills"] = sum(map(int, spills))
+    targets = [a for a in sys.argv[1:] if a in TARGETS]
+    for n, arch in enumerate(targets):
+        wanted = cases() if "each" not in sys.argv and "turns" not in sys.argv else each(cases())
+        if "turns" in sys.argv:
+            wanted = share(wanted, n, len(targets))
+        for report in reports(arch, wanted, code=arch == "sm_90"):
             print(json.dumps(report), flush=True)
 
 
