@@ -547,7 +547,45 @@ def test_flags_are_not_abbreviated(model: Path, tmp_path: Path, capsys: Any):
         with pytest.raises(SystemExit) as status:
             main([*flags, "--out", str(tmp_path / "s.parquet")])
         assert status.value.code == 2
-        assert "unrecognized arguments" in capsys.readouterr().err
+        assert f"no flag {flags[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "meant"),
+    [
+        (
+            "generate",
+            ["--max-new-token", "8"],
+            "no flag --max-new-token; did you mean --max-new-tokens?",
+        ),
+        ("generate", ["--held-uot=8"], "no flag --held-uot; did you mean --held-out?"),
+        (
+            "train",
+            ["--records", "r", "--learning-rate", "1"],
+            "did you mean --lr?",
+        ),
+        ("demo", ["--xyzzy"], "no flag --xyzzy; topr demo --help has all flags"),
+        ("reward", ["--reward", "m:f", "--try", "f", "--tyr"], "did you mean --try?"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_told_with_the_one_that_was_meant(
+    command: str, flags: list[str], meant: str, capsys: Any
+):
+    out = [] if command == "reward" else ["--out", "x.parquet"]
+    with pytest.raises(SystemExit) as status:
+        main([command, *out, *flags])
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and meant in said and said.count("\n") == 1
+
+
+def test_a_name_in_a_config_that_is_no_flag_is_told(model: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "c.yaml").write_text("max_new_token: 8\n")
+    argv = ["generate", "--config", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet"]
+    error = error_of(capsys, *argv)
+    assert (
+        "c.yaml, max_new_token: topr generate has no such flag; did you mean max_new_tokens?"
+        in error
+    )
 
 
 def test_a_config_may_say_that_it_is_no_dry_run(model: Path, tmp_path: Path):

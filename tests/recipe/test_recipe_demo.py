@@ -434,8 +434,8 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]):
 
 
 def test_flags_have_the_defaults_of_the_settings():
-    from topr_kernels.recipe.cli import _parser
+    from topr_kernels.recipe.cli import _arguments
 
-    args = vars(_parser().parse_args(["demo"]))
+    args = vars(_arguments(["demo"]))
     settings = vars(demo.DemoSettings())
     assert {name: args[name] for name in settings} == settings

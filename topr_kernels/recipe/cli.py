@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from topr_kernels import PRESETS, __version__
 from topr_kernels.choices import BALANCES, RATIOS
 from topr_kernels.recipe.files import user_path
+from topr_kernels.recipe.options import did_you_mean
 
 _DEMO = """\
 Trains a small language model to do arithmetic with TOPR, from its own right and wrong answers, and
@@ -118,8 +120,8 @@ def _main(given: Sequence[str]) -> int:
         if given and given[0] in _STEPS:
             return _step(given)
         if given and given[0] == "reward":
-            return _reward(_parser().parse_args(given))
-        return _demo(_parser().parse_args(given))
+            return _reward(_arguments(given))
+        return _demo(_arguments(given))
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes after the last finished step.")
         return 130
@@ -135,7 +137,7 @@ def _step(argv: Sequence[str]) -> int:
 
     debug = "--debug" in argv
     try:
-        args = _parser(argv[0]).parse_args(config_flags(argv))
+        args = _arguments(config_flags(argv), argv[0])
         debug = args.debug
         _quieten()
         if not args.dry_run:
@@ -214,9 +216,20 @@ def _demo(args: argparse.Namespace) -> int:
         return _fail(error, args.debug)
 
 
-def _parser(step: str = "") -> argparse.ArgumentParser:
-    """The parser, with the flags of ``step`` alone: those of all commands would take long to import."""
-    parser = argparse.ArgumentParser(
+def _arguments(given: Sequence[str], step: str = "") -> argparse.Namespace:
+    """The arguments; ends the program for a flag that the command has not, and says which was meant."""
+    parser, commands = _parser(step)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:
+        name, command = unknown[0].partition("=")[0], commands[args.command]
+        flags = [flag for action in command._actions for flag in action.option_strings]
+        command.error(f"no flag {name}{did_you_mean(name, flags)}")
+    return args
+
+
+def _parser(step: str = "") -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser and those of the commands, with the flags of ``step`` alone: all would take long."""
+    parser = _Parser(
         prog="topr",
         description="TOPR (arXiv 2503.14286) for language models, offline.",
         # --config is read before this parser runs, by its full name.
@@ -317,7 +330,15 @@ def _parser(step: str = "") -> argparse.ArgumentParser:
             from topr_kernels.recipe.step_cli import add_flags
 
             add_flags(command, name, DEBUG)
-    return parser
+    return parser, commands.choices
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, without the usage of sixty flags."""
+
+    def error(self, message: str) -> NoReturn:
+        end = " " if message.endswith("?") else "; "
+        self.exit(2, f"{self.prog}: {message}{end}{self.prog} --help has all flags\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,14 @@ _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError
 
 class SettingsError(ValueError):
     """Settings that cannot be used, or that differ from those of the results in the folder."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``: the known name that is nearest, or that is its initials; "" for none."""
+    known = list(known)
+    initials = "".join(part[:1] for part in re.split("[-_]", name.strip("-")))
+    near = [k for k in known if k.strip("-") == initials] or difflib.get_close_matches(name, known)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 @contextmanager

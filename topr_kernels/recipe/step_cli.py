@@ -13,7 +13,7 @@ from typing import Any
 
 from topr_kernels.recipe import settings as kinds
 from topr_kernels.recipe.files import check_link, one_line, user_path
-from topr_kernels.recipe.options import Options, SettingsError
+from topr_kernels.recipe.options import Options, SettingsError, did_you_mean
 from topr_kernels.recipe.processes import current
 
 #: Command to its settings, whether it reads records, and what ``--out`` is.
@@ -93,11 +93,18 @@ def run_command(command: str, args: argparse.Namespace) -> None:
         print(f"{command}: {args.out}, {result['seconds']:.1f} s")
 
 
+def _in_config(command: str) -> list[str]:
+    """Names that a file of flags may have."""
+    kind, reads, _ = _COMMANDS[command]
+    own = [field.name for field in dataclasses.fields(kind)]
+    return [*own, "out", "debug", "dry_run", *(["records"] if reads else [])]
+
+
 def config_flags(argv: Sequence[str]) -> list[str]:
     """The arguments, with the flags of ``--config`` in front, so that arguments override them.
 
     Raises:
-        SettingsError: if the file is not a YAML mapping of names to plain values.
+        SettingsError: if the file is not a YAML mapping of names of flags to plain values.
         FileNotFoundError: if there is no such file.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -124,6 +131,11 @@ def config_flags(argv: Sequence[str]) -> list[str]:
                 )
             )
         names.add(flag)
+        plain, known = str(name).replace("-", "_"), _in_config(argv[0])
+        if plain not in known:
+            raise SettingsError(
+                f"{path}, {name}: topr {argv[0]} has no such flag{did_you_mean(plain, known)}"
+            )
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         elif name == "engine" and isinstance(value, Mapping):
