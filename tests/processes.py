@@ -172,8 +172,8 @@ def named(function: str) -> Any:
 
 
 def prepare(*modules: str) -> None:
-    """Imports what children would import each for itself."""
-    for module in modules:
+    """Imports what children would import each for itself; the first two a process group asks for."""
+    for module in ("torch._dynamo", "torch.distributed.tensor", *modules):
         importlib.import_module(module)
     # accelerate imports it in the middle of a training.
     if "accelerate" in sys.modules and importlib.util.find_spec("deepspeed"):
