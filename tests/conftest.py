@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, settings
 from topr_kernels import kernels
 from topr_kernels.kernels import native_library
 
-# Two workers share two cores; more threads than cores would only slow both.
+# Two workers share two cores: more threads than cores, in them or in what they start, would slow both.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Derandomised, so that a red run on one machine is red on all of them.
 settings.register_profile(
@@ -27,6 +29,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("topr")
+
+# Else inductor compiles a program for each vector extension, to see whether the compiler has it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # Triton kernels run in its interpreter where there is no GPU; set before anything imports triton.
 if not torch.cuda.is_available():
@@ -91,8 +96,8 @@ def nothing_old_is_collected() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter without half of its work, where there is one."""
-    if torch.cuda.is_available() or not importlib.util.find_spec("triton"):
+    """Triton's interpreter without half of its work, where a module of tests has imported it."""
+    if torch.cuda.is_available() or "triton.runtime.interpreter" not in sys.modules:
         yield
         return
     from bounds import patched_once
