@@ -213,8 +213,9 @@ def test_log_prob_is_differentiable_with_any_upstream_gradient() -> None:
     assert not out.entropy.requires_grad
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("ratio", "softcap"), [("sequence", 5.0), ("geometric", None), ("token", 5.0)]
+)
 def test_gradcheck(ratio: str, softcap: float | None) -> None:
     batch = small_batch(drift=0.1)
 

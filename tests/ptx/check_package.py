@@ -31,8 +31,9 @@ def step(batch: Any, options: Options | None = None, **kw: Any) -> tuple[Any, Te
     return out, logits.grad
 
 
-@pytest.mark.parametrize("vocab", [64, 61])  # ALIGNED and not
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(  # ALIGNED or not
+    ("dtype", "vocab"), [(torch.float32, 61), (torch.bfloat16, 64), (torch.float16, 61)]
+)
 def test_a_nan_coefficient_reads_nothing_beyond_the_last_row(
     dtype: torch.dtype, vocab: int
 ) -> None:
