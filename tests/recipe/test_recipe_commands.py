@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -813,6 +814,28 @@ def test_training_on_wrong_answers_alone_is_warned_of(whole: Path, tmp_path: Pat
     argv = ["train", "--model", str(model), "--records", str(tmp_path / "wrong.jsonl")]
     with pytest.warns(UserWarning, match=r"none of the 4 answers in wrong\.jsonl is right"):
         assert main([*argv, "--out", str(tmp_path / "trained")]) == 0
+
+
+def test_a_warning_is_a_line_like_an_error(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    wrong = [r for r in read_records(whole / "scored.jsonl") if r.reward < 0]
+    write_records(tmp_path / "wrong.jsonl", wrong[:4])
+    argv = [
+        "curate",
+        "--records",
+        str(tmp_path / "wrong.jsonl"),
+        "--out",
+        str(tmp_path / "c.jsonl"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["topr", *argv])
+    # What the program sets for itself is taken back, and what is another's is shown as it was.
+    with pytest.warns(UserWarning) as shown:
+        assert main() == 0
+        warnings.warn("of another", UserWarning, stacklevel=1)
+    assert [str(w.message) for w in shown] == ["of another"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("topr: warning: none of the 4 answers in wrong.jsonl is right")
 
 
 def test_right_answers_are_not_warned_of(whole: Path, tmp_path: Path, model: Path):

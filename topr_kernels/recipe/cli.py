@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from topr_kernels import PRESETS, __version__
 from topr_kernels.choices import BALANCES, RATIOS
@@ -97,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if argv is not None:
         return _main(list(argv))
+    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     try:
         several = launched()[1] > 1
     except ProcessError as error:
@@ -113,6 +116,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         status = 1
     leave(status)
+
+
+def _show_warning(
+    as_python: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    *where: Any,
+    **more: Any,
+) -> None:
+    """A warning of this package in one line, like its errors; those of others as Python shows them."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        print(f"topr: warning: {message}", file=sys.stderr)
+    else:
+        as_python(message, category, filename, *where, **more)
 
 
 def _main(given: Sequence[str]) -> int:
