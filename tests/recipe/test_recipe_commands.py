@@ -565,7 +565,9 @@ def test_flags_are_not_abbreviated(model: Path, tmp_path: Path, capsys: Any):
             ["--records", "r", "--learning-rate", "1"],
             "did you mean --lr?",
         ),
-        ("demo", ["--xyzzy"], "no flag --xyzzy; topr demo --help has all flags"),
+        ("generate", ["--heldout", "8"], "no flag --heldout; did you mean --held-out?"),
+        ("generate", ["--chat", "true"], "unexpected argument 'true'"),
+        ("demo", ["--xyzzy"], "no flag --xyzzy (see topr demo --help)"),
         ("reward", ["--reward", "m:f", "--try", "f", "--tyr"], "did you mean --try?"),
     ],
 )
@@ -580,7 +582,7 @@ def test_a_flag_that_is_not_there_is_told_with_the_one_that_was_meant(
 
 
 def test_a_name_in_a_config_that_is_no_flag_is_told(model: Path, tmp_path: Path, capsys: Any):
-    (tmp_path / "c.yaml").write_text("max_new_token: 8\n")
+    (tmp_path / "c.yaml").write_text("no_debug: true\nheld-out: 3\nmax_new_token: 8\n")
     argv = ["generate", "--config", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet"]
     error = error_of(capsys, *argv)
     assert (

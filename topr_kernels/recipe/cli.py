@@ -126,9 +126,9 @@ def _show_warning(
     *where: Any,
     **more: Any,
 ) -> None:
-    """A warning of this package in one line, like its errors; those of others as Python shows them."""
+    """A warning from a line of this package like its errors; from any other line as Python shows it."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
-        print(f"topr: warning: {message}", file=sys.stderr)
+        print(f"topr: warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
         as_python(message, category, filename, *where, **more)
 
@@ -239,7 +239,10 @@ def _arguments(given: Sequence[str], step: str = "") -> argparse.Namespace:
     parser, commands = _parser(step)
     args, unknown = parser.parse_known_args(given)
     if unknown:
-        name, command = unknown[0].partition("=")[0], commands[args.command]
+        command = commands[args.command]
+        if not unknown[0].startswith("-"):
+            command.error(f"unexpected argument {unknown[0]!r}")
+        name = unknown[0].partition("=")[0]
         flags = [flag for action in command._actions for flag in action.option_strings]
         command.error(f"no flag {name}{did_you_mean(name, flags)}")
     return args
@@ -355,8 +358,7 @@ class _Parser(argparse.ArgumentParser):
     """One line for what is wrong, without the usage of sixty flags."""
 
     def error(self, message: str) -> NoReturn:
-        end = " " if message.endswith("?") else "; "
-        self.exit(2, f"{self.prog}: {message}{end}{self.prog} --help has all flags\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

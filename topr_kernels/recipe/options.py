@@ -30,7 +30,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?``: the known name that is nearest, or that is its initials; "" for none."""
     known = list(known)
     initials = "".join(part[:1] for part in re.split("[-_]", name.strip("-")))
-    near = [k for k in known if k.strip("-") == initials] or difflib.get_close_matches(name, known)
+    short = [k for k in known if len(initials) > 1 and k.strip("-") == initials]
+    near = short or difflib.get_close_matches(name, known)
     return f"; did you mean {near[0]}?" if near else ""
 
 

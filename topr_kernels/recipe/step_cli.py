@@ -94,10 +94,11 @@ def run_command(command: str, args: argparse.Namespace) -> None:
 
 
 def _in_config(command: str) -> list[str]:
-    """Names that a file of flags may have."""
-    kind, reads, _ = _COMMANDS[command]
-    own = [field.name for field in dataclasses.fields(kind)]
-    return [*own, "out", "debug", "dry_run", *(["records"] if reads else [])]
+    """Names that a file of flags may have, as the flags are spelt but for the dashes in front."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser, command, "")
+    flags = [flag[2:] for action in parser._actions for flag in action.option_strings]
+    return [flag for flag in flags if flag != "config"]
 
 
 def config_flags(argv: Sequence[str]) -> list[str]:
@@ -117,6 +118,7 @@ def config_flags(argv: Sequence[str]) -> list[str]:
         raise SettingsError(
             f"{path}: got a {type(flags_by_name).__name__}; expected a mapping of flags"
         )
+    known = _in_config(argv[0])
     flags: list[str] = []
     names: set[str] = set()
     for name, value in flags_by_name.items():
@@ -131,11 +133,9 @@ def config_flags(argv: Sequence[str]) -> list[str]:
                 )
             )
         names.add(flag)
-        plain, known = str(name).replace("-", "_"), _in_config(argv[0])
-        if plain not in known:
-            raise SettingsError(
-                f"{path}, {name}: topr {argv[0]} has no such flag{did_you_mean(plain, known)}"
-            )
+        if flag[2:] not in known:
+            meant = did_you_mean(flag[2:], known).replace("-", "_")
+            raise SettingsError(f"{path}, {name}: topr {argv[0]} has no such flag{meant}")
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         elif name == "engine" and isinstance(value, Mapping):
