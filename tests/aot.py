@@ -126,11 +126,14 @@ def each(found: list[Case]) -> list[Case]:
 
 
 def share(found: list[Case], turn: int, targets: int) -> list[Case]:
-    """Of every kernel the variants whose turn it is, or the first."""
+    """Of every kernel the variants whose turn it is, or the first where it has fewer than targets."""
     kernels: dict[str, list[Case]] = {}
     for case in found:
         kernels.setdefault(case[1].__name__, []).append(case)
-    return [c for same in kernels.values() for c in same[turn::targets] or same[:1]]
+    # Each kernel begins with another target, so that no target has one kind of variant alone.
+    begins = [(turn + i) % targets for i in range(len(kernels))]
+    turns = zip(kernels.values(), begins, strict=True)
+    return [c for same, begin in turns for c in same[begin::targets] or same[:1]]
 
 
 def argument_type(kernel: Any, name: str, dtype: str) -> str:
@@ -224,7 +227,7 @@ def reports(arch: str, wanted: list[Case], code: bool) -> Iterator[dict[str, Any
 
 
 def main() -> None:
-    targets = [a for a in sys.argv[1:] if a in TARGETS]
+    targets = [a for a in sys.argv[1:] if a not in ("each", "turns")]
     for n, arch in enumerate(targets):
         wanted = cases() if "each" not in sys.argv and "turns" not in sys.argv else each(cases())
         if "turns" in sys.argv:

@@ -135,10 +135,9 @@ def test_other_targets_compile() -> None:
     every = compile_all(*targets, which)
     for arch in targets:
         reports = [r for r in every if r["arch"] == arch]
-        assert len({r["dtype"] for r in reports}) == 3
         assert len({r["function"] for r in reports}) == FUNCTIONS
         assert which == "turns" or len(reports) == EACH
-    assert len({r["kernel"] for r in every}) == EACH
+    assert len({r["kernel"] for r in every}) == EACH and len({r["dtype"] for r in every}) == 3
     for r in every:
         assert r.get("f64", 0) == 0, f"fp64 instructions: {r}"
 
