@@ -95,7 +95,10 @@ def patched_once() -> Iterator[None]:
 
     def started(executor: Any, *args: Any, **kw: Any) -> Any:
         known.clear()
-        return launch(executor, *args, **kw)
+        try:
+            return launch(executor, *args, **kw)
+        finally:
+            known.clear()
 
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(interpreter, "_patch_lang", patched)

@@ -172,7 +172,7 @@ def named(function: str) -> Any:
 
 
 def prepare(*modules: str) -> None:
-    """Imports what children would import each for itself; the first two a process group asks for."""
+    """Imports what each child would import for itself: ``modules``, and what a process group needs."""
     for module in ("torch._dynamo", "torch.distributed.tensor", *modules):
         importlib.import_module(module)
     # accelerate imports it in the middle of a training.
