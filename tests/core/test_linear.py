@@ -214,7 +214,7 @@ def test_log_prob_is_differentiable_with_any_upstream_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "softcap"), [("sequence", 5.0), ("geometric", None), ("token", 5.0)]
+    ("ratio", "softcap"), [("sequence", None), ("geometric", 5.0), ("token", 5.0)]
 )
 def test_gradcheck(ratio: str, softcap: float | None) -> None:
     batch = small_batch(drift=0.1)
