@@ -114,8 +114,9 @@ def rows(
     return x.requires_grad_(grad), y, given.get("cu_seqlens"), mu, given["reward"]
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("padded", torch.float32), ("packed", torch.bfloat16)]
+)
 def test_opcheck_forward(layout: str, dtype: torch.dtype, cpu_impl: str) -> None:
     x, y, offsets, mu, reward = rows(layout, dtype)
     torch.library.opcheck(ops.log_prob_fwd, (x, y, offsets, 0.8, 5.0, True, True, cpu_impl))
@@ -130,8 +131,9 @@ def test_opcheck_forward(layout: str, dtype: torch.dtype, cpu_impl: str) -> None
         torch.library.opcheck(ops.topr_fwd, args)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("padded", torch.float32), ("packed", torch.bfloat16)]
+)
 def test_opcheck_backward(layout: str, dtype: torch.dtype, cpu_impl: str) -> None:
     x, y, offsets, *_ = rows(layout, dtype, grad=False)
     scores, lse, low, _ = ops.log_prob_fwd(x, y, offsets, 1.0, None, False, True, cpu_impl)
