@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import runpy
@@ -372,6 +373,13 @@ def test_the_commands_of_the_pipeline_run(tmp_path: Path, monkeypatch: pytest.Mo
     folder.mkdir()
     run_shown(commands, save(tiny_model(), tmp_path / "tiny"), folder, monkeypatch)
     assert (folder / "run" / "vote.json").exists() and (folder / "run" / "report.json").exists()
+
+
+def test_the_record_that_is_shown_is_one() -> None:
+    Record = pytest.importorskip("topr_kernels.recipe").Record
+    shown = PAGES["docs/pipeline.md"].split("```json\n")[1].split("```")[0]
+    record = Record.from_dict(json.loads(shown), "docs/pipeline.md")
+    assert record.behavior_log_prob and record.prompt == "2 + 2 ="
 
 
 def test_the_table_of_seeds_is_the_one_that_was_measured(

@@ -192,9 +192,9 @@ def test_missing_unknown_and_half_written_are_refused(tmp_path: Path):
     with pytest.raises(RecordError, match=r"record 0, field 'reward': missing"):
         read_records(path)
     path.write_text(json.dumps({"prompt": "2 + 2 =", "completion": " 4", "reward": 1.0}))
-    with pytest.raises(
-        RecordError, match=r"'completion_token_ids': missing; .*`topr generate`.*TOPRTrainer"
-    ):
+    # All that are missing, not one a run.
+    names = r"'completion_token_ids', and 'finish_reason', 'group', 'prompt_token_ids', 'sampling'"
+    with pytest.raises(RecordError, match=names + r": missing; .*`topr generate`.*TOPRTrainer"):
         read_records(path)
     path.write_text(json.dumps({**row, "rewards": 1}))
     with pytest.raises(RecordError, match=r"record 0, field 'rewards': unknown"):

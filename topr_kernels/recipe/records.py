@@ -271,7 +271,8 @@ def _check_names(raw: Mapping[str, Any], kind: type, where: str) -> None:
     if missing:
         text = kind is Record and {"prompt", "completion"} <= raw.keys()
         remedy = _TEXT_ALONE if text and "completion_token_ids" in missing else ""
-        raise RecordError(f"{where}, field {missing[0]!r}: missing{remedy}")
+        also = f", and {', '.join(map(repr, missing[1:]))}" if missing[1:] else ""
+        raise RecordError(f"{where}, field {missing[0]!r}{also}: missing{remedy}")
     unknown = sorted(raw.keys() - {f.name for f in fields})
     if unknown:
         name = name_here(unknown[0])
