@@ -566,7 +566,9 @@ def test_flags_are_not_abbreviated(model: Path, tmp_path: Path, capsys: Any):
             "did you mean --lr?",
         ),
         ("generate", ["--heldout", "8"], "no flag --heldout; did you mean --held-out?"),
-        ("generate", ["--chat", "true"], "unexpected argument 'true'"),
+        ("generate", ["--chat", "true"], "unexpected argument 'true' after --chat"),
+        ("generate", ["--samples", "many"], "--samples: got 'many'; expected a whole number"),
+        ("generate", ["--chat=yes"], "got 'yes'; expected no value, or true or false in a file"),
         ("demo", ["--xyzzy"], "no flag --xyzzy (see topr demo --help)"),
         ("reward", ["--reward", "m:f", "--try", "f", "--tyr"], "did you mean --try?"),
     ],
@@ -589,6 +591,24 @@ def test_a_name_in_a_config_that_is_no_flag_is_told(model: Path, tmp_path: Path,
         "c.yaml, max_new_token: topr generate has no such flag; did you mean max_new_tokens?"
         in error
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("samples: many", "samples: got 'many'; expected a whole number"),
+        ("temperature: 20%", "temperature: got '20%'; expected a number"),
+        ("chat: maybe", "chat: got 'maybe'; expected no value, or true or false in a file"),
+        ("no_chat: false", "no_chat: got false; write chat: true"),
+        ("backend: mine", "backend: invalid choice: 'mine' (choose from "),
+    ],
+)
+def test_a_wrong_value_in_a_config_is_told_with_its_file(
+    line: str, told: str, model: Path, tmp_path: Path, capsys: Any
+):
+    (tmp_path / "c.yaml").write_text(line)
+    argv = ["generate", "--config", tmp_path / "c.yaml", "--out", tmp_path / "s.parquet"]
+    assert f"c.yaml, {told}" in error_of(capsys, *argv)
 
 
 def test_a_config_may_say_that_it_is_no_dry_run(model: Path, tmp_path: Path):

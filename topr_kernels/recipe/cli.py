@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from topr_kernels import PRESETS, __version__
 from topr_kernels.choices import BALANCES, RATIOS
 from topr_kernels.recipe.files import user_path
-from topr_kernels.recipe.options import did_you_mean
+from topr_kernels.recipe.options import did_you_mean, in_words
 
 _DEMO = """\
 Trains a small language model to do arithmetic with TOPR, from its own right and wrong answers, and
@@ -241,7 +241,8 @@ def _arguments(given: Sequence[str], step: str = "") -> argparse.Namespace:
     if unknown:
         command = commands[args.command]
         if not unknown[0].startswith("-"):
-            command.error(f"unexpected argument {unknown[0]!r}")
+            before = given[given.index(unknown[0]) - 1]
+            command.error(f"unexpected argument {unknown[0]!r} after {before}")
         name = unknown[0].partition("=")[0]
         flags = [flag for action in command._actions for flag in action.option_strings]
         command.error(f"no flag {name}{did_you_mean(name, flags)}")
@@ -358,7 +359,7 @@ class _Parser(argparse.ArgumentParser):
     """One line for what is wrong, without the usage of sixty flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {in_words(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

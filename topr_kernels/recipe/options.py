@@ -35,6 +35,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+#: What argparse says of a value, and what a user is told.
+_OF_VALUES = (
+    (r"invalid int value: (.*)", r"got \1; expected a whole number"),
+    (r"invalid float value: (.*)", r"got \1; expected a number"),
+    (r"ignored explicit argument (.*)", r"got \1; expected no value, or true or false in a file"),
+)
+
+
+def in_words(message: str) -> str:
+    """What argparse says of a value, in the words of the other errors."""
+    for said, told in _OF_VALUES:
+        message = re.sub(said, told, message)
+    return message
+
+
 @contextmanager
 def naming(what: str, memory: str = "") -> Iterator[None]:
     """Turns a library's error in the block into one line that names the flag or file it is about.

@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from topr_kernels.recipe import settings as kinds
 from topr_kernels.recipe.files import check_link, one_line, user_path
-from topr_kernels.recipe.options import Options, SettingsError, did_you_mean
+from topr_kernels.recipe.options import Options, SettingsError, did_you_mean, in_words
 from topr_kernels.recipe.processes import current
 
 #: Command to its settings, whether it reads records, and what ``--out`` is.
@@ -93,12 +93,20 @@ def run_command(command: str, args: argparse.Namespace) -> None:
         print(f"{command}: {args.out}, {result['seconds']:.1f} s")
 
 
-def _in_config(command: str) -> list[str]:
-    """Names that a file of flags may have, as the flags are spelt but for the dashes in front."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_flags(parser, command, "")
-    flags = [flag[2:] for action in parser._actions for flag in action.option_strings]
-    return [flag for flag in flags if flag != "config"]
+class _FileParser(argparse.ArgumentParser):
+    """Reads one flag of a file at a time."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        add_flags(self, command, "")
+        for action in self._actions:
+            action.required = False
+        flags = [flag[2:] for action in self._actions for flag in action.option_strings]
+        #: Names that a file may have, as the flags are spelt but for the dashes in front.
+        self.known = [flag for flag in flags if flag != "config"]
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(in_words(message.partition(": ")[2]))
 
 
 def config_flags(argv: Sequence[str]) -> list[str]:
@@ -118,7 +126,7 @@ def config_flags(argv: Sequence[str]) -> list[str]:
         raise SettingsError(
             f"{path}: got a {type(flags_by_name).__name__}; expected a mapping of flags"
         )
-    known = _in_config(argv[0])
+    parser = _FileParser(argv[0])
     flags: list[str] = []
     names: set[str] = set()
     for name, value in flags_by_name.items():
@@ -133,21 +141,28 @@ def config_flags(argv: Sequence[str]) -> list[str]:
                 )
             )
         names.add(flag)
-        if flag[2:] not in known:
-            meant = did_you_mean(flag[2:], known).replace("-", "_")
+        if flag[2:] not in parser.known:
+            meant = did_you_mean(flag[2:], parser.known).replace("-", "_")
             raise SettingsError(f"{path}, {name}: topr {argv[0]} has no such flag{meant}")
+        if value is False and flag.startswith("--no-"):
+            raise SettingsError(f"{path}, {name}: got false; write {flag[5:]}: true")
         if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag[2:]}")
+            said = [flag if value else f"--no-{flag[2:]}"]
         elif name == "engine" and isinstance(value, Mapping):
-            flags += [f"{flag}={setting}={x}" for setting, x in value.items()]
+            said = [f"{flag}={setting}={x}" for setting, x in value.items()]
         elif isinstance(value, Mapping):
-            flags.append(f"{flag}={json.dumps(value)}")
+            said = [f"{flag}={json.dumps(value)}"]
         elif isinstance(value, (str, int, float)):
-            flags.append(f"{flag}={value}")
+            said = [f"{flag}={value}"]
         else:
             raise SettingsError(
                 f"{path}, {name}: got {value!r}; expected a text, a number, true or false"
             )
+        try:
+            parser.parse_args(said)
+        except SettingsError as error:
+            raise SettingsError(f"{path}, {name}: {error}") from None
+        flags += said
     return [argv[0], *flags, *argv[1:]]
 
 
