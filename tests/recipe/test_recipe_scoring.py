@@ -512,7 +512,9 @@ def test_a_reward_is_tried_on_a_file(tmp_path: Path, capsys: Any):
         "3: no answer  '-'",
         f"4: raised ValueError: q (scorers.py, line {line_of('raise ValueError(question)')})  'boom'",
     ]
-    assert said[4] == "4 completions: 1 rewarded above 0, 1 no answer, 1 raised"
+    assert (
+        said[4] == "4 completions: 1 rewarded above 0, 1 no answer, 1 raised or returned no number"
+    )
     for line in ('{"question": "q"}', "[1]", "{", '{"question": "q", "completion": 1}'):
         pairs.write_text(line)
         assert main(argv) == 2

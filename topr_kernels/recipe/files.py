@@ -104,7 +104,8 @@ def parse_object(line: str, where: str, error: type[ValueError]) -> Mapping[str,
     try:
         value = parse_json(line)
     except json.JSONDecodeError as problem:
-        raise error(f"{where}: not a line of JSON ({problem}); half-written?") from problem
+        why = f"{problem.msg} at character {problem.pos + 1}"
+        raise error(f"{where}: not a line of JSON ({why}); half-written?") from problem
     # A number of thousands of digits, or brackets as deep.
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: JSON that cannot be read ({problem})") from problem

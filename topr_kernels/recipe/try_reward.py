@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from topr_kernels.recipe.files import FileError, check_link, parse_json
+from topr_kernels.recipe.files import FileError, check_link, parse_object
 from topr_kernels.recipe.rewards import RewardTask
 from topr_kernels.recipe.scoring import count_problems, verdicts
 from topr_kernels.recipe.task_files import naming_reward
@@ -38,7 +37,8 @@ def try_reward(function: str, path: Path) -> tuple[list[str], bool]:
         what = verdict.detail or verdict.problem or what
         said.append(f"{question.group}: {what}  {completion.strip()[:60]!r}")
     problems = count_problems(judged)
-    causes = "".join(f", {count} {cause}" for cause, count in sorted(problems.items()))
+    said_of = {"raised": "raised or returned no number"}
+    causes = "".join(f", {n} {said_of.get(cause, cause)}" for cause, n in sorted(problems.items()))
     none = sum(v.answer is None for v in judged) - sum(problems.values())
     above = sum(v.reward > 0 for v in judged)
     said.append(f"{len(judged)} completions: {above} rewarded above 0, {none} no answer{causes}")
@@ -62,14 +62,11 @@ def _answers(path: Path) -> list[tuple[str, str, Question]]:
 
 
 def _answer(line: str, number: int, file: str) -> tuple[str, str, Question]:
-    try:
-        entry = parse_json(line)
-        texts = isinstance(entry, Mapping) and [entry["question"], entry["completion"]]
-    except (ValueError, KeyError, RecursionError) as error:
-        raise FileError(f"{file}, line {number}: {error!r}; {_EXPECTED}") from error
-    if not texts or not all(isinstance(text, str) for text in texts):
+    entry = parse_object(line, f"{file}, line {number}", FileError)
+    question, completion = (entry.get(name) for name in ("question", "completion"))
+    if not isinstance(question, str) or not isinstance(completion, str):
         raise FileError(f"{file}, line {number}: got {line.strip()[:80]}; {_EXPECTED}")
-    return texts[1], "stop", Question(number, texts[0], texts[0], entry)
+    return completion, "stop", Question(number, question, question, entry)
 
 
 _EXPECTED = 'expected {"question": text, "completion": text, ...}'
