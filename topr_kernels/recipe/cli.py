@@ -241,8 +241,9 @@ def _arguments(given: Sequence[str], step: str = "") -> argparse.Namespace:
     if unknown:
         command = commands[args.command]
         if not unknown[0].startswith("-"):
-            before = given[given.index(unknown[0]) - 1]
-            command.error(f"unexpected argument {unknown[0]!r} after {before}")
+            # Where it stands several times, argparse does not say which of them was too much.
+            after = [given[i - 1] for i, said in enumerate(given) if said == unknown[0]]
+            command.error(f"unexpected argument {unknown[0]!r} after {' or '.join(after)}")
         name = unknown[0].partition("=")[0]
         flags = [flag for action in command._actions for flag in action.option_strings]
         command.error(f"no flag {name}{did_you_mean(name, flags)}")

@@ -106,7 +106,7 @@ class _FileParser(argparse.ArgumentParser):
         self.known = [flag for flag in flags if flag != "config"]
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(in_words(message.partition(": ")[2]))
+        raise SettingsError(in_words(re.sub(r"^argument \S+: ", "", message)))
 
 
 def config_flags(argv: Sequence[str]) -> list[str]:
