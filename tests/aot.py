@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sass
@@ -117,23 +117,27 @@ def linear_cases() -> list[Case]:
     return found
 
 
+def grouped(found: list[Case], key: Callable[[Case], str]) -> list[list[Case]]:
+    """Cases of one key together, in the order of the first of each."""
+    groups: dict[str, list[Case]] = {}
+    for case in found:
+        groups.setdefault(key(case), []).append(case)
+    return list(groups.values())
+
+
 def each(found: list[Case]) -> list[Case]:
     """Every kernel with every set of options once, the dtypes in turn."""
-    dtypes: dict[str, list[Case]] = {}
-    for case in found:
-        dtypes.setdefault(case[0], []).append(case)
-    return [same[i % len(same)] for i, same in enumerate(dtypes.values())]
+    dtypes = grouped(found, lambda case: case[0])
+    return [same[i % len(same)] for i, same in enumerate(dtypes)]
 
 
 def share(found: list[Case], turn: int, targets: int) -> list[Case]:
     """Of every kernel the variants whose turn it is, or the first where it has fewer than targets."""
-    kernels: dict[str, list[Case]] = {}
-    for case in found:
-        kernels.setdefault(case[1].__name__, []).append(case)
-    # Each kernel begins with another target, so that no target has one kind of variant alone.
-    begins = [(turn + i) % targets for i in range(len(kernels))]
-    turns = zip(kernels.values(), begins, strict=True)
-    return [c for same, begin in turns for c in same[begin::targets] or same[:1]]
+    chosen = []
+    for i, same in enumerate(grouped(found, lambda case: str(case[1].__name__))):
+        # Each kernel begins with another target, so that no target has one kind of variant alone.
+        chosen += same[(turn + i) % targets :: targets] or same[:1]
+    return chosen
 
 
 def argument_type(kernel: Any, name: str, dtype: str) -> str:
@@ -228,10 +232,9 @@ def reports(arch: str, wanted: list[Case], code: bool) -> Iterator[dict[str, Any
 
 def main() -> None:
     targets = [a for a in sys.argv[1:] if a not in ("each", "turns")]
+    every = cases() if targets == sys.argv[1:] else each(cases())
     for n, arch in enumerate(targets):
-        wanted = cases() if "each" not in sys.argv and "turns" not in sys.argv else each(cases())
-        if "turns" in sys.argv:
-            wanted = share(wanted, n, len(targets))
+        wanted = share(every, n, len(targets)) if "turns" in sys.argv else every
         for report in reports(arch, wanted, code=arch == "sm_90"):
             print(json.dumps(report), flush=True)
 
